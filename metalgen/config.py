@@ -1,0 +1,134 @@
+"""What attention to compute: the problem, never how to run it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from metalgen.errors import ArgumentError
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""The types of queries, keys, values and output, with their bytes an element."""
+
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MAX_HEADS_PER_KV = 1024
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """One attention problem: ``softmax(scale * Q K^T + mask) V``, for each batch entry and head.
+
+    Lengths, batch and the scale are not part of it: they may differ from call to call.
+
+    Args:
+        head_dim: width D of a query and key row, 8 to 256, a multiple of 8 or not.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"`` (an ``mlx.core.Dtype`` is taken too);
+            type of Q, K, V and O. Scores and sums are always accumulated in float32.
+        value_head_dim: width of a value and output row; None means ``head_dim``.
+        heads_per_kv: query heads that share one key/value head (1: MHA, H: MQA, between: GQA).
+        causal: query i sees key j when ``j <= i + kv_len - q_len`` (aligned at the lower right).
+        return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
+            ``(B, H, L)``, -inf for a row that sees no key).
+
+    Raises:
+        ArgumentError: a field of the wrong type or out of range.
+    """
+
+    head_dim: int
+    dtype: str = "float16"
+    value_head_dim: int | None = None
+    heads_per_kv: int = 1
+    causal: bool = False
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if self.value_head_dim == self.head_dim:  # one problem, one spelling, one key
+            object.__setattr__(self, "value_head_dim", None)
+        _check_int("head_dim", self.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        if self.value_head_dim is not None:
+            _check_int("value_head_dim", self.value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        _check_int("heads_per_kv", self.heads_per_kv, 1, MAX_HEADS_PER_KV)
+        for name in ("causal", "return_lse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(name, "True or False", getattr(self, name))
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value and output row."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of Q, K, V and O."""
+        return DTYPES[self.dtype]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Canonical JSON: sorted names, no spaces, fields at their default left out.
+
+        A field added later has a default that means "as before", so no existing key changes.
+        """
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, and ``head_dim`` and ``dtype`` always."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name in ("head_dim", "dtype") or getattr(self, f.name) != f.default
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> AttentionConfig:
+        """The config of a dictionary as `to_dict` writes it.
+
+        Raises:
+            ArgumentError: not a dictionary, an unknown or missing field, or a bad value.
+        """
+        if not isinstance(fields, dict):
+            raise ArgumentError("config", "an object of fields", fields)
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ArgumentError("config", f"fields among {', '.join(known)}", name)
+        if "head_dim" not in fields:
+            raise ArgumentError("config", "a field head_dim", sorted(fields))
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> AttentionConfig:
+        """The config of a JSON text as `key` gives it; raises as `from_dict`."""
+        try:
+            fields = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ArgumentError("config", "a JSON object", text) from error
+        return cls.from_dict(fields)
+
+    def __str__(self) -> str:
+        """A short name, such as ``D64 float16 causal gqa3``."""
+        width = f"D{self.head_dim}" + (f"/{self.v_dim}" if self.value_head_dim else "")
+        words = [width, self.dtype]
+        if self.causal:
+            words.append("causal")
+        if self.heads_per_kv > 1:
+            words.append(f"gqa{self.heads_per_kv}")
+        if self.return_lse:
+            words.append("lse")
+        return " ".join(words)
+
+
+def _dtype_name(dtype: object) -> str:
+    name = dtype if isinstance(dtype, str) else str(dtype)
+    name = name.removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
+    return name
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ArgumentError(name, f"an integer from {low} to {high}", value)

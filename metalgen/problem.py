@@ -1,0 +1,65 @@
+"""A config together with the size of the work: what one tuning record is about."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+
+from metalgen.config import AttentionConfig, _check_int
+
+FAMILIES = ("forward",)
+MAX_LENGTH = 1 << 24
+MAX_BATCH_HEADS = 1 << 20
+
+
+def bucket(n: int) -> int:
+    """The power of two that n is filed under: the smallest that is not below it."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A config, its kernel family, and power-of-two buckets of its sizes.
+
+    Args:
+        config: the attention to compute.
+        batch_heads: batch entries times query heads.
+        q_len, kv_len: number of queries and of keys.
+
+    Sizes are rounded up to their bucket. Raises `ArgumentError` for sizes below 1.
+    """
+
+    config: AttentionConfig
+    batch_heads: int
+    q_len: int
+    kv_len: int
+    family: str = "forward"
+
+    def __post_init__(self) -> None:
+        _check_int("batch_heads", self.batch_heads, 1, MAX_BATCH_HEADS)
+        _check_int("q_len", self.q_len, 1, MAX_LENGTH)
+        _check_int("kv_len", self.kv_len, 1, MAX_LENGTH)
+        for name in ("batch_heads", "q_len", "kv_len"):
+            object.__setattr__(self, name, bucket(getattr(self, name)))
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Canonical JSON of family, config and buckets: the key of tuning records."""
+        fields = {
+            "config": self.config.to_dict(),
+            "family": self.family,
+            "batch_heads": self.batch_heads,
+            "q_len": self.q_len,
+            "kv_len": self.kv_len,
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a batch of one that represents the bucket (a multiple of heads_per_kv)."""
+        ratio = self.config.heads_per_kv
+        return ratio * max(1, self.batch_heads // ratio)
+
+    def __str__(self) -> str:
+        return f"{self.config} BH={self.batch_heads} Lq={self.q_len} Lk={self.kv_len}"
