@@ -1,0 +1,120 @@
+"""The data files and the command are there in a wheel, an editable install and a checkout."""
+
+from __future__ import annotations
+
+import email.message
+import email.parser
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from metalgen import resources
+from metalgen._version import __version__
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+PROBE = """
+import json, metalgen
+from metalgen._version import __version__
+from metalgen.resources import templates_dir, tuning_db_dir
+folders = [metalgen.__path__[0], templates_dir(), tuning_db_dir()]
+print(json.dumps([__version__, *map(str, folders)]))
+"""
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Digest of every file below a folder, but for Python's own caches."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_every_install_finds_the_templates_and_records_of_the_checkout(install):
+    version, package, templates, tuning_db = json.loads(install.run("-c", PROBE))
+    assert version == __version__
+    assert files(Path(templates)) == files(CHECKOUT / "templates")
+    assert files(Path(tuning_db)) == files(CHECKOUT / "tuning_db")
+    if install.name == "wheel":
+        assert Path(package).is_relative_to(install.folder)
+        assert Path(templates).parent == Path(tuning_db).parent == Path(package)
+    else:
+        assert Path(package).parent == Path(templates).parent == CHECKOUT
+
+
+def test_the_command_runs_in_every_install(install):
+    assert install.run("-m", "metalgen", "--version").split()[-1] == __version__
+
+
+def test_an_installed_package_brings_the_console_script(install):
+    script = install.python.with_name("metalgen")
+    assert script.exists() == (install.name != "checkout")
+
+
+def test_the_wheel_carries_every_file_of_the_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        carried = {
+            name.removeprefix("metalgen/"): hashlib.sha256(archive.read(name)).hexdigest()
+            for name in archive.namelist()
+            if name.startswith("metalgen/")
+        }
+    expected = files(CHECKOUT / "metalgen")
+    for folder in ("templates", "tuning_db"):
+        expected |= {f"{folder}/{name}": sha for name, sha in files(CHECKOUT / folder).items()}
+    assert carried == expected
+    assert {"py.typed", "templates/families/forward.jinja"} <= carried.keys()
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> email.message.Message:
+    """The wheel's METADATA."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.parser.BytesParser().parsebytes(archive.read(name))
+
+
+def required(metadata: email.message.Message, extra: str, platform: str) -> dict[str, str]:
+    """What an extra adds on a platform: each requirement's name, extras and versions."""
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    environment = {"extra": extra, "sys_platform": platform}
+    return {
+        "".join([r.name, *(f"[{e}]" for e in sorted(r.extras))]): str(r.specifier)
+        for r in requirements
+        if r.marker is not None and r.marker.evaluate(environment)
+    }
+
+
+def test_back_ends_are_extras_that_add_nothing_on_macos(metadata):
+    for extra in ("cpu", "cuda13"):
+        assert required(metadata, extra, "linux") == {f"mlx[{extra}]": ">=0.32.4"}
+        assert required(metadata, extra, "darwin") == {}
+
+
+def test_mlx_has_a_lower_bound_and_no_upper_one(metadata):
+    requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
+    always = {r.name: str(r.specifier) for r in requirements if r.marker is None}
+    assert always["mlx"] == ">=0.32.4"
+    assert always.keys() == {
+        "click", "jinja2", "mlx", "numpy", "optuna", "platformdirs", "rich", "sqlite-utils",
+    }  # fmt: skip
+
+
+def test_the_simulators_compiler_is_pinned_in_an_extra_of_its_own(metadata):
+    assert required(metadata, "simulator", "linux")["ziglang"] == "==0.17.0"
+    assert "ziglang" not in required(metadata, "cpu", "linux")
+
+
+def test_an_incomplete_installation_says_which_folder_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "metalgen" / "resources.py"))
+    (tmp_path / "templates").mkdir()  # beside the package, but this is no checkout
+    resources._find.cache_clear()
+    try:
+        with pytest.raises(resources.MissingResource, match=r"templates: expected a folder at .*"):
+            resources.templates_dir()
+    finally:
+        resources._find.cache_clear()
