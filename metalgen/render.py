@@ -1,0 +1,175 @@
+"""From a config and a schedule to the source of a kernel. Knows no device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metalgen import plan as plan_module
+from metalgen.config import AttentionConfig
+from metalgen.errors import ArgumentError
+from metalgen.resources import templates_dir
+from metalgen.schedule import FRAGMENT, Schedule, check_schedule, padded
+
+if TYPE_CHECKING:
+    import jinja2
+
+TARGETS = ("metal",)
+_METAL_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A rendered kernel, as the arguments of ``mx.fast.metal_kernel`` and how to launch it.
+
+    Args:
+        name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
+        header, source: text before the kernel's function, and its body.
+        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale2``, the scale times log2(e).
+        outputs: ``out``, and ``lse`` where the config asks for it.
+        math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
+        threads: threads a threadgroup.
+        bq: query rows a threadgroup.
+    """
+
+    name: str
+    header: str
+    source: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    math_mode: str
+    threads: int
+    bq: int
+
+    @property
+    def text(self) -> str:
+        """What ``metalgen render`` prints: the header, then the body that MLX wraps."""
+        inputs = ", ".join(self.inputs)
+        outputs = ", ".join(self.outputs)
+        return (
+            f"{self.header}\n// {self.name}({inputs}) -> {outputs}: the body of the kernel;"
+            f" mx.fast.metal_kernel writes its signature.\n{self.source}"
+        )
+
+
+def render(config: AttentionConfig, schedule: Schedule, target: str = "metal") -> KernelSource:
+    """The kernel of the forward family for a config and a schedule.
+
+    Raises:
+        InvalidSchedule: the schedule breaks a rule (of the largest limits; a chip's are checked
+            by whoever chose the schedule).
+        ArgumentError: an unknown target.
+    """
+    if target not in TARGETS:
+        raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
+    check_schedule(config, schedule)
+    context = _context(config, schedule, target)
+    env = _environment()
+    header = env.get_template(f"targets/{target}/header.jinja").render(context)
+    body = _tidy(env.get_template("families/forward.jinja").render(context))
+    digest = hashlib.sha256(f"{header}\0{body}\0{schedule.math_mode}".encode()).hexdigest()[:10]
+    kind = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[config.dtype]
+    return KernelSource(
+        name=f"metalgen_forward_{kind}_d{config.head_dim}_{digest}",
+        header=header,
+        source=body,
+        inputs=("q", "k", "v", "scale2"),
+        outputs=("out", "lse") if config.return_lse else ("out",),
+        math_mode=schedule.math_mode,
+        threads=schedule.threads,
+        bq=schedule.bq,
+    )
+
+
+@functools.cache
+def template_hash(family: str = "forward", target: str = "metal") -> str:
+    """16 hexadecimal digits that change when a source rendered for a family might.
+
+    Covers the family's template, all features, the target's tile library, and the modules that
+    decide what they substitute.
+    """
+    root = templates_dir()
+    files = [root / "families" / f"{family}.jinja"]
+    files += sorted((root / "features").glob("*.jinja"))
+    files += sorted((root / "targets" / target).glob("*.jinja"))
+    digest = hashlib.sha256()
+    for path in [*files, Path(plan_module.__file__), Path(__file__)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[str, Any]:
+    plan = plan_module.forward_plan(config, schedule)
+    constants = {
+        "D": config.head_dim,
+        "DV": config.v_dim,
+        "BQ": schedule.bq,
+        "BK": schedule.bk,
+        "SIMDGROUPS": schedule.simdgroups,
+        "ROW_BLOCKS": schedule.row_blocks,
+        "ROWS": FRAGMENT * schedule.row_blocks,
+        "K_FRAGMENTS": schedule.bk // FRAGMENT,
+        "D_FRAGMENTS": padded(config.head_dim) // FRAGMENT,
+        "V_FRAGMENTS": padded(config.v_dim) // FRAGMENT,
+        "HEADS_PER_KV": config.heads_per_kv,
+    }
+    if plan.staged:
+        constants |= {"KV_STRIDE": plan.slot_stride, "KV_SLOT": plan.slot}
+    if plan.q_copy:
+        constants |= {"Q_STRIDE": plan.q_stride}
+    element = _METAL_TYPES[config.dtype]
+    return {
+        "tile_library": f"targets/{target}/tile.jinja",
+        "T": element,
+        "F": "float" if schedule.fragment == "float32" else element,
+        "constants": constants,
+        "schedule": schedule,
+        "plan": plan,
+        "k_steps": [step for step in plan.steps if step.operand == "k"],
+        "v_steps": [step for step in plan.steps if step.operand == "v"],
+        "masks": [_feature("causal")] if config.causal else [],
+        "longest_first": config.causal,
+        "lse": config.return_lse,
+    }
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(os.fspath(templates_dir())),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+
+
+def _feature(name: str) -> Any:
+    """The macros of a feature file."""
+    return _environment().get_template(f"features/{name}.jinja").module
+
+
+def _tidy(text: str) -> str:
+    """Indent by braces, drop spare blank lines and zeros added: templates need not mind layout."""
+    lines: list[str] = []
+    depth = 1
+    for raw in text.splitlines():
+        line = re.sub(r"(?<![\w.])0 \+ ", "", raw.strip())
+        closes = line.startswith("}")
+        if not lines or not lines[-1] or lines[-1].endswith("{") or closes:
+            if not line:
+                continue
+            while closes and lines and not lines[-1]:
+                lines.pop()
+        depth -= closes
+        lines.append("  " * depth + line if line else "")
+        depth += line.count("{") - line.count("}") + closes
+    return "\n".join(lines).rstrip() + "\n"
