@@ -1,0 +1,281 @@
+"""What is published about each chip: figures as data, each with the source that it came from.
+
+A figure is written ``(value, source)``; a source is a key of `SOURCES`, and a key that ends in
+``?`` says that the value is an estimate which that source only suggests. Sources are quoted from
+stored copies of public material (autumn 2026); nothing here was measured by this project.
+"""
+
+from __future__ import annotations
+
+SOURCES = {
+    "apple": "Apple's technical specifications of the Macs with this chip",
+    "metal-api": "Apple, Metal feature set tables: limits of a threadgroup, families Apple7 to 10",
+    "metal-benchmarks": "philipturner/metal-benchmarks: README, microbenchmarks of M1 and M2",
+    "mfa": "philipturner/metal-flash-attention: README and tables of tiles",
+    "scaled": "extrapolated from the same tier of an earlier generation; not published",
+    "m3-dvfs": "1380 MHz is the top state of an M3 Pro's own frequency table (public run log)",
+    "m4-dvfs": "1578 MHz is the top state in powermetrics of M4, M4 Pro and M4 Max (public logs; "
+    "hoakley, eclecticlight.co, January 2025, for the M4 Pro)",
+    "m5-roofline": "michaelstinkerings.org: Apple M5 GPU roofline analysis (1578 MHz sustained, "
+    "32 MB system level cache)",
+    "m5-dvfs": "feedback-assistant/reports issue 830: 1620 MHz in powermetrics of an M5 Max",
+    "mlx": "ml-explore/mlx: the tiles of its attention kernels, by generation",
+    "mlx-m5": "ml-explore/mlx PR 3211: 58 to 60 TFLOP/s in float16 matrix products on an M5 Max",
+    "nvidia": "NVIDIA: Hopper tuning guide, H100 and H200 data sheets",
+}
+
+KIB, MIB = 1024, 1024 * 1024
+
+Figure = tuple[float, str]
+
+GENERATIONS: dict[str, dict[str, Figure]] = {
+    # Per core. Register file: metal-benchmarks gives about 208 KiB in one table and implies
+    # 384 KiB in another, so residency is uncertain by a factor of 2; the smaller is taken.
+    "M1": {
+        "lanes": (128, "metal-benchmarks"),
+        "schedulers": (4, "metal-benchmarks"),
+        "resident_threads": (3072, "metal-benchmarks"),
+        "register_bytes": (208 * KIB, "metal-benchmarks"),
+        "core_threadgroup_bytes": (60 * KIB, "metal-benchmarks"),
+        "threadgroup_bytes": (32 * KIB, "metal-api"),
+        "threads": (1024, "metal-api"),
+        "data_cache_bytes": (8 * KIB, "metal-benchmarks"),
+        "on_core_bytes_per_cycle": (64, "metal-benchmarks"),
+        "l2_bytes_per_cycle": (32, "metal-benchmarks"),
+        "slc_bytes_per_cycle": (17.5, "metal-benchmarks"),
+        "dynamic_registers": (0, "metal-benchmarks"),
+        "parallel_issue": (0, "metal-benchmarks"),
+        "direct_reads": (0, "mfa"),
+        "neural_accelerators": (0, "apple"),
+    },
+    # Apple, WWDC and A17/M3 talks: registers, threadgroup memory and the data cache share one
+    # on-chip memory, handed out dynamically; float, half and integer pipes issue side by side.
+    "M3": {
+        "register_bytes": (208 * KIB, "scaled?"),
+        "core_threadgroup_bytes": (60 * KIB, "scaled?"),
+        "data_cache_bytes": (64 * KIB, "scaled?"),
+        "on_core_bytes_per_cycle": (64, "scaled?"),
+        "l2_bytes_per_cycle": (32, "scaled?"),
+        "slc_bytes_per_cycle": (17.5, "scaled?"),
+        "dynamic_registers": (1, "apple"),
+        "parallel_issue": (1, "apple"),
+        "direct_reads": (1, "mfa"),
+    },
+    "M5": {
+        "direct_reads": (1, "mlx"),
+        "neural_accelerators": (1, "apple"),
+    },
+}
+GENERATIONS["M2"] = dict(GENERATIONS["M1"])
+GENERATIONS["M3"] = GENERATIONS["M2"] | GENERATIONS["M3"]
+GENERATIONS["M4"] = dict(GENERATIONS["M3"])
+GENERATIONS["M5"] = GENERATIONS["M4"] | GENERATIONS["M5"]
+
+# (generation, tier): the full chip's GPU cores and the binned ones, then its own figures.
+APPLE_CHIPS: dict[tuple[str, str], tuple[tuple[int, ...], dict[str, Figure]]] = {
+    ("M1", ""): (
+        (8, 7),
+        {
+            "clock_ghz": (1.278, "metal-benchmarks"),
+            "dram_gbs": (68, "apple"),
+            "l2_bytes": (768 * KIB, "metal-benchmarks"),
+            "slc_bytes": (8 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M1", "Pro"): (
+        (16, 14),
+        {
+            "clock_ghz": (1.296, "metal-benchmarks"),
+            "dram_gbs": (200, "apple"),
+            "l2_bytes": (256 * KIB, "metal-benchmarks"),
+            "slc_bytes": (24 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M1", "Max"): (
+        (32, 24),
+        {
+            "clock_ghz": (1.296, "metal-benchmarks"),
+            "dram_gbs": (400, "apple"),
+            "l2_bytes": (512 * KIB, "metal-benchmarks"),
+            "slc_bytes": (48 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M1", "Ultra"): (
+        (64, 48),
+        {
+            "clock_ghz": (1.296, "metal-benchmarks"),
+            "dram_gbs": (800, "apple"),
+            "l2_bytes": (1 * MIB, "metal-benchmarks"),
+            "slc_bytes": (96 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M2", ""): (
+        (10, 8),
+        {
+            "clock_ghz": (1.398, "metal-benchmarks"),
+            "dram_gbs": (100, "apple"),
+            "l2_bytes": (1536 * KIB, "metal-benchmarks?"),
+            "slc_bytes": (8 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M2", "Pro"): (
+        (19, 16),
+        {
+            "clock_ghz": (1.398, "metal-benchmarks"),
+            "dram_gbs": (200, "apple"),
+            "l2_bytes": (512 * KIB, "metal-benchmarks?"),
+            "slc_bytes": (24 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M2", "Max"): (
+        (38, 30),
+        {
+            "clock_ghz": (1.398, "metal-benchmarks"),
+            "dram_gbs": (400, "apple"),
+            "l2_bytes": (1 * MIB, "metal-benchmarks?"),
+            "slc_bytes": (48 * MIB, "metal-benchmarks"),
+        },
+    ),
+    ("M2", "Ultra"): (
+        (76, 60),
+        {
+            "clock_ghz": (1.398, "metal-benchmarks"),
+            "dram_gbs": (800, "apple"),
+            "l2_bytes": (2 * MIB, "scaled?"),
+            "slc_bytes": (96 * MIB, "metal-benchmarks?"),
+        },
+    ),
+    ("M3", ""): (
+        (10, 8),
+        {
+            "clock_ghz": (1.38, "m3-dvfs?"),
+            "dram_gbs": (100, "apple"),
+            "l2_bytes": (1536 * KIB, "scaled?"),
+            "slc_bytes": (8 * MIB, "scaled?"),
+        },
+    ),
+    ("M3", "Pro"): (
+        (18, 14),
+        {
+            "clock_ghz": (1.38, "m3-dvfs"),
+            "dram_gbs": (150, "apple"),
+            "l2_bytes": (512 * KIB, "scaled?"),
+            "slc_bytes": (12 * MIB, "scaled?"),
+        },
+    ),
+    ("M3", "Max"): (
+        (40, 30),
+        {
+            "clock_ghz": (1.38, "m3-dvfs?"),
+            "dram_gbs": (400, "apple"),
+            "l2_bytes": (1 * MIB, "scaled?"),
+            "slc_bytes": (48 * MIB, "scaled?"),
+        },
+    ),
+    ("M3", "Ultra"): (
+        (80, 60),
+        {
+            "clock_ghz": (1.38, "m3-dvfs?"),
+            "dram_gbs": (819, "apple"),
+            "l2_bytes": (2 * MIB, "scaled?"),
+            "slc_bytes": (96 * MIB, "scaled?"),
+        },
+    ),
+    ("M4", ""): (
+        (10, 8),
+        {
+            "clock_ghz": (1.578, "m4-dvfs"),
+            "dram_gbs": (120, "apple"),
+            "l2_bytes": (1536 * KIB, "scaled?"),
+            "slc_bytes": (8 * MIB, "scaled?"),
+        },
+    ),
+    ("M4", "Pro"): (
+        (20, 16),
+        {
+            "clock_ghz": (1.578, "m4-dvfs"),
+            "dram_gbs": (273, "apple"),
+            "l2_bytes": (512 * KIB, "scaled?"),
+            "slc_bytes": (24 * MIB, "scaled?"),
+        },
+    ),
+    ("M4", "Max"): (
+        (40, 32),
+        {
+            "clock_ghz": (1.578, "m4-dvfs"),
+            "dram_gbs": (546, "apple"),
+            "l2_bytes": (1 * MIB, "scaled?"),
+            "slc_bytes": (48 * MIB, "scaled?"),
+        },
+    ),
+    ("M5", ""): (
+        (10, 8),
+        {
+            "clock_ghz": (1.578, "m5-roofline"),
+            "dram_gbs": (153, "apple"),
+            "l2_bytes": (1536 * KIB, "scaled?"),
+            "slc_bytes": (32 * MIB, "m5-roofline"),
+        },
+    ),
+    ("M5", "Pro"): (
+        (20, 16),
+        {
+            "clock_ghz": (1.62, "m5-dvfs?"),
+            "dram_gbs": (307, "apple"),
+            "l2_bytes": (512 * KIB, "scaled?"),
+            "slc_bytes": (32 * MIB, "scaled?"),
+        },
+    ),
+    ("M5", "Max"): (
+        (40, 32),
+        {
+            "clock_ghz": (1.62, "m5-dvfs"),
+            "dram_gbs": (614, "apple"),
+            "l2_bytes": (1 * MIB, "scaled?"),
+            "slc_bytes": (48 * MIB, "scaled?"),
+            "neural_tflops": (58, "mlx-m5"),
+        },
+    ),
+    ("M5", "Ultra"): (
+        (80, 64),
+        {
+            "clock_ghz": (1.62, "m5-dvfs?"),
+            "dram_gbs": (1200, "apple"),
+            "l2_bytes": (2 * MIB, "scaled?"),
+            "slc_bytes": (96 * MIB, "scaled?"),
+        },
+    ),
+}
+
+BINNED: dict[str, dict[str, Figure]] = {
+    # Where a binned chip differs in more than its cores.
+    "M3Max-30": {"dram_gbs": (300, "apple")},
+    "M4Max-32": {"dram_gbs": (410, "apple")},
+    "M5Max-32": {"dram_gbs": (460, "apple"), "neural_tflops": (46, "mlx-m5?")},
+}
+
+NVIDIA_CHIPS: dict[str, tuple[str, int, dict[str, Figure]]] = {
+    # name: (generation, streaming multiprocessors, figures). Limits and peaks only: the model
+    # does not cover these chips.
+    name: (
+        "Hopper",
+        132,
+        {
+            "clock_ghz": (clock, "nvidia"),
+            "lanes": (128, "nvidia"),
+            "schedulers": (4, "nvidia"),
+            "resident_threads": (2048, "nvidia"),
+            "register_bytes": (256 * KIB, "nvidia"),
+            "core_threadgroup_bytes": (228 * KIB, "nvidia"),
+            "threadgroup_bytes": (227 * KIB, "nvidia"),
+            "threads": (1024, "nvidia"),
+            "l2_bytes": (50 * MIB, "nvidia"),
+            "dram_gbs": (dram, "nvidia"),
+            "neural_accelerators": (0, "nvidia"),
+            "dynamic_registers": (0, "nvidia"),
+            "parallel_issue": (0, "nvidia"),
+            "direct_reads": (0, "nvidia"),
+        },
+    )
+    for name, clock, dram in (("H100", 1.98, 3350), ("H200", 1.98, 4800))
+}
