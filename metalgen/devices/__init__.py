@@ -1,0 +1,44 @@
+"""What executes kernels: an Apple GPU, the simulator, or plain MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from metalgen.devices.base import Device, Runner
+from metalgen.devices.metal import MetalDevice
+from metalgen.devices.reference import ReferenceDevice
+from metalgen.devices.simulator import SimulatorDevice
+from metalgen.errors import ArgumentError
+
+__all__ = ["Device", "Runner", "all_devices", "default_device", "get_device"]
+
+_DEVICES: dict[str, Device] = {
+    device.name: device for device in (MetalDevice(), SimulatorDevice(), ReferenceDevice())
+}
+
+
+def all_devices() -> tuple[Device, ...]:
+    """Every device that metalgen knows, available here or not."""
+    return tuple(_DEVICES.values())
+
+
+def default_device() -> Device:
+    """This machine's GPU where MLX computes on it, else plain MLX."""
+    metal = _DEVICES["metal"]
+    if mx.default_device().type == mx.DeviceType.gpu and metal.unavailable() is None:
+        return metal
+    return _DEVICES["reference"]
+
+
+def get_device(name: str | None = None) -> Device:
+    """The device of that name, or the default one.
+
+    Raises:
+        ArgumentError: an unknown name.
+        DeviceError: a device that cannot be used here, with the reason.
+    """
+    if name is None:
+        return default_device()
+    if not isinstance(name, str) or name not in _DEVICES:
+        raise ArgumentError("device", f"one of {', '.join(_DEVICES)}, or None", name)
+    return _DEVICES[name].require()

@@ -1,0 +1,55 @@
+"""The interface of a device: something that executes kernels."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from metalgen.config import AttentionConfig
+from metalgen.errors import DeviceError
+from metalgen.schedule import APPLE, Limits, Schedule
+
+Runner = Callable[[mx.array, mx.array, mx.array, float], "tuple[mx.array, mx.array | None]"]
+"""``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked."""
+
+
+class Device(abc.ABC):
+    """Executes the kernels of one target.
+
+    Attributes:
+        name: how users name it.
+        target: the language of the sources that it runs, or None where it runs none.
+        has_clock: whether its times are worth storing as measured.
+        is_gpu: whether it is this machine's GPU, so that MLX's own kernels compete on it.
+    """
+
+    name: str
+    target: str | None = None
+    has_clock: bool = False
+    is_gpu: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """What a threadgroup may use."""
+        return APPLE
+
+    @abc.abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this device cannot be used here; None when it can."""
+
+    @abc.abstractmethod
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+        """A runner of one kernel; lazy where the device is lazy.
+
+        Raises:
+            InvalidSchedule: the schedule cannot run the config within this device's limits.
+        """
+
+    def require(self) -> Device:
+        """This device; raises `DeviceError` with the reason where it cannot be used."""
+        reason = self.unavailable()
+        if reason:
+            raise DeviceError(f"device {self.name!r} is not available: {reason}")
+        return self

@@ -1,0 +1,28 @@
+"""Plain MLX operations, wherever MLX runs."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from metalgen.config import AttentionConfig
+from metalgen.devices.base import Device, Runner
+from metalgen.reference import attention_mlx
+from metalgen.schedule import Schedule
+
+
+class ReferenceDevice(Device):
+    """No kernel at all: the definition, in float32."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
+        def run(
+            q: mx.array, k: mx.array, v: mx.array, scale: float
+        ) -> tuple[mx.array, mx.array | None]:
+            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            return out, lse if config.return_lse else None
+
+        return run

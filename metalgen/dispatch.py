@@ -1,0 +1,347 @@
+"""From a config to a kernel that can be called: look up, check once, remember."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from metalgen.config import AttentionConfig
+from metalgen.database.lookup import Hit, checked, last_chip, lookup
+from metalgen.devices import Device, Runner, default_device, get_device
+from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
+from metalgen.problem import Problem
+from metalgen.reference import attention_mlx
+from metalgen.render import template_hash
+from metalgen.schedule import Schedule, default_schedule
+
+if TYPE_CHECKING:
+    from metalgen.chips import Chip
+
+MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
+"""Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
+
+TYPICAL_HEADS = 32
+TYPICAL_LENGTH = 1024
+
+
+@dataclass(eq=False)
+class Kernel:
+    """Attention for one config, on one device. Call it with arrays.
+
+    Attributes:
+        config: what it computes.
+        device: name of the device that computes it.
+        backend: ``"metalgen"`` (our kernel), ``"mlx"`` (``mx.fast.scaled_dot_product_attention``)
+            or ``"plain"`` (plain MLX operations).
+        schedule: how our kernel runs, or would run where another backend keeps the call.
+        path: how the schedule was found, and why the backend is what it is.
+    """
+
+    config: AttentionConfig
+    device: str
+    backend: str
+    schedule: Schedule
+    path: tuple[str, ...]
+    _run: Runner = field(repr=False)
+
+    @functools.cached_property
+    def source(self) -> str:
+        """The Metal source of our kernel for this config and schedule."""
+        from metalgen.render import render
+
+        return render(self.config, self.schedule).text
+
+    def explain(self) -> str:
+        """Where the schedule came from, what runs, and why; one step a line."""
+        names = {
+            "metalgen": "metalgen's kernel",
+            "mlx": "MLX's own fused attention",
+            "plain": "plain MLX operations",
+        }
+        head = f"{self.config}: {names[self.backend]} on device {self.device!r}"
+        return "\n".join([head, f"  schedule: {self.schedule}", *(f"  {p}" for p in self.path)])
+
+    def __call__(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None
+    ) -> mx.array | tuple[mx.array, mx.array]:
+        """Attention of `q`, `k` and `v`; lazy on a GPU, and differentiable.
+
+        Args:
+            q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``, of the config's
+                type; any lengths, any strides.
+            scale: factor of the scores; None means ``1 / sqrt(D)``.
+
+        Returns:
+            ``(B, H, Lq, Dv)``; with the config's ``return_lse`` a pair with the log-sum-exp,
+            ``(B, H, Lq)``, float32.
+
+        Raises:
+            ArgumentError: shapes or types that do not fit the config.
+        """
+        check_arrays(self.config, q, k, v)
+        scale = check_scale(self.config, scale)
+        if self.backend == "metalgen":
+            out, lse = _differentiable(self._run, self.config, q, k, v, scale)
+        else:
+            out, lse = self._run(q, k, v, scale)
+        return out if lse is None else (out, lse)
+
+
+def get_kernel(
+    config: AttentionConfig,
+    *,
+    batch: int = 1,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    device: str | None = None,
+    heads: int | None = None,
+    chip: str | None = None,
+) -> Kernel:
+    """The best known kernel for a config; the same object when asked again.
+
+    The sizes choose among tuned schedules, by powers of two; they never limit what the kernel may
+    be called with.
+
+    Args:
+        config: what to compute.
+        batch, heads: batch entries, and query heads of each (None: 32).
+        q_len, kv_len: lengths (None: 1024 queries; as many keys as queries).
+        device: ``"metal"``, ``"simulator"``, ``"reference"``, or None for this machine's GPU, and
+            plain MLX where there is none.
+        chip: whose tuning records to use, such as ``"M3Max"``; None means this machine's, and on
+            a machine with no known chip the one that was tuned last.
+
+    Raises:
+        ArgumentError: a bad argument (an unknown chip comes with the nearest names).
+        DeviceError: the device is not available here.
+    """
+    queries = TYPICAL_LENGTH if q_len is None else q_len
+    name = default_device().name if device is None else device
+    try:
+        key = (
+            config,
+            (batch * (TYPICAL_HEADS if heads is None else heads) - 1).bit_length(),
+            (queries - 1).bit_length(),
+            ((queries if kv_len is None else kv_len) - 1).bit_length(),
+            name,
+            chip,
+        )
+        return _known[key]
+    except (KeyError, TypeError, AttributeError):
+        pass  # unknown yet, or arguments to be complained about
+    if not isinstance(config, AttentionConfig):
+        raise ArgumentError("config", "an AttentionConfig", config)
+    for argument, value in (("batch", batch), ("heads", heads)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ArgumentError(argument, "a positive integer", value)
+    batch_heads = batch * (TYPICAL_HEADS if heads is None else heads)
+    problem = Problem(config, batch_heads, queries, queries if kv_len is None else kv_len)
+    kernel = _known[key] = _resolve(problem, get_device(name), chip)
+    return kernel
+
+
+_known: dict[Any, Kernel] = {}
+
+
+def forget_kernels() -> None:
+    """Forget every kernel that `get_kernel` has handed out, so that databases are read again."""
+    _known.clear()
+
+
+def check_arrays(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
+    """Whether arrays fit a config and each other.
+
+    Raises:
+        ArgumentError: naming the first array that does not fit.
+    """
+    for name, x, width in (
+        ("q", q, config.head_dim),
+        ("k", k, config.head_dim),
+        ("v", v, config.v_dim),
+    ):
+        if not isinstance(x, mx.array):
+            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
+        if x.ndim != 4:
+            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
+        if x.shape[3] != width:
+            raise ArgumentError(f"{name}.shape", f"a last axis of {width}", x.shape)
+        if str(x.dtype) != f"mlx.core.{config.dtype}":
+            raise ArgumentError(f"{name}.dtype", config.dtype, str(x.dtype))
+    if k.shape[0] != q.shape[0]:
+        raise ArgumentError("k.shape", f"a batch of {q.shape[0]}, as q has", k.shape)
+    if k.shape[1] * config.heads_per_kv != q.shape[1]:
+        heads = f"{q.shape[1]} / {config.heads_per_kv} heads (q has {q.shape[1]}, heads_per_kv)"
+        raise ArgumentError("k.shape", heads, k.shape)
+    if v.shape[:3] != k.shape[:3]:
+        raise ArgumentError("v.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape)
+
+
+def check_scale(config: AttentionConfig, scale: float | None) -> float:
+    """The scale as a float, by default ``1 / sqrt(D)``; raises `ArgumentError` if it is none."""
+    if scale is None:
+        return float(config.head_dim**-0.5)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e30:
+        raise ArgumentError("scale", "a finite number, or None for 1 / sqrt(head_dim)", scale)
+    return float(scale)
+
+
+def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
+    config = problem.config
+    path: list[str] = []
+    chip = _chip(chip_name, device, path)
+    if device.target is None:
+        path.append("plain MLX operations: no kernel runs on this device")
+        return Kernel(
+            config,
+            device.name,
+            "plain",
+            default_schedule(config),
+            tuple(path),
+            _plain(config),
+        )
+    limits = chip.limits if chip else device.limits
+    versions = template_hash("forward", device.target)
+    hit = lookup(problem, chip, versions, limits=limits, trace=path)
+    if hit:
+        schedule = hit.schedule
+        path.append(_describe(hit))
+    else:
+        schedule = default_schedule(config, limits)
+        path.append("schedule: the default one, for nothing on record fits")
+    if device.is_gpu and _mlx_is_fused(config) and not (hit and hit.beats_mlx):
+        path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
+        return Kernel(config, device.name, "mlx", schedule, tuple(path), _mlx(config))
+    for candidate in dict.fromkeys((schedule, default_schedule(config, limits))):
+        if _passes(device, config, candidate, versions, path):
+            run = device.build(config, candidate)
+            return Kernel(config, device.name, "metalgen", candidate, tuple(path), run)
+    path.append("FALLBACK to plain MLX operations: no kernel passed its check on this device")
+    return Kernel(config, device.name, "plain", schedule, tuple(path), _plain(config))
+
+
+def _chip(name: str | None, device: Device, path: list[str]) -> Chip | None:
+    from metalgen import chips
+
+    if name is not None:
+        chip = chips.get_chip(name)
+        path.append(f"chip: {chip.name}, as asked")
+        return chip
+    own = chips.detect()
+    if own:
+        path.append(f"chip: {own.name}, this machine's")
+    elif device.target and not device.is_gpu and (last := last_chip()):
+        with contextlib.suppress(MetalgenError):
+            own = chips.get_chip(last)
+            path.append(f"chip: {last}, the one tuned last; this machine's is unknown")
+    if own is None:
+        path.append("chip: unknown")
+    return own
+
+
+def _describe(hit: Hit) -> str:
+    words = [f"schedule: {hit.place}, {hit.provenance}"]
+    if hit.seconds is not None:
+        words.append(f"{hit.seconds * 1e3:.3f} ms")
+    if hit.default_seconds is not None:
+        words.append(f"default {hit.default_seconds * 1e3:.3f} ms")
+    if hit.mlx_seconds is not None:
+        words.append(f"MLX {hit.mlx_seconds * 1e3:.3f} ms")
+    return ", ".join(words)
+
+
+def _passes(
+    device: Device,
+    config: AttentionConfig,
+    schedule: Schedule,
+    versions: str,
+    path: list[str],
+) -> bool:
+    """Whether a kernel was checked on this device; checks it, and records that, if it never was."""
+    status = checked(config, schedule, versions, device=device.name)
+    if status is not None:
+        path.append(f"check on {device.name}: {status}, on record")
+        return status == "ok"
+    from metalgen.verify import verify
+
+    error = tolerance = None
+    shape = ""
+    try:
+        result = verify(device, config, schedule)
+    except InvalidSchedule as problem:
+        path.append(f"{schedule}: {problem}")
+        return False
+    except MetalgenError as problem:
+        status, detail = "runtime", str(problem)
+    except (RuntimeError, ValueError) as problem:  # MLX's, from the compiler or the launch
+        status, detail = "compile", str(problem)
+    else:
+        status, detail = ("ok" if result.ok else "wrong"), result.detail
+        error, tolerance, shape = result.error, result.tolerance, result.shape
+    path.append(
+        f"check on {device.name}: {status} now"
+        + (f", relative error {error:.1e} of {tolerance:.0e}" if error is not None else "")
+        + (f" ({detail})" if detail else "")
+    )
+    try:
+        from metalgen.database.store import Store
+
+        with Store.open(busy=1.0) as store:
+            store.record_check(
+                config,
+                schedule,
+                versions,
+                device.name,
+                status,
+                error=error,
+                tolerance=tolerance,
+                shape=shape,
+                detail=detail,
+            )
+    except (MetalgenError, OSError) as problem:
+        path.append(f"the check could not be recorded: {problem}")
+    return status == "ok"
+
+
+def _mlx_is_fused(config: AttentionConfig) -> bool:
+    return not config.return_lse and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
+
+
+def _mlx(config: AttentionConfig) -> Runner:
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        if (config.causal and q.shape[2] > k.shape[2]) or 0 in k.shape:
+            # Rows that see no key: MLX's kernel gives NaN there, the definition zeros.
+            return attention_mlx(q, k, v, scale=scale, causal=config.causal)[0], None
+        mask = "causal" if config.causal else None
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
+
+    return run
+
+
+def _plain(config: AttentionConfig) -> Runner:
+    return get_device("reference").build(config, default_schedule(config))
+
+
+def _differentiable(
+    run: Runner, config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, scale: float
+) -> tuple[mx.array, mx.array | None]:
+    """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later)."""
+
+    @mx.custom_function
+    def attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
+        out, lse = run(q, k, v, scale)
+        return (out,) if lse is None else (out, lse)
+
+    @attention.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        def plain(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            return [out, lse] if config.return_lse else [out]
+
+        return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
+
+    outputs: tuple[mx.array, ...] = attention(q, k, v)  # type: ignore[assignment]
+    return outputs[0], outputs[1] if config.return_lse else None

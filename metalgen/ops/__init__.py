@@ -1,0 +1,1 @@
+"""What users call with arrays, one module an operation."""

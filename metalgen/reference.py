@@ -1,0 +1,75 @@
+"""Attention by its definition: in float64 for checking, in plain MLX for what has no kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def attention_float64(
+    q: Any, k: Any, v: Any, *, scale: float, causal: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Attention and its log-sum-exp in NumPy float64: what every kernel is checked against.
+
+    Args:
+        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``; anything that NumPy
+            converts to float64.
+        scale: factor of the scores.
+        causal: aligned at the lower right.
+
+    Returns:
+        ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there.
+    """
+    import numpy as np
+
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, repeats, axis=1) for x in (k, v))
+    scores = scale * (q @ np.swapaxes(k, -1, -2))
+    if causal:
+        i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None, :]
+        scores = np.where(j <= i + k.shape[2] - q.shape[2], scores, -np.inf)
+    peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = (weights @ v) / np.where(total == 0.0, 1.0, total)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total > 0.0, peak + np.log(total), -np.inf)[..., 0]
+    return out, lse
+
+
+def attention_mlx(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float | mx.array, causal: bool = False
+) -> tuple[mx.array, mx.array]:
+    """The same in plain MLX operations, in float32; lazy and differentiable.
+
+    Shapes as `attention_float64`; the output has the type of `q`, the log-sum-exp is float32.
+    Its memory grows with Lq * Lk.
+    """
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    grouped = q.astype(mx.float32).reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
+    k, values = (x.astype(mx.float32)[:, :, None] for x in (k, v))
+    scores = (grouped * scale) @ k.swapaxes(-1, -2)
+    if causal:
+        i, j = mx.arange(q_len)[:, None], mx.arange(kv_len)[None, :]
+        scores = mx.where(j <= i + (kv_len - q_len), scores, -mx.inf)
+    if kv_len:
+        peak = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
+        peak = mx.where(peak == -mx.inf, 0.0, peak)
+    else:
+        peak = mx.zeros((*scores.shape[:-1], 1))
+    weights = mx.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    safe = mx.where(total == 0.0, 1.0, total)  # a row without a key: zeros, and no NaN gradient
+    out = (weights @ values) / safe
+    lse = mx.where(total == 0.0, -mx.inf, peak + mx.log(safe))
+    return (
+        out.reshape(batch, heads, q_len, -1).astype(q.dtype),
+        lse.reshape(batch, heads, q_len),
+    )
