@@ -51,9 +51,10 @@ def attention_mlx(
     Shapes as `attention_float64`; the output has the type of `q`, the log-sum-exp is float32.
     Its memory grows with Lq * Lk.
     """
-    batch, heads, q_len, _ = q.shape
+    batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1:3]
-    grouped = q.astype(mx.float32).reshape(batch, kv_heads, heads // kv_heads, q_len, -1)
+    groups = (batch, kv_heads, heads // kv_heads, q_len, head_dim)
+    grouped = q.astype(mx.float32).reshape(groups)
     k, values = (x.astype(mx.float32)[:, :, None] for x in (k, v))
     scores = (grouped * scale) @ k.swapaxes(-1, -2)
     if causal:
@@ -70,6 +71,6 @@ def attention_mlx(
     out = (weights @ values) / safe
     lse = mx.where(total == 0.0, -mx.inf, peak + mx.log(safe))
     return (
-        out.reshape(batch, heads, q_len, -1).astype(q.dtype),
+        out.reshape(batch, heads, q_len, v.shape[3]).astype(q.dtype),
         lse.reshape(batch, heads, q_len),
     )

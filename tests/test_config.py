@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metalgen import ArgumentError, AttentionConfig
+from metalgen.problem import Problem, bucket
+
+configs = st.builds(
+    AttentionConfig,
+    head_dim=st.integers(8, 256),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    value_head_dim=st.none() | st.integers(8, 256),
+    heads_per_kv=st.integers(1, 64),
+    causal=st.booleans(),
+    return_lse=st.booleans(),
+)
+
+
+def test_a_key_is_canonical_json_without_defaults() -> None:
+    assert AttentionConfig(64).key == '{"dtype":"float16","head_dim":64}'
+    assert (
+        AttentionConfig(128, "bfloat16", value_head_dim=64, heads_per_kv=4, causal=True).key
+        == '{"causal":true,"dtype":"bfloat16","head_dim":128,"heads_per_kv":4,"value_head_dim":64}'
+    )
+
+
+def test_one_problem_has_one_spelling() -> None:
+    plain = AttentionConfig(64, "float16")
+    assert AttentionConfig(64, mx.float16) == plain  # type: ignore[arg-type]
+    assert AttentionConfig(64, value_head_dim=64) == plain
+    assert hash(AttentionConfig(64, value_head_dim=64)) == hash(plain)
+
+
+@given(configs)
+def test_json_round_trips(config: AttentionConfig) -> None:
+    assert AttentionConfig.from_json(config.key) == config
+
+
+@given(configs, configs)
+def test_keys_differ_exactly_when_configs_do(a: AttentionConfig, b: AttentionConfig) -> None:
+    assert (a.key == b.key) == (a == b)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head_dim": 7}, "head_dim: expected an integer from 8 to 256, but got 7"),
+        ({"head_dim": 64.0}, "head_dim: expected an integer from 8 to 256, but got 64.0"),
+        ({"head_dim": True}, "head_dim: expected an integer from 8 to 256, but got True"),
+        (
+            {"head_dim": 64, "dtype": "int8"},
+            "dtype: expected one of float32, float16, bfloat16, but got 'int8'",
+        ),
+        (
+            {"head_dim": 64, "value_head_dim": 257},
+            "value_head_dim: expected an integer from 8 to 256, but got 257",
+        ),
+        (
+            {"head_dim": 64, "heads_per_kv": 0},
+            "heads_per_kv: expected an integer from 1 to 1024, but got 0",
+        ),
+        ({"head_dim": 64, "causal": 1}, "causal: expected True or False, but got 1"),
+        ({"dtype": "float16"}, "config: expected a field head_dim, but got ['dtype']"),
+    ],
+)
+def test_a_bad_field_is_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        AttentionConfig.from_dict(fields)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"head_dim":64,"evil":1}', "[" * 100000])
+def test_json_of_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentError, match="^config: expected"):
+        AttentionConfig.from_json(text)
+
+
+@pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (1000, 1024), (1024, 1024)])
+def test_buckets_are_the_next_power_of_two(n: int, power: int) -> None:
+    assert bucket(n) == power
+
+
+def test_a_problem_is_filed_under_its_buckets() -> None:
+    config = AttentionConfig(64, heads_per_kv=3)
+    problem = Problem(config, 9, 1000, 1025)
+    assert problem == Problem(config, 16, 1024, 2048)
+    assert problem.key == (
+        '{"batch_heads":16,"config":{"dtype":"float16","head_dim":64,"heads_per_kv":3},'
+        '"family":"forward","kv_len":2048,"q_len":1024}'
+    )
+    assert problem.heads == 15  # the multiple of 3 below the bucket
+    with pytest.raises(ArgumentError, match="q_len"):
+        Problem(config, 1, 0, 1)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from metalgen import ArgumentError, AttentionConfig, InvalidSchedule, Schedule
+from metalgen.schedule import (
+    Limits,
+    check_schedule,
+    default_schedule,
+    is_valid,
+    register_estimate,
+    threadgroup_bytes,
+)
+
+D64 = AttentionConfig(64)
+PLAIN = Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)
+
+
+def test_json_round_trips_and_leaves_defaults_out() -> None:
+    schedule = replace(PLAIN, k_source="device", load_width=4)
+    assert schedule.to_dict() == {
+        "bq": 64,
+        "bk": 32,
+        "bd": 64,
+        "simdgroups": 4,
+        "row_blocks": 2,
+        "k_source": "device",
+        "load_width": 4,
+    }
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
+    assert PLAIN.key == '{"bd":64,"bk":32,"bq":64,"row_blocks":2,"simdgroups":4}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"bq": "64"}, "bq"),
+        ({"bq": True}, "bq"),
+        ({"bk": 7}, "bk"),
+        ({"q_source": "__import__('os')"}, "q_source"),
+        ({"buffers": 1.0}, "buffers"),
+        ({"color": 1}, "schedule"),
+    ],
+)
+def test_a_value_outside_the_choices_is_refused(fields: dict[str, object], name: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        Schedule.from_dict(PLAIN.to_dict() | fields)
+    assert caught.value.argument == name
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"bq": 32}, "bq"),
+        ({"bq": 512, "row_blocks": 8, "simdgroups": 8, "bk": 12}, "choices"),
+        ({"bd": 72}, "bd"),
+        ({"k_source": "device", "v_source": "device", "bd": 32}, "bd"),
+        ({"k_source": "device", "v_source": "device", "buffers": 2}, "buffers"),
+        ({"bk": 256, "bd": 64}, "threadgroup memory"),
+        ({"load_width": 3}, "choices"),
+    ],
+)
+def test_an_invalid_schedule_names_the_rule(change: dict[str, object], rule: str) -> None:
+    with pytest.raises(InvalidSchedule) as caught:
+        check_schedule(D64, replace(PLAIN, **change))  # type: ignore[arg-type]
+    assert caught.value.rule == rule
+
+
+def test_limits_are_the_chips() -> None:
+    assert is_valid(D64, PLAIN)
+    assert not is_valid(D64, PLAIN, Limits(threads=64))
+    assert not is_valid(D64, PLAIN, Limits(threadgroup_bytes=4096))
+    with pytest.raises(InvalidSchedule, match="128 threads of at most 64"):
+        check_schedule(D64, PLAIN, Limits(threads=64))
+
+
+def test_float32_needs_no_widening() -> None:
+    with pytest.raises(InvalidSchedule) as caught:
+        check_schedule(AttentionConfig(64, "float32"), replace(PLAIN, fragment="float32"))
+    assert caught.value.rule == "fragment"
+
+
+def test_threadgroup_memory_by_hand() -> None:
+    # One staging buffer: 32 rows of 64 halves and 16 bytes.
+    assert threadgroup_bytes(D64, PLAIN) == 32 * (128 + 16)
+    # Two of 32 columns, and 64 rows of Q.
+    both = replace(PLAIN, bd=32, buffers=2, q_source="threadgroup")
+    assert threadgroup_bytes(D64, both) == 2 * 32 * (64 + 16) + 64 * (128 + 16)
+    direct = replace(PLAIN, k_source="device", v_source="device")
+    assert threadgroup_bytes(D64, direct) == 0
+
+
+def test_register_estimate_by_hand() -> None:
+    # 16 rows: O 64, S 32, Q 32 half-registers, and 85.
+    assert register_estimate(D64, PLAIN) == 64 + 32 + 32 + 85
+    assert register_estimate(D64, replace(PLAIN, q_source="threadgroup")) == 64 + 32 + 85
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("limits", [Limits(), Limits(threadgroup_bytes=16384)])
+def test_there_is_a_valid_default_for_every_width(dtype: str, limits: Limits) -> None:
+    for head_dim in range(8, 257, 4):
+        for value_head_dim in (None, 8, 100, 256):
+            config = AttentionConfig(head_dim, dtype, value_head_dim=value_head_dim)
+            check_schedule(config, default_schedule(config, limits), limits)
