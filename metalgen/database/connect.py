@@ -1,0 +1,89 @@
+"""Opening a tuning database with the standard library, and telling what is wrong with it."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote
+
+from metalgen.database.errors import (
+    ForeignDatabase,
+    MissingDatabase,
+    NewerDatabase,
+    OlderDatabase,
+    UnreadableDatabase,
+    explain_sqlite,
+)
+from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION
+
+
+def open_for_reading(path: Path, *, timeout: float = 0.05) -> sqlite3.Connection:
+    """A connection that can only read, checked to be a metalgen database of this schema.
+
+    Where no writer has left a write-ahead log, the file is opened as immutable: no locks, no
+    shared memory, and a folder that may not be written is no obstacle.
+
+    Args:
+        path: the database file.
+        timeout: seconds to wait for a lock.
+
+    Raises:
+        DatabaseError: missing, unreadable, locked, foreign, of an earlier or a later schema.
+    """
+    try:
+        if path.is_dir():
+            raise UnreadableDatabase(path, "is a folder, not a file")
+        if not path.is_file():
+            raise MissingDatabase(path, "does not exist yet")
+        log = path.with_name(path.name + "-wal")
+        mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+    except OSError as error:
+        raise UnreadableDatabase(path, f"cannot be opened ({error.strerror})") from error
+    connection = None
+    try:
+        connection = sqlite3.connect(
+            f"file:{quote(str(path.absolute()))}?{mode}", uri=True, timeout=timeout
+        )
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA query_only = ON")
+        check_header(connection, path)
+    except sqlite3.Error as error:
+        if connection:
+            connection.close()
+        raise explain_sqlite(path, error) from error
+    except BaseException:
+        if connection:
+            connection.close()
+        raise
+    return connection
+
+
+def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: bool = False) -> None:
+    """Whether the file is ours and of a schema that we know.
+
+    An empty file, and with `may_migrate` an earlier schema, passes as one to be written to.
+
+    Raises:
+        ForeignDatabase, NewerDatabase, OlderDatabase: see there.
+        sqlite3.Error: the file cannot be read.
+    """
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if application != APPLICATION_ID:
+        empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if empty and application == 0 and version == 0 and may_migrate:
+            return
+        raise ForeignDatabase(
+            path, "not a metalgen database; it is left alone, set METALGEN_DB to another file"
+        )
+    if version > SCHEMA_VERSION:
+        raise NewerDatabase(
+            path,
+            f"written by a later metalgen (schema {version}, this one knows {SCHEMA_VERSION}); "
+            "update metalgen, or set METALGEN_DB to another file",
+        )
+    if version < SCHEMA_VERSION and not may_migrate:
+        raise OlderDatabase(
+            path,
+            f"has schema {version}, not {SCHEMA_VERSION}; `metalgen tune` brings it up to date",
+        )

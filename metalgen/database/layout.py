@@ -1,0 +1,34 @@
+"""What readers and writers of a tuning database agree on; standard library only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+APPLICATION_ID = 0x6D67656E
+"""``mgen`` in SQLite's header: tells our databases from others."""
+
+SCHEMA_VERSION = 1
+"""Kept in SQLite's ``user_version``: the number of migrations that were applied."""
+
+STATUSES = ("ok", "invalid", "compile", "runtime", "timeout", "wrong")
+"""How a measurement or a check ended. Only ``ok`` rows have a time that counts."""
+
+PROVENANCES = ("measured", "modelled")
+"""Where a time comes from: a device's clock, or the chip model. In order of rank."""
+
+PHASES = ("final", "search")
+"""A final was taken interleaved with the default and with MLX. In order of rank."""
+
+MAX_TEXT = 1 << 16
+"""Characters of the longest text that is read from a row or a record."""
+
+
+def user_database() -> Path:
+    """Where the user's measurements are: ``METALGEN_DB``, or the platform's data directory."""
+    configured = os.environ.get("METALGEN_DB")
+    if configured:
+        return Path(configured).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("metalgen", appauthor=False)) / "tuning.db"

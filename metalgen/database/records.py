@@ -1,0 +1,75 @@
+"""The tuning records that metalgen ships: ``tuning_db/<chip>.jsonl``, one measurement a line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+from metalgen.database.measurement import Measurement
+from metalgen.errors import MetalgenError
+from metalgen.problem import Problem
+from metalgen.resources import MissingResource, tuning_db_dir
+
+
+def record_file(chip: str, folder: Path | None = None) -> Path:
+    """The file that carries a chip's shipped records; it need not exist."""
+    return (folder or tuning_db_dir()) / f"{chip.lower()}.jsonl"
+
+
+def shipped_buckets(
+    problem: Problem, chip: str, template_hash: str, folder: Path | None = None
+) -> dict[str, list[Measurement]]:
+    """Verified shipped records of the problem's config and family on a chip, by problem key.
+
+    Best first: measured before modelled, finals before the rest, quicker before slower. Lines
+    that are not records are left out. An unreadable file is the same as none.
+    """
+    try:
+        path = record_file(chip, folder)
+        stamp = path.stat()
+        lines = _lines(path, stamp.st_mtime_ns, stamp.st_size)
+    except (OSError, MissingResource):
+        return {}
+    # Lines are canonical, so the key occurs in them as it stands; only those are decoded.
+    found: dict[str, list[Measurement]] = {}
+    for line in lines:
+        if problem.config.key in line and template_hash in line:
+            m = _decode(line)
+            if (
+                m is not None
+                and m.chip == chip
+                and m.verified
+                and m.template_hash == template_hash
+                and m.problem.config == problem.config
+                and m.problem.family == problem.family
+            ):
+                found.setdefault(m.problem.key, []).append(m)
+    for records in found.values():
+        records.sort(key=_rank)
+    return found
+
+
+def write_records(path: Path, measurements: Iterable[Measurement]) -> int:
+    """Write measurements as canonical lines, sorted, without duplicates; returns how many."""
+    lines = sorted({m.to_line() for m in measurements})
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return len(lines)
+
+
+def _rank(m: Measurement) -> tuple[bool, bool, float, str]:
+    return m.provenance != "measured", m.phase != "final", m.seconds or 0.0, m.schedule.key
+
+
+@functools.lru_cache(maxsize=32)
+def _lines(path: Path, mtime: int, size: int) -> tuple[str, ...]:
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    return tuple(text.splitlines())
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode(line: str) -> Measurement | None:
+    try:
+        return Measurement.from_line(line)
+    except MetalgenError:
+        return None

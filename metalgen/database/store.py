@@ -1,0 +1,483 @@
+"""Writing measurements, checks and runs; sqlite-utils over SQLite in write-ahead mode."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+
+from metalgen.config import AttentionConfig
+from metalgen.database.connect import check_header, open_for_reading
+from metalgen.database.errors import (
+    DatabaseError,
+    LockedDatabase,
+    ReadOnlyDatabase,
+    UnreadableDatabase,
+    explain_sqlite,
+)
+from metalgen.database.layout import user_database
+from metalgen.database.measurement import Measurement, host, now
+from metalgen.database.schema import migrate
+from metalgen.errors import ArgumentError, MetalgenError
+from metalgen.problem import Problem
+from metalgen.schedule import Schedule
+
+BUSY_SECONDS = 30.0
+"""How long a write waits for another process before the database counts as locked."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One execution of a config by a schedule against the float64 reference.
+
+    ``error`` and ``tolerance`` are relative (norm over norm); ``shape`` says what was run.
+    """
+
+    config: AttentionConfig
+    schedule: Schedule
+    template_hash: str
+    device: str
+    status: str
+    error: float | None = None
+    tolerance: float | None = None
+    shape: str = ""
+    detail: str = ""
+    family: str = "forward"
+    created: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the kernel may be dispatched as far as this check goes."""
+        return self.status == "ok"
+
+
+class Store:
+    """An open tuning database. Every method either commits before it returns or changes nothing.
+
+    Use `Store.open`; a store is a context manager and belongs to one thread.
+    """
+
+    def __init__(self, db: Database, path: Path) -> None:
+        self.db = db
+        self.path = path
+
+    @classmethod
+    def open(
+        cls, path: Path | str | None = None, *, read_only: bool = False, busy: float = BUSY_SECONDS
+    ) -> Store:
+        """Open the database, and create or migrate it unless `read_only`.
+
+        Args:
+            path: the file; None means `metalgen.database.layout.user_database`.
+            read_only: never write, not even a new file.
+            busy: seconds to wait for another process.
+
+        Raises:
+            DatabaseError: one of its subclasses names what is wrong; nothing was changed.
+        """
+        path = user_database() if path is None else Path(path)
+        if read_only:
+            connection = open_for_reading(path, timeout=busy)
+            return cls(Database(connection, execute_plugins=False), path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnreadableDatabase(
+                path, f"its folder cannot be made ({error.strerror})"
+            ) from error
+        if path.is_dir():
+            raise UnreadableDatabase(path, "is a folder, not a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ReadOnlyDatabase(path, "read-only; set METALGEN_DB to a file you can write")
+        with _explained(path):
+            connection = sqlite3.connect(path, timeout=busy)
+            try:
+                connection.execute("PRAGMA trusted_schema = OFF")
+                check_header(connection, path, may_migrate=True)
+                _write_ahead(connection, busy)
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute("PRAGMA foreign_keys = ON")
+                db = Database(connection, execute_plugins=False)
+                migrate(db)
+            except BaseException:
+                connection.close()
+                raise
+        return cls(db, path)
+
+    def close(self) -> None:
+        """Close the file; the last process to do so folds the write-ahead log in."""
+        self.db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Runs
+
+    def begin_run(self, chip: str, seed: int, notes: dict[str, Any] | None = None) -> str:
+        """Record that a tuning run began; returns its id."""
+        run = uuid.uuid4().hex
+        with self._writing():
+            self.db.table("runs").insert(
+                {
+                    "id": run,
+                    "started": now(),
+                    "chip": chip,
+                    "seed": seed,
+                    "notes": json.dumps(notes or {}, sort_keys=True),
+                }
+            )
+        return run
+
+    def end_run(self, run: str, outcome: str) -> None:
+        """Record how a run ended: ``"finished"``, ``"interrupted"``, ``"budget"``, ``"failed"``."""
+        with self._writing():
+            self.db.execute(
+                "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", [now(), outcome, run]
+            )
+
+    # Measurements
+
+    def add_measurement(self, measurement: Measurement) -> bool:
+        """Commit one measurement; False where the same one is there already, which is kept."""
+        return self.add_measurements([measurement]) == 1
+
+    def add_measurements(
+        self, measurements: Iterable[Measurement], *, replace_predictions: bool = False
+    ) -> int:
+        """Commit several measurements at once, all or none; returns how many were new.
+
+        Args:
+            measurements: each with its ``run`` begun before.
+            replace_predictions: first remove modelled rows of the same problem, templates and
+                chip that another version of the chip model made. Measured rows are never removed.
+        """
+        added = 0
+        with self._writing():
+            stale: set[tuple[Any, ...]] = set()
+            for m in measurements:
+                problem = self._id("problems", _problem_row(m.problem))
+                if replace_predictions and m.provenance == "modelled":
+                    stale.add((problem, m.template_hash, m.chip, m.cores, m.policy))
+                added += self._insert(m, problem)
+            for group in stale:
+                self.db.execute(
+                    "DELETE FROM measurements WHERE provenance = 'modelled' AND problem = ? "
+                    "AND template_hash = ? AND chip = ? AND cores = ? AND policy <> ?",
+                    group,
+                )
+        return added
+
+    def _insert(self, m: Measurement, problem: int) -> int:
+        statuses = self._check_statuses(
+            m.problem.family, m.problem.config.key, m.schedule.key, m.template_hash
+        )
+        verified = m.status == "ok" and (m.verified or bool(statuses)) and statuses <= {"ok"}
+        row = {
+            "problem": problem,
+            "schedule": self._id("schedules", {"key": m.schedule.key}),
+            "template_hash": m.template_hash,
+            "chip": m.chip,
+            "cores": m.cores,
+            "device": m.device,
+            "provenance": m.provenance,
+            "policy": m.policy,
+            "phase": m.phase,
+            "status": m.status,
+            "verified": int(verified),
+            "seconds": m.seconds,
+            "spread": m.spread,
+            "samples": json.dumps(list(m.samples)),
+            "default_seconds": m.default_seconds,
+            "mlx_seconds": m.mlx_seconds,
+            "error": m.error,
+            "detail": m.detail,
+            "os": m.os,
+            "mlx_version": m.mlx_version,
+            "metalgen_version": m.metalgen_version,
+            "run": m.run,
+            "created": m.created,
+        }
+        marks = ", ".join("?" for _ in row)
+        cursor = self.db.execute(
+            f"INSERT INTO measurements ({', '.join(row)}) VALUES ({marks}) "
+            "ON CONFLICT (problem, schedule, template_hash, chip, cores, device, provenance, "
+            "policy, phase) DO NOTHING",
+            list(row.values()),
+        )
+        return cursor.rowcount
+
+    def measurements(
+        self,
+        problem: Problem | None = None,
+        *,
+        chip: str | None = None,
+        template_hash: str | None = None,
+        provenance: str | None = None,
+        policy: str | None = None,
+        phase: str | None = None,
+        verified: bool | None = None,
+    ) -> list[Measurement]:
+        """The measurements that fit every argument given, in the order they were committed.
+
+        A row that does not hold what it should (someone edited the file) is left out; `health`
+        counts those.
+        """
+        return [m for m in self._measurements(problem, locals()) if m is not None]
+
+    def _measurements(
+        self, problem: Problem | None, filters: dict[str, Any]
+    ) -> Iterator[Measurement | None]:
+        names = ("chip", "template_hash", "provenance", "policy", "phase", "verified")
+        where = {f"m.{name}": filters[name] for name in names if filters.get(name) is not None}
+        if problem is not None:
+            where["p.key"] = problem.key
+        condition = " AND ".join(f"{name} = ?" for name in where) or "1"
+        with _explained(self.path):
+            rows = list(
+                self.db.query(
+                    "SELECT m.*, p.key AS problem_key, s.key AS schedule_key "
+                    "FROM measurements m JOIN problems p ON p.id = m.problem "
+                    f"JOIN schedules s ON s.id = m.schedule WHERE {condition} ORDER BY m.id",
+                    list(where.values()),
+                )
+            )
+        for row in rows:
+            yield _measurement(row)
+
+    def problems(self, chip: str | None = None) -> list[Problem]:
+        """Every problem that has a measurement (on `chip`), in the order of their keys."""
+        with _explained(self.path):
+            rows = self.db.execute(
+                "SELECT key FROM problems p WHERE EXISTS (SELECT 1 FROM measurements m "
+                "WHERE m.problem = p.id AND (?1 IS NULL OR m.chip = ?1)) ORDER BY key",
+                [chip],
+            ).fetchall()
+        return [p for (key,) in rows if (p := _problem(key)) is not None]
+
+    # Checks
+
+    def record_check(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        template_hash: str,
+        device: str,
+        status: str,
+        *,
+        error: float | None = None,
+        tolerance: float | None = None,
+        shape: str = "",
+        detail: str = "",
+        family: str = "forward",
+    ) -> None:
+        """Commit the outcome of a check, and what follows for the measurements of that kernel.
+
+        Passed: its rows become verified, unless the check failed on another device. Failed: its
+        rows that were ``ok`` take the check's status, and cannot win. An earlier outcome on the
+        same device is replaced.
+        """
+        with self._writing():
+            self.db.table("checks").upsert(
+                {
+                    "family": family,
+                    "config": config.key,
+                    "schedule": schedule.key,
+                    "template_hash": template_hash,
+                    "device": device,
+                    "status": status,
+                    "error": error,
+                    "tolerance": tolerance,
+                    "shape": shape,
+                    "detail": detail,
+                    **host(),
+                    "created": now(),
+                },
+                pk=("config", "family", "schedule", "template_hash", "device"),
+            )
+            concerned = (
+                "status = 'ok' AND template_hash = ? "
+                "AND schedule = (SELECT id FROM schedules WHERE key = ?) "
+                "AND problem IN (SELECT id FROM problems WHERE config = ? AND family = ?)"
+            )
+            where = [template_hash, schedule.key, config.key, family]
+            statuses = self._check_statuses(family, config.key, schedule.key, template_hash)
+            if status != "ok":
+                self.db.execute(
+                    "UPDATE measurements SET status = ?, verified = 0, error = ?, detail = ? "
+                    f"WHERE {concerned}",
+                    [status, error, detail, *where],
+                )
+            elif statuses == {"ok"}:
+                self.db.execute(
+                    f"UPDATE measurements SET verified = 1, error = ? WHERE {concerned}",
+                    [error, *where],
+                )
+
+    def find_check(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        template_hash: str,
+        device: str | None = None,
+        *,
+        family: str = "forward",
+    ) -> Check | None:
+        """The check of a kernel on `device`; with None on any, a failed one before a passed one."""
+        with _explained(self.path):
+            row = next(
+                self.db.query(
+                    "SELECT * FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
+                    "template_hash = ? AND (?5 IS NULL OR device = ?5) ORDER BY status = 'ok'",
+                    [config.key, family, schedule.key, template_hash, device],
+                ),
+                None,
+            )
+        if row is None:
+            return None
+        names = ("device", "status", "error", "tolerance", "shape", "detail", "created")
+        return Check(
+            config, schedule, template_hash, family=family, **{name: row[name] for name in names}
+        )
+
+    def _check_statuses(
+        self, family: str, config: str, schedule: str, template_hash: str
+    ) -> set[str]:
+        rows = self.db.execute(
+            "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? "
+            "AND template_hash = ?",
+            [config, family, schedule, template_hash],
+        )
+        return {status for (status,) in rows}
+
+    # Pins
+
+    def pin(self, problem: Problem, schedule: Schedule, note: str = "") -> None:
+        """Make look-ups of a problem answer with this schedule, for A/B tests."""
+        with self._writing():
+            self.db.table("pins").upsert(
+                {
+                    "problem": self._id("problems", _problem_row(problem)),
+                    "schedule": self._id("schedules", {"key": schedule.key}),
+                    "note": note,
+                    "created": now(),
+                },
+                pk="problem",
+            )
+
+    def unpin(self, problem: Problem) -> None:
+        """Undo `pin`."""
+        with self._writing():
+            self.db.execute(
+                "DELETE FROM pins WHERE problem = (SELECT id FROM problems WHERE key = ?)",
+                [problem.key],
+            )
+
+    def health(self) -> dict[str, Any]:
+        """What `metalgen doctor` says: rows by kind, unreadable rows, and SQLite's own check."""
+        with _explained(self.path):
+            integrity = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            counts = self.db.execute(
+                "SELECT provenance, status, count(*) FROM measurements GROUP BY 1, 2 ORDER BY 1, 2"
+            ).fetchall()
+            tables = ("problems", "schedules", "measurements", "checks", "runs", "pins")
+            sizes = {
+                name: self.db.execute(f"SELECT count(*) FROM {name}").fetchone()[0]
+                for name in tables
+            }
+        bad = sum(m is None for m in self._measurements(None, {}))
+        return {
+            "integrity": integrity,
+            "rows": sizes,
+            "measurements": {f"{p} {s}": n for p, s, n in counts},
+            "unreadable_rows": bad,
+        }
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction that takes the write lock at once, so that it can wait for it."""
+        with _explained(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                self.db.rollback()
+                raise
+
+    def _id(self, table: str, row: dict[str, Any]) -> int:
+        found = self.db.execute(f"SELECT id FROM {table} WHERE key = ?", [row["key"]]).fetchone()
+        if found:
+            return int(found[0])
+        return int(self.db.table(table).insert(row).last_pk)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise DatabaseError(path, f"a row was refused ({error})") from error
+    except sqlite3.Error as error:
+        raise explain_sqlite(path, error) from error
+
+
+def _write_ahead(connection: sqlite3.Connection, busy: float) -> None:
+    """Switch to write-ahead logging; SQLite does not wait by itself while others open the file."""
+    deadline = time.monotonic() + busy
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            locked = isinstance(explain_sqlite("", error), LockedDatabase)
+            if not locked or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _problem_row(problem: Problem) -> dict[str, Any]:
+    return {
+        "key": problem.key,
+        "family": problem.family,
+        "config": problem.config.key,
+        "batch_heads": problem.batch_heads,
+        "q_len": problem.q_len,
+        "kv_len": problem.kv_len,
+    }
+
+
+def _problem(key: str) -> Problem | None:
+    try:
+        fields = json.loads(key)
+        config = AttentionConfig.from_dict(fields.pop("config"))
+        return Problem(config, **fields)
+    except (MetalgenError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _measurement(row: dict[str, Any]) -> Measurement | None:
+    try:
+        fields = {
+            name: value
+            for name, value in row.items()
+            if name not in ("id", "problem", "schedule", "problem_key", "schedule_key")
+        }
+        fields |= json.loads(row["problem_key"])
+        fields["schedule"] = json.loads(row["schedule_key"])
+        fields["samples"] = json.loads(row["samples"])
+        fields["verified"] = {0: False, 1: True}[row["verified"]]
+        return Measurement.from_record(fields)
+    except (ArgumentError, KeyError, TypeError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,261 @@
+"""What the store keeps, when it commits, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, modelled, row
+
+from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION
+from metalgen.database.measurement import Measurement
+from metalgen.database.store import Store
+from metalgen.errors import ArgumentError
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def test_a_measurement_comes_back_whole_from_a_store_that_was_closed(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "tuning.db"
+    with Store.open(path) as store:
+        run = store.begin_run("M3Max", seed=7)
+        sent = row(
+            samples=(1e-3, 1.1e-3, 0.9e-3),
+            spread=2e-4,
+            default_seconds=2e-3,
+            mlx_seconds=3e-3,
+            phase="final",
+            run=run,
+        )
+        failed = row(SECOND, None, status="compile", detail="line 3: no such type", run=run)
+        assert store.add_measurement(sent) is True
+        assert store.add_measurement(failed) is True
+    with Store.open(path) as store:
+        assert store.measurements() == [sent, failed]
+        assert store.measurements(PROBLEM, phase="final") == [sent]
+        assert store.problems("M3Max") == [PROBLEM]
+        assert store.problems("M1") == []
+
+
+def test_a_measurement_that_is_there_already_is_kept_and_not_duplicated(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        first = row(run=run)
+        assert store.add_measurement(first) is True
+        assert store.add_measurement(row(seconds=5.0, run=run)) is False
+        assert store.measurements() == [first]
+        others = [
+            row(run=run, policy="another"),
+            row(run=run, phase="final"),
+            row(run=run, template_hash="f" * 16),
+            row(run=run, chip="M3Max-30", cores=30),
+            row(SECOND, run=run),
+        ]
+        assert store.add_measurements(others) == 5
+        assert len(store.measurements()) == 6
+
+
+def test_rows_of_one_call_are_committed_all_or_none(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        with pytest.raises(Exception, match="FOREIGN KEY"):
+            store.add_measurements([row(run=run), row(SECOND, run="no such run")])
+        assert store.measurements() == []
+
+
+def test_a_new_chip_model_replaces_its_predictions_and_no_measurement(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        measured = row(run=run)
+        other_chip = modelled(run=run, chip="M1", cores=8)
+        store.add_measurements([measured, other_chip, modelled(run=run), modelled(SECOND, run=run)])
+        new = modelled(SECOND, 2e-3, run=run, policy="model 2")
+        store.add_measurements([new], replace_predictions=True)
+        assert store.measurements() == [measured, other_chip, new]
+
+
+def test_a_passed_check_verifies_every_row_of_that_kernel_and_later_ones(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        longer = dataclasses.replace(PROBLEM, q_len=2048, kv_len=2048)
+        store.add_measurements([row(run=run), row(run=run, problem=longer), row(SECOND, run=run)])
+        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=3e-4, tolerance=1e-3)
+        store.add_measurement(row(run=run, chip="M1", cores=8))
+        rows = store.measurements()
+        assert [(m.schedule, m.verified, m.error) for m in rows] == [
+            (FIRST, True, 3e-4),
+            (FIRST, True, 3e-4),
+            (SECOND, False, None),
+            (FIRST, True, None),
+        ]
+        check = store.find_check(CONFIG, FIRST, HASH, "simulator")
+        assert check is not None and check.ok
+        assert (check.error, check.tolerance) == (3e-4, 1e-3)
+        assert store.find_check(CONFIG, FIRST, HASH, "metal") is None
+        assert store.find_check(CONFIG, FIRST, "f" * 16) is None
+
+
+def test_a_failed_check_takes_the_win_from_rows_whatever_passed_elsewhere(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurement(row(run=run))
+        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=1e-4)
+        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", error=0.5, detail="row 3")
+        (m,) = store.measurements()
+        assert (m.status, m.verified, m.error, m.detail) == ("wrong", False, 0.5, "row 3")
+        assert m.seconds == 1e-3  # what was measured stays
+        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=1e-4)
+        store.add_measurement(row(run=run, chip="M1", cores=8))
+        assert [m.verified for m in store.measurements()] == [False, False]
+        found = store.find_check(CONFIG, FIRST, HASH)
+        assert found is not None and found.status == "wrong"
+
+
+def test_runs_keep_their_seed_and_outcome(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", seed=7, notes={"trials": 5})
+        store.end_run(run, "interrupted")
+        (kept,) = store.db.query("SELECT id, chip, seed, outcome, notes FROM runs")
+        assert kept == {
+            "id": run,
+            "chip": "M3Max",
+            "seed": 7,
+            "outcome": "interrupted",
+            "notes": '{"trials": 5}',
+        }
+
+
+def test_the_file_says_that_it_is_ours_and_which_schema_it_has(tmp_path: Path) -> None:
+    Store.open(tmp_path / "t.db").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "t.db")) as connection:
+        assert connection.execute("PRAGMA application_id").fetchone() == (APPLICATION_ID,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        names = connection.execute("SELECT name FROM _sqlite_migrations").fetchall()
+    assert names == [("m001_problems_schedules_measurements_checks_runs_pins",)]
+
+
+def test_health_counts_rows_and_finds_those_that_someone_spoiled(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurements([row(run=run), modelled(SECOND, run=run)])
+        store.db.execute("UPDATE schedules SET key = '{\"bq\":7}' WHERE key = ?", [SECOND.key])
+        store.db.conn.commit()
+        assert store.health() == {
+            "integrity": "ok",
+            "rows": {
+                "problems": 1,
+                "schedules": 2,
+                "measurements": 2,
+                "checks": 0,
+                "runs": 1,
+                "pins": 0,
+            },
+            "measurements": {"measured ok": 1, "modelled ok": 1},
+            "unreadable_rows": 1,
+        }
+        assert [m.schedule for m in store.measurements()] == [FIRST]
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"status": "good"}, "status"),
+        ({"provenance": "guessed"}, "provenance"),
+        ({"phase": "middle"}, "phase"),
+        ({"seconds": None}, "seconds"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"spread": -1.0}, "spread"),
+        ({"samples": (1.0, float("inf"))}, "samples"),
+    ],
+)
+def test_a_measurement_that_cannot_be_is_refused(changes: dict, argument: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        row(**changes)
+    assert caught.value.argument == argument
+
+
+def test_a_record_line_is_canonical_and_comes_back_equal() -> None:
+    sent = row(samples=(1e-3, 2e-3), verified=True, error=1e-4)
+    line = sent.to_line()
+    assert Measurement.from_line(line) == sent
+    assert line == Measurement.from_line(line).to_line()
+    assert line.startswith('{"batch_heads":32,"chip":"M3Max","config":{"causal":true,')
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "record: expected a line of JSON"),
+        ("[1]", "record: expected an object of fields"),
+        ("[" * 100_000, "record: expected a line of JSON"),
+        ("{}", "family: expected one of forward"),
+    ],
+)
+def test_a_line_that_is_no_record_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        Measurement.from_line(text)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_process_killed_while_it_adds_rows_loses_none_that_it_committed(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from metalgen.database.store import Store
+        from database_samples import row
+        with Store.open(sys.argv[1]) as store:
+            run = store.begin_run("M3Max", 0)
+            for i in range(100_000):
+                store.add_measurement(row(run=run, policy=str(i)))
+                print(i, flush=True)
+    """
+    path = tmp_path / "t.db"
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(path)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    seen = -1
+    while seen < 20:
+        seen = int(child.stdout.readline())
+    os.kill(child.pid, signal.SIGKILL)
+    seen = max([seen, *map(int, child.communicate()[0].split())])
+    with Store.open(path) as store:
+        policies = [int(m.policy) for m in store.measurements()]
+        assert policies[: seen + 1] == list(range(seen + 1))
+        assert store.health()["integrity"] == "ok"
+
+
+def test_two_writers_that_start_together_lose_no_row(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from metalgen.database.store import Store
+        from database_samples import row
+        with Store.open(sys.argv[1]) as store:
+            run = store.begin_run("M3Max", 0)
+            for i in range(100):
+                store.add_measurement(row(run=run, policy=sys.argv[2] + str(i)))
+    """
+    path = tmp_path / "t.db"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), str(path), name], env=ENVIRONMENT
+        )
+        for name in "ab"
+    ]
+    assert [child.wait() for child in children] == [0, 0]
+    with Store.open(path) as store:
+        assert sorted(m.policy for m in store.measurements()) == sorted(
+            f"{name}{i}" for name in "ab" for i in range(100)
+        )
