@@ -1,0 +1,59 @@
+"""Executes Metal compute kernels on a CPU, checks them and counts what they do.
+
+>>> from metalgen import simulator
+>>> kernel = simulator.metal_kernel(...)           # as mx.fast.metal_kernel
+>>> with simulator.record(checked=True) as runs:   # races, bounds, uninitialised reads, ...
+...     kernel(inputs=[...], ...)
+>>> print(runs[0].findings.report(), runs[0].counters)
+
+``install()`` runs code that calls ``mx.fast.metal_kernel`` unchanged; ``limits()`` bounds time,
+memory and processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metalgen.simulator.api import MetalKernel, install, metal_kernel
+    from metalgen.simulator.counters import BufferTraffic, Counters
+    from metalgen.simulator.executor import Limits, limits
+    from metalgen.simulator.findings import Access, Finding, Findings
+    from metalgen.simulator.launch import Launch, Recorder, record
+
+_HOMES = {
+    "api": ("MetalKernel", "install", "metal_kernel"),
+    "counters": ("BufferTraffic", "Counters"),
+    "executor": ("Limits", "limits"),
+    "findings": ("Access", "Finding", "Findings"),
+    "launch": ("Launch", "Recorder", "record"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Access",
+    "BufferTraffic",
+    "Counters",
+    "Finding",
+    "Findings",
+    "Launch",
+    "Limits",
+    "MetalKernel",
+    "Recorder",
+    "install",
+    "limits",
+    "metal_kernel",
+    "record",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

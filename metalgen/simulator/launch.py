@@ -1,0 +1,203 @@
+"""One launch of a compiled kernel: buffers in, outputs, findings and counters out."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from metalgen.simulator import errors, executor, report
+from metalgen.simulator.counters import Counters
+from metalgen.simulator.executor import Job, LaunchMemory, ProcessFailed, Segment
+from metalgen.simulator.findings import Findings
+
+if TYPE_CHECKING:
+    from metalgen.simulator.compiler import CompiledKernel
+
+MAX_THREADS = 1024
+MAX_BUFFERS = 31
+POISON = 0xFF
+"""Byte that fills outputs before a launch: NaN in every floating-point type, -1 in integers."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is known of one finished launch.
+
+    ``findings`` and ``counters`` are None for a plain run; ``seconds`` is the time inside the
+    kernel on this CPU (it says nothing of a GPU); ``source`` is the text that line numbers in
+    findings refer to.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    seconds: float
+    processes: int
+    source: str = field(repr=False)
+    findings: Findings | None = None
+    counters: Counters | None = None
+
+
+@dataclass
+class Recorder:
+    """What ``record`` hands out: a sequence of ``Launch`` in the order of their execution."""
+
+    checked: bool = False
+    seed: int = 0
+    raise_on_findings: bool = False
+    launches: list[Launch] = field(default_factory=list)
+
+    def __getitem__(self, index: int) -> Launch:
+        return self.launches[index]
+
+    def __len__(self) -> int:
+        return len(self.launches)
+
+    def __iter__(self) -> Iterator[Launch]:
+        return iter(self.launches)
+
+
+_recorders: contextvars.ContextVar[tuple[Recorder, ...]] = contextvars.ContextVar(
+    "metalgen_recorders", default=()
+)
+
+
+@contextlib.contextmanager
+def record(
+    *, checked: bool = False, seed: int = 0, raise_on_findings: bool = False
+) -> Iterator[Recorder]:
+    """Collect a ``Launch`` for every kernel that this thread runs inside the block.
+
+    ``checked`` runs them under the checker (slower, about 3 times), which fills ``findings`` and
+    ``counters``. ``seed`` other than 0 shuffles the order in which threads run. With
+    ``raise_on_findings`` a launch with findings raises ``CheckFailed`` instead of returning.
+    Blocks nest: the innermost decides how kernels run, and each collects.
+    """
+    recorder = Recorder(checked, seed, raise_on_findings)
+    token = _recorders.set((*_recorders.get(), recorder))
+    try:
+        yield recorder
+    finally:
+        _recorders.reset(token)
+
+
+def current_recorder() -> Recorder:
+    """Return the innermost recorder, or one with the defaults that nobody reads."""
+    stack = _recorders.get()
+    return stack[-1] if stack else Recorder()
+
+
+def check_launch(
+    grid: tuple[int, int, int], threadgroup: tuple[int, int, int], buffers: int
+) -> tuple[int, int, int]:
+    """Return the threadgroup clamped to the grid, as MLX does.
+
+    Raises ``LaunchError`` for an extent below 1, more than 1024 threads a threadgroup (counted
+    before clamping, as MLX counts them), or more than 31 buffers.
+    """
+    for name, extents in (("grid", grid), ("threadgroup", threadgroup)):
+        if min(extents) < 1:
+            raise errors.LaunchError(f"{name}: expected three extents of at least 1, got {extents}")
+    threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
+    if threads > MAX_THREADS:
+        raise errors.LaunchError(
+            f"Thread group size ({threads}) is greater than  the maximum allowed threads per "
+            f"threadgroup ({MAX_THREADS})."
+        )
+    if buffers > MAX_BUFFERS:
+        raise errors.LaunchError(
+            f"the kernel binds {buffers} buffers, and Metal has {MAX_BUFFERS} (shape, strides and "
+            "ndim of an input count as one each)"
+        )
+    x, y, z = (min(size, extent) for size, extent in zip(threadgroup, grid))
+    return x, y, z
+
+
+def run(
+    compiled: CompiledKernel,
+    segments: Sequence[Segment],
+    write: Callable[[LaunchMemory], None],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    *,
+    source: str,
+    sources: dict[str, str] | None = None,
+) -> LaunchMemory:
+    """Execute ``compiled`` over ``grid`` threads and return the memory, outputs written.
+
+    ``write`` fills the buffers before the launch. The caller closes the memory. The launch is
+    added to the recorders of this thread. Raises ``ExecutionError`` and its kin, ``MemoryLimit``,
+    and ``CheckFailed`` when the innermost recorder asks for it.
+    """
+    recorder = current_recorder()
+    checked = compiled.mode == "checked"
+    job = Job(str(compiled.path), compiled.kernel, grid, threadgroup, checked, recorder.seed)
+    processes = executor.processes_for(job)
+    memory = LaunchMemory(segments, report.size(checked), processes)
+    try:
+        write(memory)
+        try:
+            outcomes = executor.execute(job, memory, processes)
+        except ProcessFailed as failed:
+            raise explain(compiled, job, memory, failed.failure) from None
+        for outcome in outcomes:
+            fatal = report.fatal_error(outcome.report, outcome.code, compiled, memory.segments)
+            if fatal is not None:
+                raise fatal
+        findings = counters = None
+        if checked:
+            reports = [outcome.report for outcome in outcomes]
+            findings = report.findings(reports, compiled, segments, sources or {})
+            counters = report.counters(reports, compiled, segments)
+        seconds = max(outcome.seconds for outcome in outcomes)
+        launch = Launch(
+            compiled.kernel,
+            grid,
+            threadgroup,
+            seconds,
+            len(outcomes),
+            source,
+            findings,
+            counters,
+        )
+        for each in _recorders.get():
+            each.launches.append(launch)
+        if findings and recorder.raise_on_findings:
+            raise errors.CheckFailed(
+                f"kernel {compiled.kernel}: {len(findings)} findings\n{findings.report()}",
+                tuple(findings),
+            )
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def explain(
+    compiled: CompiledKernel, job: Job, memory: LaunchMemory, failure: executor.Failure
+) -> errors.ExecutionError:
+    """Turn the end of a child process into the exception that names its cause and place."""
+    fatal = report.fatal_error(failure.report, None, compiled, memory.segments)
+    if fatal is not None and not failure.timeout:
+        return fatal
+    if failure.timeout:
+        seconds = executor.current_limits().seconds
+        return errors.KernelTimeout(
+            f"kernel {job.kernel}: not finished after {seconds:g} s ({failure.finished_groups} of "
+            f"{job.groups} threadgroups done); simulator.limits(seconds=...) changes the limit",
+            kernel=job.kernel,
+        )
+    if failure.signal == signal.SIGKILL:
+        return errors.WorkerLost(
+            f"kernel {job.kernel}: something killed the child process (the system, when it runs "
+            "out of memory)",
+            kernel=job.kernel,
+        )
+    name = signal.Signals(failure.signal).name if failure.signal else "an early exit"
+    return errors.KernelCrash(
+        f"kernel {job.kernel}: the kernel ended its process with {name}", kernel=job.kernel
+    )
