@@ -12,6 +12,7 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
+from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx
@@ -322,7 +323,7 @@ def _mlx(config: AttentionConfig) -> Runner:
 
 
 def _plain(config: AttentionConfig) -> Runner:
-    return get_device("reference").build(config, default_schedule(config))
+    return ReferenceDevice().build(config)
 
 
 def _differentiable(

@@ -74,7 +74,7 @@ def test_a_bad_field_is_named(fields: dict[str, object], message: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"head_dim":64,"evil":1}', "[" * 100000])
 def test_json_of_something_else_is_refused(text: str) -> None:
-    with pytest.raises(ArgumentError, match="^config: expected"):
+    with pytest.raises(ArgumentError, match=r"^config: expected"):
         AttentionConfig.from_json(text)
 
 

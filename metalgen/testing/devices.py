@@ -188,7 +188,7 @@ class DeviceConformance:
         q, k, v = (normal((1, 1, 40, 64), dtype, s) for s in (1, 2, 3))
         q = q * 40
         k = k * 40
-        scores = np.array((q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(2, 3)))
+        scores = np.array(q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(2, 3))
         assert np.abs(scores).max() > 10_000
         out, _ = self.run(config, q, k, v, scale=1.0)
         # A softmax this sharp picks one key: its value, unless two scores nearly tie.

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import metalgen
+from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, dispatch
+from metalgen.database.store import Store
+from metalgen.devices import Device, Runner, get_device
+from metalgen.reference import attention_float64, attention_mlx
+from metalgen.render import template_hash
+from metalgen.schedule import default_schedule
+from metalgen.testing.devices import normal
+
+
+@pytest.fixture(autouse=True)
+def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "tuning.db"
+    monkeypatch.setenv("METALGEN_DB", str(path))
+    dispatch.forget_kernels()
+    yield path
+    dispatch.forget_kernels()
+
+
+class FakeGpu(Device):
+    """A GPU that computes by the definition, right or wrong, and counts what it built."""
+
+    name = "reference"  # so that `get_device` finds it by a known name
+    target = "metal"
+    is_gpu = True
+
+    def __init__(self, factor: float = 1.0, broken: str = "") -> None:
+        self.factor, self.broken = factor, broken
+        self.built: list[Schedule] = []
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+        self.built.append(schedule)
+        if self.broken:
+            raise RuntimeError(self.broken)
+
+        def run(
+            q: mx.array, k: mx.array, v: mx.array, scale: float
+        ) -> tuple[mx.array, mx.array | None]:
+            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            return out * self.factor, lse if config.return_lse else None
+
+        return run
+
+
+def use(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
+    monkeypatch.setattr(dispatch, "get_device", lambda name=None: device)
+
+
+def test_the_same_kernel_is_handed_out_again() -> None:
+    config = AttentionConfig(64, causal=True)
+    kernel = metalgen.get_kernel(config, q_len=700)
+    assert metalgen.get_kernel(AttentionConfig(64, causal=True), q_len=1000) is kernel
+    assert metalgen.get_kernel(config, q_len=1025) is not kernel
+    assert metalgen.get_kernel(config, q_len=700, batch=3) is not kernel
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="an Apple GPU is here")
+def test_without_a_gpu_plain_mlx_runs_and_says_so() -> None:
+    kernel = metalgen.get_kernel(AttentionConfig(64))
+    assert (kernel.backend, kernel.device) == ("plain", "reference")
+    assert "plain MLX operations on device 'reference'" in kernel.explain()
+    with pytest.raises(DeviceError, match="device 'metal' is not available: .*Metal back end"):
+        metalgen.get_kernel(AttentionConfig(64), device="metal")
+
+
+def test_mlx_keeps_the_call_where_its_own_kernel_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu()
+    use(monkeypatch, gpu)
+    kernel = metalgen.get_kernel(AttentionConfig(64, causal=True))
+    assert kernel.backend == "mlx"
+    assert gpu.built == []
+    assert "ours was not measured as faster" in kernel.explain()
+    x = normal((1, 2, 9, 64), "float16")
+    expected, _ = attention_float64(x, x, x, scale=0.125, causal=True)
+    out = kernel(x, x, x)
+    assert isinstance(out, mx.array)
+    np.testing.assert_allclose(np.array(out), expected, atol=2e-3)
+
+
+def test_rows_that_see_no_key_are_zeros_whoever_keeps_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, FakeGpu())
+    kernel = metalgen.get_kernel(AttentionConfig(64, "float32", causal=True))
+    x = normal((1, 1, 6, 64))
+    out = kernel(x, x[:, :, :2], x[:, :, :2])
+    assert isinstance(out, mx.array)
+    assert np.array_equal(np.array(out)[0, 0, :4], np.zeros((4, 64)))
+
+
+def test_a_kernel_that_was_never_checked_is_checked_once(
+    monkeypatch: pytest.MonkeyPatch, own_database: Path
+) -> None:
+    config = AttentionConfig(40)  # MLX has no fused kernel for it
+    gpu = FakeGpu()
+    use(monkeypatch, gpu)
+    kernel = metalgen.get_kernel(config)
+    assert kernel.backend == "metalgen"
+    assert "check on reference: ok now, relative error" in kernel.explain()
+    assert len(gpu.built) == 2  # to check, and to run
+    with Store.open(own_database) as store:
+        check = store.find_check(config, kernel.schedule, template_hash(), "reference")
+    assert check is not None and check.ok and check.error is not None and check.error < 1e-3
+
+    dispatch.forget_kernels()
+    again = metalgen.get_kernel(config)
+    assert "check on reference: ok, on record" in again.explain()
+    assert len(gpu.built) == 3
+
+
+def test_a_wrong_kernel_is_never_dispatched(
+    monkeypatch: pytest.MonkeyPatch, own_database: Path
+) -> None:
+    config = AttentionConfig(40, "float32")
+    use(monkeypatch, FakeGpu(factor=1.001))
+    kernel = metalgen.get_kernel(config)
+    assert kernel.backend == "plain"
+    assert "FALLBACK to plain MLX" in kernel.explain()
+    with Store.open(own_database) as store:
+        check = store.find_check(config, kernel.schedule, template_hash(), "reference")
+    assert check is not None and check.status == "wrong"
+    x = normal((1, 1, 5, 40))
+    expected, _ = attention_float64(x, x, x, scale=40**-0.5)
+    out = kernel(x, x, x)
+    assert isinstance(out, mx.array)
+    np.testing.assert_allclose(np.array(out), expected, atol=1e-6)
+
+
+def test_a_kernel_that_does_not_compile_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeGpu(broken="[metal::Device] Unable to build metal library"))
+    kernel = metalgen.get_kernel(AttentionConfig(40))
+    assert kernel.backend == "plain"
+    assert "compile now ([metal::Device] Unable to build metal library)" in kernel.explain()
+
+
+def test_an_unwritable_database_does_not_stop_a_call(
+    monkeypatch: pytest.MonkeyPatch, own_database: Path
+) -> None:
+    own_database.write_bytes(b"this is no database" * 100)
+    use(monkeypatch, FakeGpu())
+    kernel = metalgen.get_kernel(AttentionConfig(40))
+    assert kernel.backend == "metalgen"
+    assert "user database not used" in kernel.explain()
+    assert "could not be recorded" in kernel.explain()
+    assert own_database.read_bytes() == b"this is no database" * 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q_len": 0}, "q_len: expected an integer from 1"),
+        ({"q_len": 1.5}, "q_len: expected an integer from 1"),
+        ({"batch": 0}, "batch: expected a positive integer, but got 0"),
+        ({"batch": "2"}, "batch: expected a positive integer, but got '2'"),
+        ({"heads": -1}, "heads: expected a positive integer, but got -1"),
+        ({"device": "cpu"}, "device: expected one of metal, simulator, reference, or None"),
+        ({"device": "simulator", "chip": "M3Mox"}, "chip: expected .*M3Max"),
+    ],
+)
+def test_a_bad_argument_of_get_kernel_is_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        metalgen.get_kernel(AttentionConfig(64), **arguments)  # type: ignore[arg-type]
+
+
+def array(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
+    return mx.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "message"),
+    [
+        (array(2, 9, 64), array(1, 2, 9, 64), array(1, 2, 9, 64), r"q.shape: expected 4 axes"),
+        (array(1, 3, 9, 64), array(1, 2, 9, 64), array(1, 2, 9, 64), r"divides the 3 of q"),
+        (array(1, 2, 9, 64), array(1, 2, 9, 32), array(1, 2, 9, 64), r"k.shape: .* axis of 64"),
+        (array(1, 2, 9, 64), array(2, 2, 9, 64), array(2, 2, 9, 64), r"k.shape: .* batch of 1"),
+        (array(1, 2, 9, 64), array(1, 2, 9, 64), array(1, 2, 8, 64), r"v.shape: .* as k has"),
+        (
+            array(1, 2, 9, 64),
+            array(1, 2, 9, 64, dtype=mx.float32),
+            array(1, 2, 9, 64),
+            r"k.dtype: expected float16, but got 'mlx.core.float32'",
+        ),
+        (array(1, 2, 9, 4), array(1, 2, 9, 4), array(1, 2, 9, 4), r"head_dim: .* from 8 to 256"),
+        (
+            array(1, 2, 9, 64, dtype=mx.int32),
+            array(1, 2, 9, 64),
+            array(1, 2, 9, 64),
+            r"dtype: expected one of float32, float16, bfloat16",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(
+    q: mx.array, k: mx.array, v: mx.array, message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        metalgen.attention(q, k, v)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", True])
+def test_a_scale_that_is_no_finite_number_is_refused(scale: object) -> None:
+    x = array(1, 1, 2, 64)
+    with pytest.raises(ArgumentError, match="scale: expected a finite number"):
+        metalgen.attention(x, x, x, scale=scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_match_finite_differences_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, causal: bool
+) -> None:
+    config = AttentionConfig(
+        8, "float32", value_head_dim=12, heads_per_kv=2, causal=causal, return_lse=True
+    )
+    use(monkeypatch, FakeGpu())
+    kernel = metalgen.get_kernel(config)
+    assert kernel.backend == "metalgen"
+    arrays = [normal((1, 2, 5, 8), seed=1), normal((1, 1, 4, 8), seed=2)]
+    arrays.append(normal((1, 1, 4, 12), seed=3))
+    weights = normal((1, 2, 5, 12), seed=4)
+
+    def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        out, lse = kernel(q, k, v, scale=0.4)
+        seen = mx.where(lse == -mx.inf, 0.0, lse)
+        return (out * weights).sum() + 0.5 * seen.sum()
+
+    def loss64(*xs: np.ndarray) -> float:
+        out, lse = attention_float64(*xs, scale=0.4, causal=causal)
+        return float((out * np.array(weights)).sum() + 0.5 * lse[np.isfinite(lse)].sum())
+
+    gradients = mx.grad(loss, argnums=(0, 1, 2))(*arrays)
+    exact = [np.array(x, dtype=np.float64) for x in arrays]
+    for number, gradient in enumerate(gradients):
+        expected = np.zeros_like(exact[number])
+        for place in np.ndindex(expected.shape):
+            shifted = [x.copy() for x in exact]
+            shifted[number][place] += 1e-5
+            above = loss64(*shifted)
+            shifted[number][place] -= 2e-5
+            expected[place] = (above - loss64(*shifted)) / 2e-5
+        np.testing.assert_allclose(np.array(gradient), expected, atol=2e-5)
+
+
+def test_calls_take_part_in_compile_and_stay_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeGpu())
+    kernel = metalgen.get_kernel(AttentionConfig(40))
+    x = normal((1, 2, 9, 40), "float16")
+    monkeypatch.setattr(mx, "eval", lambda *_: pytest.fail("mx.eval on the way of a call"))
+    compiled = mx.compile(lambda x: kernel(x, x, x) * 2)
+    expected, _ = attention_float64(x, x, x, scale=40**-0.5)
+    np.testing.assert_allclose(np.array(compiled(x)), 2 * expected, atol=4e-3)
+
+
+def test_importing_metalgen_brings_nothing_but_mlx() -> None:
+    code = (
+        "import sys, mlx.core; before = set(sys.modules); import metalgen, json;"
+        "metalgen.get_kernel(metalgen.AttentionConfig(64));"
+        "print(json.dumps(sorted({m.partition('.')[0] for m in set(sys.modules) - before})))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    brought = set(json.loads(out.stdout)) - set(sys.stdlib_module_names)
+    assert brought == {"metalgen"}
+
+
+def test_every_public_name_resolves() -> None:
+    for name in metalgen.__all__:
+        assert getattr(metalgen, name) is not None
+    assert set(metalgen.__all__) <= set(dir(metalgen))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        metalgen.nothing  # noqa: B018
+
+
+def test_the_reference_can_be_forced() -> None:
+    config = AttentionConfig(64, return_lse=True)
+    kernel = metalgen.get_kernel(config, device="reference")
+    assert kernel.backend == "plain"
+    x = normal((1, 1, 4, 64))
+    out, lse = metalgen.attention(x, x, x, return_lse=True, device="reference")
+    expected, expected_lse = attention_float64(x, x, x, scale=0.125)
+    np.testing.assert_allclose(np.array(out), expected, atol=1e-6)
+    np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-6)
+    assert get_device("reference").target is None
+    assert kernel.schedule == default_schedule(config)
