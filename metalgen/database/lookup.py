@@ -15,7 +15,6 @@ that were checked against the reference, and that the current templates made, ma
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sqlite3
@@ -37,7 +36,6 @@ from metalgen.schedule import APPLE, Limits, Schedule, check_schedule
 if TYPE_CHECKING:
     from metalgen.chips import Chip
 
-_SIZES = ("batch_heads", "q_len", "kv_len")
 NEAREST_BUCKETS = 8
 """Neighbouring buckets that are tried."""
 ROWS_TRIED = 16
@@ -157,6 +155,20 @@ def checked(
         return row[0] if row and isinstance(row[0], str) else None
 
 
+def last_chip(database: Path | None = None) -> str | None:
+    """Name of the chip that was tuned last into a database; None where that cannot be known."""
+    with _reader(database, []) as connection:
+        if connection is None:
+            return None
+        try:
+            row = connection.execute(
+                "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1"
+            ).fetchone()
+        except sqlite3.Error:
+            return None
+        return row[0] if row and isinstance(row[0], str) else None
+
+
 @contextlib.contextmanager
 def _reader(database: Path | None, path: list[str]) -> Iterator[sqlite3.Connection | None]:
     try:
@@ -193,7 +205,7 @@ class _Search:
         self.connection = connection
         self.shipped = shipped
         self.path = path
-        self.ids = self._problem_ids()
+        self.ids, self.sizes = self._problems()
         self.records: dict[str, dict[str, list[Measurement]]] = {}
 
     def pinned(self) -> Hit | None:
@@ -328,24 +340,15 @@ class _Search:
 
     def _near_buckets(self, chips: Sequence[str]) -> list[Problem]:
         """Other buckets of the same config that anything is known about, nearest first."""
-        keys = set(self.ids)
+        found = set(self.sizes)
         for chip in chips:
-            keys |= set(self._shipped(chip))
-        keys.discard(self.problem.key)
-        found = []
-        for key in keys:
-            try:
-                fields = json.loads(key)
-                near = dataclasses.replace(
-                    self.problem,
-                    **{name: fields[name] for name in ("batch_heads", "q_len", "kv_len")},
-                )
-            except (MetalgenError, KeyError, TypeError, ValueError, RecursionError):
-                continue
-            if near.key == key:
-                found.append(near)
-        found.sort(key=lambda p: (_distance(p, self.problem), p.key))
-        return found[:NEAREST_BUCKETS]
+            for records in self._shipped(chip).values():
+                p = records[0].problem
+                found.add((p.batch_heads, p.q_len, p.kv_len))
+        here = (self.problem.batch_heads, self.problem.q_len, self.problem.kv_len)
+        found.discard(here)
+        near = sorted(found, key=lambda sizes: (_distance(sizes, here), sizes))[:NEAREST_BUCKETS]
+        return [Problem(self.problem.config, *sizes, family=self.problem.family) for sizes in near]
 
     def _known(self, problems: list[Problem], chip: str, provenance: str) -> set[str]:
         """Keys of the problems that have a row which might answer: one query instead of many."""
@@ -358,13 +361,20 @@ class _Search:
         )
         return {key for (key,) in rows} | set(self._shipped(chip))
 
-    def _problem_ids(self) -> dict[str, Any]:
-        """Row ids of every known problem of this config, by key."""
+    def _problems(self) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
+        """Every known problem of this config: row ids by key, and their sizes."""
         rows = self._rows(
-            "SELECT key, id FROM problems WHERE config = ? AND family = ? LIMIT 1000",
+            "SELECT key, id, batch_heads, q_len, kv_len FROM problems "
+            "WHERE config = ? AND family = ? LIMIT 1000",
             [self.problem.config.key, self.problem.family],
         )
-        return {key: row for key, row in rows if isinstance(key, str) and isinstance(row, int)}
+        ids, sizes = {}, []
+        for key, row, heads, queries, keys in rows:
+            if isinstance(key, str) and isinstance(row, int):
+                ids[key] = row
+            if all(isinstance(n, int) and 0 < n <= 1 << 20 for n in (heads, queries, keys)):
+                sizes.append((heads, queries, keys))
+        return ids, sizes
 
     def _say_why(self, chip: str) -> None:
         """After a miss: whether rows are there that may not answer."""
@@ -402,9 +412,8 @@ class _Search:
             return []
 
 
-def _distance(a: Problem, b: Problem) -> float:
-    pairs = ((a.q_len, b.q_len), (a.kv_len, b.kv_len), (a.batch_heads, b.batch_heads))
-    return sum(abs(math.log2(x / y)) for x, y in pairs)
+def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
 
 
 def _is_time(value: object) -> bool:
@@ -415,17 +424,3 @@ def _is_stale(mlx_version: object, system: object) -> bool:
     here = host()
     major = str(system).partition(".")[0]
     return mlx_version != here["mlx_version"] or major != here["os"].partition(".")[0]
-
-
-def last_chip(database: Path | None = None) -> str | None:
-    """Name of the chip that was tuned last into a database; None where that cannot be known."""
-    with _reader(database, []) as connection:
-        if connection is None:
-            return None
-        try:
-            row = connection.execute(
-                "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1"
-            ).fetchone()
-        except sqlite3.Error:
-            return None
-        return row[0] if row and isinstance(row[0], str) else None

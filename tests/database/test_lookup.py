@@ -23,7 +23,7 @@ from database_samples import (
     row,
 )
 
-from metalgen.database.lookup import Hit, checked, lookup
+from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
@@ -297,6 +297,14 @@ def test_checked_tells_how_a_kernels_check_ended(places: Places) -> None:
     assert checked(CONFIG, SECOND, HASH, database=places.path) == "wrong"
     assert checked(CONFIG, SECOND, HASH, database=places.path, device="simulator") == "ok"
     assert checked(CONFIG, THIRD, HASH, database=places.path) is None
+
+
+def test_the_chip_that_was_tuned_last_is_known(places: Places) -> None:
+    assert last_chip(database=places.path) is None
+    with Store.open(places.path) as store:
+        store.begin_run("M1", 0)
+        store.begin_run("M3Max-30", 0)
+    assert last_chip(database=places.path) == "M3Max-30"
 
 
 def test_the_look_up_imports_no_third_party_package_but_mlx(tmp_path: Path) -> None:
