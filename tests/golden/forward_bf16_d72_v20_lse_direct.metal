@@ -1,0 +1,383 @@
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
+using namespace metal;
+
+// N elements moved by one load or store, at an alignment of A bytes.
+template <typename T, int N, int A>
+struct alignas(A) mg_wide {
+  T v[N];
+};
+
+// The same in threadgroup memory, where everything lies at a multiple of its size, up to 16 bytes.
+template <typename T, int N>
+using mg_tile_wide = mg_wide<T, N, (N * sizeof(T) < 16 ? N * sizeof(T) : 16)>;
+
+// N elements from anywhere in device memory.
+template <int N, typename T>
+METAL_FUNC void mg_load(thread T* x, const device T* from) {
+  const mg_wide<T, N, sizeof(T)> wide = *(const device mg_wide<T, N, sizeof(T)>*)from;
+  #pragma unroll
+  for (int n = 0; n < N; n++) x[n] = wide.v[n];
+}
+
+// The same, with zeros for all but the first `count`, which alone are read.
+template <int N, typename T>
+METAL_FUNC void mg_load_part(thread T* x, const device T* from, int count) {
+  #pragma unroll
+  for (int n = 0; n < N; n++) x[n] = n < count ? from[n] : T(0);
+}
+
+// N elements from threadgroup memory, and back.
+template <int N, typename T>
+METAL_FUNC void mg_load(thread T* x, const threadgroup T* from) {
+  const mg_tile_wide<T, N> wide = *(const threadgroup mg_tile_wide<T, N>*)from;
+  #pragma unroll
+  for (int n = 0; n < N; n++) x[n] = wide.v[n];
+}
+
+template <int N, typename T>
+METAL_FUNC void mg_store(threadgroup T* to, const thread T* x) {
+  mg_tile_wide<T, N> wide;
+  #pragma unroll
+  for (int n = 0; n < N; n++) wide.v[n] = x[n];
+  *(threadgroup mg_tile_wide<T, N>*)to = wide;
+}
+
+// N elements to anywhere in device memory, and only the first `count` of them.
+template <int N, typename T>
+METAL_FUNC void mg_store(device T* to, const thread T* x) {
+  mg_wide<T, N, sizeof(T)> wide;
+  #pragma unroll
+  for (int n = 0; n < N; n++) wide.v[n] = x[n];
+  *(device mg_wide<T, N, sizeof(T)>*)to = wide;
+}
+
+template <int N, typename T>
+METAL_FUNC void mg_store_part(device T* to, const thread T* x, int count) {
+  #pragma unroll
+  for (int n = 0; n < N; n++) {
+    if (n < count) to[n] = x[n];
+  }
+}
+
+// Reductions over a row of 8x8 matrices: it lies in the lanes that differ in bits 0 and 3.
+METAL_FUNC float mg_row_max(float x) {
+  x = max(x, simd_shuffle_xor(x, 1));
+  return max(x, simd_shuffle_xor(x, 8));
+}
+
+METAL_FUNC float mg_row_sum(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+
+// The natural logarithm of sum * 2^exponent; -inf for an empty sum, in fast math too.
+METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
+  const float ln2 = 0.69314718055994531f;
+  const float value = (exponent + precise::log2(sum)) * ln2;
+  return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
+}
+
+// metalgen_forward_bf16_d72_02218d3dd3(q, k, v, scale2) -> out, lse: the body of the kernel; mx.fast.metal_kernel writes its signature.
+  typedef bfloat T;
+  typedef bfloat F;
+  constexpr int D = 72;
+  constexpr int DV = 20;
+  constexpr int BQ = 32;
+  constexpr int BK = 16;
+  constexpr int SIMDGROUPS = 4;
+  constexpr int ROW_BLOCKS = 1;
+  constexpr int ROWS = 8;
+  constexpr int K_FRAGMENTS = 2;
+  constexpr int D_FRAGMENTS = 9;
+  constexpr int V_FRAGMENTS = 3;
+  constexpr int HEADS_PER_KV = 4;
+  constexpr int Q_STRIDE = 80;
+  constexpr float LOWEST = -3.402823466e38f;
+
+  const int lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
+  const int row = ((lane >> 2) & 4) + ((lane >> 1) & 3);
+  const int col = ((lane >> 1) & 4) + ((lane & 1) << 1);
+
+  const int q_len = q_shape[2];
+  const int kv_len = k_shape[2];
+  const int offset = kv_len - q_len;  // query i stands beside key i + offset
+  const int head = int(threadgroup_position_in_grid.y);
+  const int kv_head = head / HEADS_PER_KV;
+  const int batch = int(threadgroup_position_in_grid.z);
+  const int q_block = int(threadgroup_position_in_grid.x);
+  const int group_last = min(q_block * BQ + BQ, q_len) - 1;
+  const int first = q_block * BQ + sg * ROWS;
+  const int last = min(first + ROWS, q_len) - 1;
+  const device uint8_t* q_head = q + batch * q_strides[0] + head * q_strides[1];
+  const device uint8_t* k_head = k + batch * k_strides[0] + kv_head * k_strides[1];
+  const device uint8_t* v_head = v + batch * v_strides[0] + kv_head * v_strides[1];
+  const int q_pitch = int(q_strides[2]);
+  const int k_pitch = int(k_strides[2]);
+  const int v_pitch = int(v_strides[2]);
+
+  // The rows of Q of this simdgroup: no other reads or writes them.
+  threadgroup mg_wide<uint, 4, 16> q_memory[BQ * Q_STRIDE * sizeof(T) / 16];
+  threadgroup T* q_tile = (threadgroup T*)q_memory + sg * ROWS * Q_STRIDE;
+  for (int n = lane; n < ROWS * 9; n += 32) {
+    const int line = n / 9;
+    const int column = n % 9 * 8;
+    T x[8];
+    mg_load<8>(x, (const device T*)(q_head + int64_t(min(first + line, q_len - 1)) * q_pitch) + column);
+    mg_store<8>(q_tile + line * Q_STRIDE + column, x);
+  }
+
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+
+  simdgroup_matrix<float, 8, 8> o[ROW_BLOCKS][V_FRAGMENTS];
+  #pragma unroll
+  for (int r = 0; r < ROW_BLOCKS; r++) {
+    #pragma unroll
+    for (int f = 0; f < V_FRAGMENTS; f++) o[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+  }
+
+  float m[ROW_BLOCKS];
+  #pragma unroll
+  for (int r = 0; r < ROW_BLOCKS; r++) m[r] = LOWEST;
+
+  float l[ROW_BLOCKS];
+  #pragma unroll
+  for (int r = 0; r < ROW_BLOCKS; r++) l[r] = 0.0f;
+
+  int k_end = kv_len;
+
+  for (int k0 = 0; k0 < k_end; k0 += BK) {
+    // Does any row here see a key of this pass; does each row see all of them?
+    const bool live = first < q_len;
+    const bool whole = k0 + BK <= kv_len;
+
+    simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
+    #pragma unroll
+    for (int r = 0; r < ROW_BLOCKS; r++) {
+      #pragma unroll
+      for (int f = 0; f < K_FRAGMENTS; f++) s[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+    }
+
+    if (live) {
+      #pragma unroll
+      for (int b = 0; b < 2; b++) {
+        simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][4];
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          const int column = (b * 8 + col) * 4;
+          T x[8];
+          mg_load<8>(x, q_tile + (r * 8 + row) * Q_STRIDE + column);
+
+          #pragma unroll
+          for (int w = 0; w < 4; w++) {
+            q_fragments[r][w].thread_elements()[0] = F(x[w]);
+            q_fragments[r][w].thread_elements()[1] = F(x[4 + w]);
+          }
+        }
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          const device T* k_even = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col, kv_len - 1)) * k_pitch);
+          const device T* k_odd = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col + 1, kv_len - 1)) * k_pitch);
+
+          const int column = (b * 8 + row) * 4;
+          T x[4];
+          mg_load<4>(x, k_even + column);
+
+          T y[4];
+          mg_load<4>(y, k_odd + column);
+
+          #pragma unroll
+          for (int w = 0; w < 4; w++) {
+            simdgroup_matrix<F, 8, 8> k_fragment;
+            k_fragment.thread_elements()[0] = F(x[w]);
+            k_fragment.thread_elements()[1] = F(y[w]);
+            #pragma unroll
+            for (int r = 0; r < ROW_BLOCKS; r++) {
+              simdgroup_multiply_accumulate(s[r][f], q_fragments[r][w], k_fragment, s[r][f]);
+            }
+          }
+        }
+      }
+      #pragma unroll
+      for (int b = 0; b < 1; b++) {
+        simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][1];
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          const int column = 64 + (b * 8 + col) * 1;
+          T x[2];
+          mg_load<2>(x, q_tile + (r * 8 + row) * Q_STRIDE + column);
+
+          #pragma unroll
+          for (int w = 0; w < 1; w++) {
+            q_fragments[r][w].thread_elements()[0] = F(x[w]);
+            q_fragments[r][w].thread_elements()[1] = F(x[1 + w]);
+          }
+        }
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          const device T* k_even = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col, kv_len - 1)) * k_pitch);
+          const device T* k_odd = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col + 1, kv_len - 1)) * k_pitch);
+
+          const int column = 64 + (b * 8 + row) * 1;
+          T x[1];
+          mg_load<1>(x, k_even + column);
+
+          T y[1];
+          mg_load<1>(y, k_odd + column);
+
+          #pragma unroll
+          for (int w = 0; w < 1; w++) {
+            simdgroup_matrix<F, 8, 8> k_fragment;
+            k_fragment.thread_elements()[0] = F(x[w]);
+            k_fragment.thread_elements()[1] = F(y[w]);
+            #pragma unroll
+            for (int r = 0; r < ROW_BLOCKS; r++) {
+              simdgroup_multiply_accumulate(s[r][f], q_fragments[r][w], k_fragment, s[r][f]);
+            }
+          }
+        }
+      }
+    }
+
+    if (live) {
+      #pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++) {
+        if (!whole) {
+          const int i = first + r * 8 + row;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              const int j = k0 + f * 8 + col + e;
+              s[r][f].thread_elements()[e] = j < kv_len ? s[r][f].thread_elements()[e] : LOWEST;
+            }
+          }
+        }
+        float peak = m[r];
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            peak = max(peak, s[r][f].thread_elements()[e]);
+          }
+        }
+        peak = mg_row_max(peak);
+        // A row with no key yet has peak == LOWEST; without a shift its masked scores give 2^-huge = 0.
+        const float shift = peak == LOWEST ? 0.0f : peak * scale2;
+        const float rescale = fast::exp2((m[r] - peak) * scale2);
+        float sum = 0.0f;
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            s[r][f].thread_elements()[e] = fast::exp2(fma(s[r][f].thread_elements()[e], scale2, -shift));
+            sum += s[r][f].thread_elements()[e];
+          }
+        }
+        m[r] = peak;
+        l[r] = fma(l[r], rescale, sum);
+        #pragma unroll
+        for (int f = 0; f < V_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            o[r][f].thread_elements()[e] *= rescale;
+          }
+        }
+      }
+    }
+
+    if (live) {
+      #pragma unroll
+      for (int f = 0; f < K_FRAGMENTS; f++) {
+        simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
+          p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
+        }
+        const device T* v_row = (const device T*)(v_head + int64_t(min(k0 + f * 8 + row, kv_len - 1)) * v_pitch);
+        #pragma unroll
+        for (int b = 0; b < 1; b++) {
+          const int column = (b * 8 + col) * 2;
+          T x[4];
+          mg_load<4>(x, v_row + column);
+
+          #pragma unroll
+          for (int w = 0; w < 2; w++) {
+            simdgroup_matrix<F, 8, 8> v_fragment;
+            v_fragment.thread_elements()[0] = F(x[2 * w]);
+            v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+            #pragma unroll
+            for (int r = 0; r < ROW_BLOCKS; r++) {
+              simdgroup_multiply_accumulate(o[r][b * 2 + w], p[r], v_fragment, o[r][b * 2 + w]);
+            }
+          }
+        }
+        #pragma unroll
+        for (int b = 0; b < 1; b++) {
+          const int column = 16 + (b * 8 + col) * 1;
+          T x[2];
+          mg_load_part<2>(x, v_row + column, DV - column);
+
+          #pragma unroll
+          for (int w = 0; w < 1; w++) {
+            simdgroup_matrix<F, 8, 8> v_fragment;
+            v_fragment.thread_elements()[0] = F(x[2 * w]);
+            v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+            #pragma unroll
+            for (int r = 0; r < ROW_BLOCKS; r++) {
+              simdgroup_multiply_accumulate(o[r][2 + b * 1 + w], p[r], v_fragment, o[r][2 + b * 1 + w]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // A row that saw no key has l == 0: zeros, and a log-sum-exp of -inf.
+  #pragma unroll
+  for (int r = 0; r < ROW_BLOCKS; r++) {
+    const float sum = mg_row_sum(l[r]);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    #pragma unroll
+    for (int f = 0; f < V_FRAGMENTS; f++) {
+      #pragma unroll
+      for (int e = 0; e < 2; e++) {
+        o[r][f].thread_elements()[e] *= inverse;
+      }
+    }
+    if (col == 0 && first + r * 8 + row < q_len) {
+      lse[(int64_t(batch) * q_shape[1] + head) * q_len + first + r * 8 + row] = mg_log_sum_exp(m[r] * scale2, sum);
+    }
+  }
+  #pragma unroll
+  for (int r = 0; r < ROW_BLOCKS; r++) {
+    const int i = first + r * 8 + row;
+    if (i < q_len) {
+      device T* o_row = out + ((int64_t(batch) * q_shape[1] + head) * q_len + i) * DV;
+      #pragma unroll
+      for (int b = 0; b < 1; b++) {
+        const int column = (b * 8 + col) * 2;
+        T x[4];
+        #pragma unroll
+        for (int w = 0; w < 2; w++) {
+          x[2 * w] = T(o[r][b * 2 + w].thread_elements()[0]);
+          x[2 * w + 1] = T(o[r][b * 2 + w].thread_elements()[1]);
+        }
+        mg_store<4>(o_row + column, x);
+      }
+      #pragma unroll
+      for (int b = 0; b < 1; b++) {
+        const int column = 16 + (b * 8 + col) * 1;
+        T x[2];
+        #pragma unroll
+        for (int w = 0; w < 1; w++) {
+          x[2 * w] = T(o[r][2 + b * 1 + w].thread_elements()[0]);
+          x[2 * w + 1] = T(o[r][2 + b * 1 + w].thread_elements()[1]);
+        }
+        mg_store_part<2>(o_row + column, x, DV - column);
+      }
+    }
+  }
