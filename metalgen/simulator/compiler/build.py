@@ -1,0 +1,49 @@
+"""What is built once a machine: the precompiled Metal headers, and the runtime's object file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ..errors import MissingToolchain
+from . import cache, toolchain
+
+MODES = {"plain": (), "checked": tuple(toolchain.CHECKED)}
+
+
+def _once(name: str, arguments: list[str], key: str) -> Path:
+    """The file that zig makes with `arguments` (+ an output path), from the cache or made now."""
+    final = cache.directory() / f"{name}-{key}"
+    if final.exists():
+        return final
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as folder:
+        made = Path(folder) / final.name
+        done = toolchain.run([*arguments, "-o", str(made)], Path(folder))
+        if done.returncode != 0:
+            raise MissingToolchain(f"the simulator's {name} does not build here:\n{done.stderr}")
+        made.replace(final)
+    return final
+
+
+def _key(mode: str) -> str:
+    return cache.digest([cache.own_sources(), mode, str(toolchain.zig()), *toolchain.machine_flags()])[:20]
+
+
+def language_flags(mode: str) -> list[str]:
+    """The flags that the headers and every kernel of a `mode` are compiled with."""
+    return [*toolchain.LANGUAGE, *MODES[mode], *toolchain.machine_flags()]
+
+
+def headers(mode: str) -> Path:
+    """The precompiled Metal headers."""
+    source = toolchain.INCLUDE / "mg_all.h"
+    arguments = ["clang", *language_flags(mode), "-c", "-Xclang", "-emit-pch"]
+    arguments += ["-Xclang", "-fno-pch-timestamp", "-I", str(toolchain.INCLUDE), str(source)]
+    return _once(f"headers-{mode}.pch", arguments, _key(mode))
+
+
+def runtime(mode: str) -> Path:
+    """The runtime's object file."""
+    arguments = ["clang", *toolchain.RUNTIME_FLAGS, *toolchain.machine_flags()]
+    arguments += [f"-DMG_CHECKED={int(mode == 'checked')}", "-c", str(toolchain.RUNTIME / "runtime.cpp")]
+    return _once(f"runtime-{mode}.o", arguments, _key(mode))

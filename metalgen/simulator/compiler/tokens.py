@@ -1,0 +1,129 @@
+"""Tokens of a preprocessed C++ text, with the white space kept, so that edits keep every line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_TOKEN = re.compile(
+    r"""
+    (?P<directive>(?m:^)[ \t]*\#[^\n]*)
+  | (?P<space>\s+|//[^\n]*|/\*.*?\*/)
+  | (?P<string>(?:u8|[uUL])?R?"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+  | (?P<name>[A-Za-z_]\w*)
+  | (?P<number>\.?\d(?:[eEpP][+-]|[\w.])*)
+  | (?P<punct>::|->\*|->|\+\+|--|&&|\|\||<<=|<=|==|!=|[-+*/%^&|]=|<<|\S)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+_OPEN = {"(": ")", "[": "]", "{": "}"}
+
+
+class Tokens:
+    """The tokens of `text`.
+
+    `texts[i]` is what token i reads now; `code` lists the indices of all tokens but white space and
+    directives, and every position below is a position in `code`. An edit changes `texts`, never
+    the list, and keeps the new lines of what it removes.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.texts: list[str] = []
+        self.code: list[int] = []
+        self.kinds: list[str] = []
+        for match in _TOKEN.finditer(text):
+            kind = match.lastgroup or "punct"
+            if kind not in ("space", "directive"):
+                self.code.append(len(self.texts))
+                self.kinds.append(kind)
+            self.texts.append(match.group())
+        self.words = [self.texts[i] for i in self.code]  # as read, whatever was edited since
+        self._partner: dict[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.code)
+
+    def word(self, at: int) -> str:
+        """The token at position `at` as it was read; "" outside the text."""
+        return self.words[at] if 0 <= at < len(self.words) else ""
+
+    def is_name(self, at: int) -> bool:
+        return 0 <= at < len(self.kinds) and self.kinds[at] == "name"
+
+    def set(self, at: int, text: str) -> None:
+        self.texts[self.code[at]] = text
+
+    def append(self, at: int, text: str) -> None:
+        self.texts[self.code[at]] += text
+
+    def prepend(self, at: int, text: str) -> None:
+        self.texts[self.code[at]] = text + self.texts[self.code[at]]
+
+    def blank(self, first: int, last: int) -> None:
+        """Removes the tokens first..last (both included); their line breaks stay."""
+        for i in range(self.code[first], self.code[last] + 1):
+            text = self.texts[i]
+            self.texts[i] = text if text.lstrip().startswith("#") else re.sub(r"[^\n]+", " ", text)
+
+    def source(self, first: int, last: int) -> str:
+        """The words first..last (both included), joined by single spaces."""
+        return " ".join(self.words[first : last + 1])
+
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def close(self, at: int) -> int:
+        """The position of the bracket that closes the one at `at`; the last token if none does."""
+        if self._partner is None:
+            self._partner = {}
+            stack: list[tuple[str, int]] = []
+            for i, word in enumerate(self.words):
+                if word in _OPEN:
+                    stack.append((_OPEN[word], i))
+                elif stack and word == stack[-1][0]:
+                    start = stack.pop()[1]
+                    self._partner[start] = i
+                    self._partner[i] = start
+        return self._partner.get(at, len(self.words) - 1)
+
+    def opening(self, at: int) -> int:
+        """The position of the bracket that the one at `at` closes; 0 if none."""
+        self.close(0)
+        assert self._partner is not None
+        return self._partner.get(at, 0)
+
+    def close_angle(self, at: int) -> int | None:
+        """The position of the `>` that closes the `<` at `at`, or None if it opens no list."""
+        depth = 0
+        i = at
+        while i < len(self.words):
+            word = self.words[i]
+            if word == "<":
+                depth += 1
+            elif word == ">":
+                depth -= 1
+                if depth == 0:
+                    return i
+            elif word in _OPEN:
+                i = self.close(i)
+            elif word in (";", ")", "]", "}", "{"):
+                return None
+            i += 1
+        return None
+
+    def split(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """The parts of first..last (both included) between commas outside all brackets."""
+        start = i = first
+        while i <= last:
+            word = self.words[i]
+            if word in _OPEN:
+                i = self.close(i)
+            elif word == "<":
+                i = self.close_angle(i) or i
+            elif word == ",":
+                yield start, i - 1
+                start = i + 1
+            i += 1
+        if start <= last:
+            yield start, last

@@ -1,0 +1,76 @@
+"""The compiler: clang and lld from the PyPI package ziglang, and the flags of every stage."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import MissingToolchain
+
+INCLUDE = Path(__file__).parent / "include"
+RUNTIME = Path(__file__).parent.parent / "runtime"
+PINNED = "0.17"
+
+# Metal read as C++ for OpenCL: address spaces, vectors and half are the language's own. Double is
+# switched off, as in Metal; half and bfloat arithmetic rounds after every operation.
+LANGUAGE = (
+    "-x cl -cl-std=CLC++2021 -cl-no-stdinc -nostdinc "
+    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,-cl_khr_fp64,-__opencl_c_fp64 "
+    "-Xclang -fnative-half-type -fsigned-char "
+    "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
+    "-flax-vector-conversions=none -Wno-everything -O2 -g1 -fPIC -Xclang -disable-llvm-passes"
+).split()
+CHECKED = (
+    "-DMG_CHECKED=1 -Xclang -ffake-address-space-map "
+    "-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero "
+    "-fsanitize-recover=signed-integer-overflow,shift,integer-divide-by-zero"
+).split()
+CODE = "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything".split()
+RUNTIME_FLAGS = (
+    "-x c++ -std=c++20 -ffreestanding -nostdinc -nostdinc++ -fno-exceptions -fno-rtti "
+    "-fno-threadsafe-statics -mno-red-zone -fno-stack-protector -O3 -fPIC -fvisibility=hidden"
+).split()
+
+
+@functools.lru_cache(maxsize=1)
+def zig() -> Path:
+    """The zig program. Raises MissingToolchain when the package is absent or another version."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingToolchain(
+            "the simulator needs the package 'ziglang' (its C++ compiler), which is not installed; "
+            "run: pip install 'metalgen[simulator]'"
+        )
+    program = Path(next(iter(spec.submodule_search_locations))) / "zig"
+    if not program.exists():
+        program = program.with_suffix(".exe")
+    if not program.exists():
+        raise MissingToolchain(f"the package 'ziglang' has no program 'zig' in {program.parent}")
+    return program
+
+
+def run(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs zig with `arguments` in `cwd`. Raises MissingToolchain when it cannot start."""
+    try:
+        return subprocess.run(
+            [str(zig()), *arguments], cwd=cwd, capture_output=True, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise MissingToolchain(f"the compiler {zig()} does not start: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def machine_flags() -> tuple[str, ...]:
+    """Flags for this machine's instructions."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        try:
+            flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n")[0].split())
+        except (OSError, IndexError):
+            flags = set()
+        return ("-march=x86-64-v3",) if {"avx2", "fma", "f16c", "bmi2"} <= flags else ("-mcx16",)
+    return ()

@@ -1,0 +1,10 @@
+// The runtime, one translation unit: MG_CHECKED chooses the checked or the plain build.
+#include "softfloat.cpp"
+#include "memory.cpp"
+#include "scheduler.cpp"
+#include "collectives.cpp"
+#if MG_CHECKED
+#include "checker.cpp"
+#else
+#include "unchecked.cpp"
+#endif

@@ -1,0 +1,57 @@
+// The threads of one threadgroup, and what they wait for.
+//
+// Everything here is global: a process runs one threadgroup at a time, on one operating system
+// thread. A simdgroup's lanes run one after another until each waits at a collective or a barrier or
+// is done. When no lane can run, the lanes at the collective of the lowest code address (and only
+// those) take part in it: lanes that left a loop early so wait for those still inside.
+#pragma once
+#include "abi.h"
+#include "fibre.h"
+#include "report.h"
+
+enum { kLanes = 32, kMaxThreads = 4096, kSlotBytes = 64 };
+
+struct Simdgroup;
+
+struct Lane {
+  Fibre fibre;
+  uint32_t lane, bit;
+  Simdgroup *simdgroup;
+  uintptr_t site;  // return address of the collective or barrier it waits at
+  mg_thread identity;
+};
+
+// What a collective does once its lanes have come: reads their operands, writes their results.
+typedef void (*Operation)(Simdgroup *simdgroup, uint32_t active);
+
+struct Simdgroup {
+  uint32_t live, runnable, at_collective, at_barrier;  // lane masks
+  uint32_t index, mixed;                               // mixed: lanes wait at more than one site
+  uintptr_t site;
+  uint32_t argument[kLanes], modulo[kLanes], kind[kLanes];
+  Operation operations[kLanes];
+  Lane *lanes;
+  alignas(64) char operand[kLanes][kSlotBytes];
+  alignas(64) char result[kLanes][kSlotBytes];
+  alignas(64) float a[8][8], b[8][8], c[8][8], d[8][8];
+};
+
+struct Threadgroup {
+  uint32_t thread_count, simdgroup_count, live_simdgroups;
+  uint32_t waiting_simdgroups;
+  uint32_t position[3];
+  uint64_t linear;
+};
+
+extern Lane *current;
+extern Threadgroup group;
+extern const mg_launch *launch;
+extern mg_report *report;
+
+// Waits until the lanes of this collective have come, and operation has run.
+void collective(Operation operation, uintptr_t site);
+
+// Checked mode (checker.cpp); the plain build has empty ones.
+void check_threadgroup_begin();
+void check_threadgroup_end();
+void check_barrier(uint32_t flags, bool simdgroup_only, uint32_t lanes);
