@@ -41,8 +41,6 @@ class Buffer(ctypes.Structure):
         ("base", ctypes.c_void_p),
         ("bytes", ctypes.c_uint64),
         ("flags", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
-        ("lead", ctypes.c_uint64),
     ]
 
 
@@ -141,12 +139,7 @@ def run(request: dict, fd: int) -> dict:
         *buffers, report = zip(segments, mapping.addresses)
         table = (Buffer * max(1, len(buffers)))()
         for entry, ((_, size, lead, flags), address) in zip(table, buffers):
-            entry.base, entry.bytes, entry.flags, entry.lead = (
-                address + lead,
-                size - lead,
-                flags,
-                lead,
-            )
+            entry.base, entry.bytes, entry.flags = address + lead, size - lead, flags
         (_, report_bytes, _, _), report_address = report
         launch = Launch(
             grid=(ctypes.c_uint32 * 3)(*request["grid"]),

@@ -28,6 +28,9 @@ from metalgen.simulator.launch import POISON, check_launch, current_recorder, ru
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
 
+SOURCE_NAME = "program.metal"
+"""What the generated text is called in diagnostics and findings."""
+
 PREAMBLE = "mlx/backend/metal/kernels/utils.h"
 """MLX's header that stands before every ``metal_kernel``; read from the installed wheel."""
 
@@ -150,10 +153,11 @@ class MetalKernel:
         )
         bound = [self._input(value) for value in inputs]
         shapes = [tuple(shape) for shape in output_shapes]
+        grid, threadgroup = _triple(grid), _triple(threadgroup)
         generated = self._generate(bound, output_dtypes, template or ())
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{generated.text}\n```")
-        group = check_launch(tuple(grid), tuple(threadgroup), len(generated.bindings))  # type: ignore[arg-type]
+        group = check_launch(grid, threadgroup, len(generated.bindings))
         compiled = self._compile(generated)
         segments = _segments(generated, bound, shapes, output_dtypes, init_value is not None)
 
@@ -174,10 +178,10 @@ class MetalKernel:
             compiled,
             segments,
             write,
-            tuple(grid),  # type: ignore[arg-type]
+            grid,
             group,
             source=generated.text,
-            sources={self._file(generated): generated.text},
+            sources={SOURCE_NAME: generated.text},
         ) as memory:
             first = len(segments) - len(shapes)
             return [
@@ -253,9 +257,6 @@ class MetalKernel:
             self.atomic_outputs,
         )
 
-    def _file(self, generated: GeneratedSource) -> str:
-        return f"{generated.kernel_name}.metal"
-
     def _compile(self, generated: GeneratedSource) -> CompiledKernel:
         mode = "checked" if current_recorder().checked else "plain"
         key = (mode, generated.text)
@@ -264,12 +265,17 @@ class MetalKernel:
 
             fast = "#define __FAST_MATH__ 1\n" if self.math_mode == "fast" else ""
             self._compiled[key] = compile_metal(
-                f'{fast}#include "{PREAMBLE}"\n#line 1 "{self._file(generated)}"\n{generated.text}',
+                f'{fast}#include "{PREAMBLE}"\n#line 1 "{SOURCE_NAME}"\n{generated.text}',
                 generated.kernel_name,
                 mode=mode,
                 include_dirs=(mlx_include_dir(),),
             )
         return self._compiled[key]
+
+
+def _triple(extents: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = extents
+    return x, y, z
 
 
 def _segments(

@@ -12,62 +12,80 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BufferTraffic:
-    """Traffic of one buffer, in bytes summed over all threads.
+    """Traffic of one buffer, summed over all threads.
 
-    ``distinct_read`` and ``distinct_written`` count each byte of the buffer once. ``lines`` counts
-    the cache lines that its simdgroup accesses touched (an access is one instruction executed by
-    up to 32 lanes together), ``accesses`` those accesses; ``ideal_lines`` is the least number of
-    lines that could have carried the same bytes.
+    Bytes are those that the source asks for, before any cache; the ``distinct`` ones count each
+    byte of the buffer once. ``reads``, ``writes`` and ``atomics`` count accesses of one thread;
+    ``simdgroup_accesses`` counts an instruction that up to 32 lanes execute together once, and
+    ``lines`` the 128-byte cache lines that those touch.
     """
 
     name: str
-    read: int = 0
-    written: int = 0
-    atomic: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
     distinct_read: int = 0
     distinct_written: int = 0
-    accesses: int = 0
+    reads: int = 0
+    writes: int = 0
+    atomics: int = 0
+    simdgroup_accesses: int = 0
     lines: int = 0
-    ideal_lines: int = 0
 
     @property
-    def coalescing(self) -> float:
-        """Least possible lines over touched lines: 1 is perfect, 0 means no access."""
-        return self.ideal_lines / self.lines if self.lines else 0.0
+    def lines_per_access(self) -> float:
+        """Mean number of cache lines a simdgroup-wide access touches (coalescing: less is better)."""
+        return self.lines / self.simdgroup_accesses if self.simdgroup_accesses else 0.0
 
 
 @dataclass(frozen=True)
 class Counters:
     """Exact counts of one launch, summed over all threads and threadgroups.
 
-    Bytes are those that the source asks for, before any cache. ``multiply_accumulates`` counts
-    8x8x8 matrix instructions a simdgroup; ``barriers`` and ``collectives`` count one for each
-    simdgroup that takes part. ``bank_conflicts`` counts the extra passes of threadgroup accesses
-    whose lanes meet in one bank (32 banks of 4 bytes).
+    ``multiply_accumulates`` counts 8x8x8 matrix products, and ``shuffles``, ``reductions``,
+    ``ballots``, ``barriers`` and ``simdgroup_barriers`` count one for each simdgroup that takes
+    part; ``exponentials`` (exp, exp2, exp10) one for each thread; ``threadgroup_barriers`` one
+    for each threadgroup. ``bank_conflicts`` counts the extra passes that simdgroup-wide accesses
+    to threadgroup memory need because lanes meet in one of 32 banks of 4 bytes.
     """
 
     buffers: tuple[BufferTraffic, ...] = ()
-    threadgroup_read: int = 0
-    threadgroup_written: int = 0
+    threadgroup: BufferTraffic = BufferTraffic("threadgroup memory")
     threadgroup_memory: int = 0
     multiply_accumulates: int = 0
     exponentials: int = 0
     barriers: int = 0
+    threadgroup_barriers: int = 0
     simdgroup_barriers: int = 0
-    collectives: int = 0
-    atomics: int = 0
+    shuffles: int = 0
+    reductions: int = 0
+    ballots: int = 0
     threadgroup_accesses: int = 0
     bank_conflicts: int = 0
 
     @property
+    def collectives(self) -> int:
+        """Simdgroup functions: shuffles, reductions and ballots."""
+        return self.shuffles + self.reductions + self.ballots
+
+    @property
+    def threadgroup_read(self) -> int:
+        """Bytes read from threadgroup memory."""
+        return self.threadgroup.bytes_read
+
+    @property
+    def threadgroup_written(self) -> int:
+        """Bytes written to threadgroup memory."""
+        return self.threadgroup.bytes_written
+
+    @property
     def device_read(self) -> int:
         """Bytes read from all buffers."""
-        return sum(buffer.read for buffer in self.buffers)
+        return sum(buffer.bytes_read for buffer in self.buffers)
 
     @property
     def device_written(self) -> int:
         """Bytes written to all buffers."""
-        return sum(buffer.written for buffer in self.buffers)
+        return sum(buffer.bytes_written for buffer in self.buffers)
 
     def buffer(self, name: str) -> BufferTraffic:
         """Return the traffic of the buffer with this parameter name; ``KeyError`` if none has."""
@@ -90,10 +108,12 @@ class Counters:
             ("threadgroup memory, bytes", self.threadgroup_memory),
             ("8x8x8 multiply-accumulates", self.multiply_accumulates),
             ("exponentials", self.exponentials),
-            ("threadgroup barriers", self.barriers),
+            ("threadgroup barriers, by threadgroup", self.threadgroup_barriers),
+            ("threadgroup barriers, by simdgroup", self.barriers),
             ("simdgroup barriers", self.simdgroup_barriers),
-            ("collectives", self.collectives),
-            ("atomic operations", self.atomics),
+            ("shuffles", self.shuffles),
+            ("reductions", self.reductions),
+            ("ballots", self.ballots),
             ("threadgroup accesses", self.threadgroup_accesses),
             ("bank conflicts", self.bank_conflicts),
         ]
@@ -104,17 +124,17 @@ class Counters:
 
         traffic = Table(title="Traffic by buffer, bytes")
         traffic.add_column("buffer")
-        for column in ("read", "distinct", "written", "distinct", "atomic", "coalescing"):
+        for column in ("read", "distinct", "written", "distinct", "atomics", "lines an access"):
             traffic.add_column(column, justify="right")
-        for each in self.buffers:
+        for each in (*self.buffers, self.threadgroup):
             traffic.add_row(
                 each.name,
-                f"{each.read:,}",
+                f"{each.bytes_read:,}",
                 f"{each.distinct_read:,}",
-                f"{each.written:,}",
+                f"{each.bytes_written:,}",
                 f"{each.distinct_written:,}",
-                f"{each.atomic:,}",
-                f"{each.coalescing:.2f}" if each.lines else "",
+                f"{each.atomics:,}",
+                f"{each.lines_per_access:.2f}" if each.simdgroup_accesses else "",
             )
         totals = Table(title="Totals", show_header=False)
         totals.add_column("what")

@@ -1,11 +1,407 @@
-"""Reads the binary report that the runtime writes (``runtime/report.h``)."""
+"""Reads the binary report that the runtime leaves behind (``runtime/report.h`` has its layout)."""
 
 from __future__ import annotations
-from metalgen.simulator import errors
-from metalgen.simulator.counters import Counters
-from metalgen.simulator.findings import Findings
 
-def size(checked): return 1 << 20 if checked else 1 << 16
-def fatal_error(data, code, compiled, segments): return None
-def findings(reports, compiled, segments, sources): return Findings()
-def counters(reports, compiled, segments): return Counters()
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import c_char, c_int64, c_uint32, c_uint64
+from typing import TYPE_CHECKING, Any
+
+from metalgen.simulator import errors
+from metalgen.simulator.counters import BufferTraffic, Counters
+from metalgen.simulator.findings import Access, Finding, Findings
+
+if TYPE_CHECKING:
+    from metalgen.simulator.compiler import CompiledKernel
+    from metalgen.simulator.executor import Segment
+
+VERSION = 1
+LINE_BYTES = 128
+
+
+class _Finding(ctypes.Structure):
+    _fields_ = [
+        ("kind", c_uint32),
+        ("access", c_uint32),
+        ("space", c_uint32),
+        ("buffer", c_uint32),
+        ("offset", c_int64),
+        ("bytes", c_uint64),
+        ("limit", c_uint64),
+        ("memory", c_uint64),
+        ("address", c_uint64),
+        ("thread", c_uint32 * 3),
+        ("threadgroup", c_uint32 * 3),
+        ("other_address", c_uint64),
+        ("other_thread", c_uint32 * 3),
+        ("other_threadgroup", c_uint32 * 3),
+        ("other_access", c_uint32),
+        ("pad", c_uint32),
+        ("value", c_int64),
+        ("count", c_uint64),
+    ]
+
+
+class _BufferCounters(ctypes.Structure):
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "bytes_read",
+            "bytes_written",
+            "distinct_read",
+            "distinct_written",
+            "reads",
+            "writes",
+            "atomics",
+            "simdgroup_accesses",
+            "lines",
+        )
+    ]
+
+
+class _Report(ctypes.Structure):
+    _fields_ = [
+        ("magic", c_char * 8),
+        ("version", c_uint32),
+        ("status", c_uint32),
+        ("buffer_counters", c_uint64),
+        ("findings", c_uint64),
+        ("finding_count", c_uint32),
+        ("finding_capacity", c_uint32),
+        ("findings_dropped", c_uint64),
+        ("fatal_address", c_uint64),
+        ("fatal_memory", c_uint64),
+        ("fatal_signal", c_uint32),
+        ("fatal_thread", c_uint32 * 3),
+        ("fatal_threadgroup", c_uint32 * 3),
+        ("checked", c_uint32),
+        ("threadgroups", c_uint64),
+        ("threads", c_uint64),
+        ("threadgroup_bytes", c_uint64),
+        ("multiply_accumulates", c_uint64),
+        ("exponentials", c_uint64),
+        ("threadgroup_barriers", c_uint64),
+        ("simdgroup_barriers", c_uint64),
+        ("shuffles", c_uint64),
+        ("reductions", c_uint64),
+        ("ballots", c_uint64),
+        ("thread_barriers", c_uint64),
+        ("bank_accesses", c_uint64),
+        ("bank_conflicts", c_uint64),
+    ]
+
+
+MAX_BUFFERS = 32
+THREADGROUP_ENTRY = 32
+
+RUNNING, DONE, STACK_OVERFLOW, CRASH, OUT_OF_MEMORY, BAD_LAUNCH = 1, 2, 3, 4, 5, 6
+_ACCESSES = {1: "read", 2: "write", 3: "atomic read", 4: "atomic write", 5: "atomic update"}
+_UNDEFINED = {
+    1: "signed integer overflow",
+    2: "shift by an amount outside of the type",
+    3: "integer division by zero, or of the least integer by -1",
+}
+
+
+def size(checked: bool) -> int:
+    """Return how many bytes of report a run is given."""
+    return (1 << 20) if checked else (1 << 16)
+
+
+def _header(data: bytes) -> _Report | None:
+    header = _Report.from_buffer_copy(data)
+    if header.magic != b"MGREPORT" or header.version != VERSION:
+        return None
+    return header
+
+
+def _position(values: Any) -> tuple[int, int, int]:
+    return values[0], values[1], values[2]
+
+
+def _line(compiled: CompiledKernel, address: int) -> tuple[str | None, int | None]:
+    found = compiled.line_of(address) if address else None
+    return (str(found[0]), found[1]) if found else (None, None)
+
+
+def fatal_error(
+    data: bytes, code: int | None, compiled: CompiledKernel, segments: Sequence[Segment]
+) -> errors.SimulatorError | None:
+    """Return the exception for a run that did not finish, or None when it did.
+
+    ``code`` is what ``mg_run`` returned, None when its process died.
+    """
+    header = _header(data)
+    if header is None or header.status == DONE:
+        if code in (None, 0, 1):
+            return None
+        return errors.ExecutionError(f"kernel {compiled.kernel}: the runtime returned {code}")
+    file, line = _line(compiled, header.fatal_address)
+    place: dict[str, Any] = dict(
+        kernel=compiled.kernel,
+        file=file,
+        line=line,
+        thread=_position(header.fatal_thread),
+        threadgroup=_position(header.fatal_threadgroup),
+    )
+    where = f"kernel {compiled.kernel}"
+    if line:
+        where += f", {file}:{line}"
+    who = f"thread {place['thread']} of threadgroup {place['threadgroup']}"
+    if header.status == STACK_OVERFLOW:
+        return errors.StackOverflow(
+            f"{where}: {who} used more stack than its {_stack_kib()} KiB (endless recursion, or "
+            "large arrays; simulator.limits(stack_bytes=...) changes the size)",
+            **place,
+        )
+    if header.status == CRASH:
+        return errors.KernelCrash(
+            f"{where}: {who} {_crash_cause(header.fatal_signal, header.fatal_memory)}; "
+            "a checked run (simulator.record(checked=True)) names the buffer",
+            **place,
+        )
+    if header.status == OUT_OF_MEMORY:
+        return errors.MemoryLimit(
+            f"kernel {compiled.kernel}: no memory for the stacks of its threads or for the "
+            "checker's shadow; simulator.limits(memory_bytes=...) raises the limit"
+        )
+    if header.status == BAD_LAUNCH:
+        return errors.LaunchError(f"kernel {compiled.kernel}: the runtime refused the launch")
+    return None
+
+
+def _stack_kib() -> int:
+    from metalgen.simulator.executor import current_limits
+
+    return current_limits().stack_bytes // 1024
+
+
+def _crash_cause(number: int, memory: int) -> str:
+    import signal
+
+    name = signal.Signals(number).name if number else "a fault"
+    if name in ("SIGSEGV", "SIGBUS"):
+        return f"touched memory at {memory:#x} that no buffer owns ({name})"
+    if name == "SIGFPE":
+        return f"divided an integer by zero ({name})"
+    return f"ended with {name}"
+
+
+def findings(
+    reports: Sequence[bytes],
+    compiled: CompiledKernel,
+    segments: Sequence[Segment],
+    sources: Mapping[str, str],
+) -> Findings:
+    """Return the findings of all processes; equal places are merged and their counts added."""
+    merged: dict[tuple[Any, ...], Finding] = {}
+    dropped = 0
+    for data in reports:
+        header = _header(data)
+        if header is None:
+            continue
+        dropped += header.findings_dropped
+        kept = min(header.finding_count, header.finding_capacity)
+        step = ctypes.sizeof(_Finding)
+        for index in range(kept):
+            raw = _Finding.from_buffer_copy(data, header.findings + index * step)
+            finding = _translate(raw, compiled, segments)
+            key = (finding.kind, finding.file, finding.line, finding.memory, raw.other_address)
+            if finding.line is None:
+                key += (raw.address,)
+            before = merged.get(key)
+            if before is not None:
+                finding = Finding(
+                    **{**vars(before), "count": before.count + finding.count}
+                )
+            merged[key] = finding
+    return Findings(tuple(merged.values()), dict(sources), dropped)
+
+
+def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
+    if raw.space == 2:
+        if raw.buffer < len(compiled.variables):
+            return f"threadgroup {compiled.variables[raw.buffer]}"
+        return "threadgroup memory"
+    if raw.buffer < len(segments):
+        return segments[raw.buffer].name
+    return "memory"
+
+
+def _translate(
+    raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]
+) -> Finding:
+    file, line = _line(compiled, raw.address)
+    verb = _ACCESSES.get(raw.access, "access")
+    access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
+    other = None
+    if raw.other_address:
+        other_file, other_line = _line(compiled, raw.other_address)
+        other = Access(
+            _ACCESSES.get(raw.other_access, "access"),
+            other_file,
+            other_line,
+            _position(raw.other_thread),
+            _position(raw.other_threadgroup),
+        )
+    memory = _memory_name(raw, compiled, segments) if raw.space else None
+    kind, write_message = _KINDS.get(raw.kind, ("unknown", _unknown))
+    return Finding(
+        kind=kind,
+        message=write_message(raw, verb, memory or "memory"),
+        kernel=compiled.kernel,
+        file=file,
+        line=line,
+        memory=memory,
+        offset=raw.offset if raw.space else None,
+        access=access,
+        other=other,
+        count=raw.count,
+    )
+
+
+def _race(raw: _Finding, verb: str, memory: str) -> str:
+    other = _ACCESSES.get(raw.other_access, "access")
+    return (
+        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, and no barrier orders it "
+        f"after a {other} by another thread"
+    )
+
+
+def _race_threadgroups(raw: _Finding, verb: str, memory: str) -> str:
+    other = _ACCESSES.get(raw.other_access, "access")
+    return (
+        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, where another threadgroup "
+        f"did a {other}; nothing orders threadgroups"
+    )
+
+
+def _race_atomic(raw: _Finding, verb: str, memory: str) -> str:
+    other = _ACCESSES.get(raw.other_access, "access")
+    return (
+        f"{verb} of {memory} at byte {raw.offset} against a {other}: an atomic and a plain access "
+        "to the same bytes with nothing to order them"
+    )
+
+
+def _out_of_bounds(raw: _Finding, verb: str, memory: str) -> str:
+    if raw.offset < 0:
+        where = f"starts {-raw.offset} bytes before"
+    else:
+        where = f"ends {raw.offset + raw.bytes - raw.limit} bytes past the end of"
+    return f"{verb} of {raw.bytes} bytes {where} {memory}, which has {raw.limit} bytes"
+
+
+def _wild(raw: _Finding, verb: str, memory: str) -> str:
+    return f"{verb} of {raw.bytes} bytes at {raw.memory:#x}, which is near no buffer"
+
+
+def _uninitialised(raw: _Finding, verb: str, memory: str) -> str:
+    return f"read of {raw.bytes} bytes of {memory} at byte {raw.offset}, which nothing has written"
+
+
+def _read_only(raw: _Finding, verb: str, memory: str) -> str:
+    return f"{verb} to {memory}, which the kernel may only read"
+
+
+def _misaligned(raw: _Finding, verb: str, memory: str) -> str:
+    return (
+        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, which is not a multiple "
+        f"of {raw.value}"
+    )
+
+
+def _divergent_barrier(raw: _Finding, verb: str, memory: str) -> str:
+    return f"only {raw.value} threads reached this barrier while others wait elsewhere or are done"
+
+
+def _divergent_collective(raw: _Finding, verb: str, memory: str) -> str:
+    return f"only {raw.value} lanes reached this simdgroup function together"
+
+
+def _inactive_lane(raw: _Finding, verb: str, memory: str) -> str:
+    return f"reads lane {raw.value}, which is not active here: the value is undefined"
+
+
+def _undefined(raw: _Finding, verb: str, memory: str) -> str:
+    return _UNDEFINED.get(raw.value, "undefined behaviour")
+
+
+def _too_large(raw: _Finding, verb: str, memory: str) -> str:
+    return f"{raw.value} bytes of threadgroup memory, and a threadgroup has 32768"
+
+
+def _too_many_buffers(raw: _Finding, verb: str, memory: str) -> str:
+    return f"{raw.value} buffers, and Metal binds 31"
+
+
+def _too_many_threads(raw: _Finding, verb: str, memory: str) -> str:
+    return f"{raw.value} threads in a threadgroup, and Metal allows 1024"
+
+
+def _unknown(raw: _Finding, verb: str, memory: str) -> str:
+    return f"a finding of kind {raw.kind} that this version does not know"
+
+
+_KINDS: dict[int, tuple[str, Callable[[_Finding, str, str], str]]] = {
+    1: ("race", _race),
+    2: ("race between threadgroups", _race_threadgroups),
+    3: ("atomic and plain access", _race_atomic),
+    4: ("out of bounds", _out_of_bounds),
+    5: ("wild access", _wild),
+    6: ("uninitialised read", _uninitialised),
+    7: ("write to read-only memory", _read_only),
+    8: ("misaligned access", _misaligned),
+    9: ("divergent barrier", _divergent_barrier),
+    10: ("divergent collective", _divergent_collective),
+    11: ("inactive lane", _inactive_lane),
+    12: ("undefined integer behaviour", _undefined),
+    13: ("too much threadgroup memory", _too_large),
+    14: ("too many buffers", _too_many_buffers),
+    15: ("too many threads", _too_many_threads),
+}
+KINDS = tuple(name for name, _ in _KINDS.values())
+
+
+def counters(
+    reports: Sequence[bytes], compiled: CompiledKernel, segments: Sequence[Segment]
+) -> Counters:
+    """Return the counts of all processes added up."""
+    headers = [(data, header) for data in reports if (header := _header(data)) is not None]
+
+    def total(name: str) -> int:
+        return sum(getattr(header, name) for _, header in headers)
+
+    def entry(index: int) -> dict[str, int]:
+        step = ctypes.sizeof(_BufferCounters)
+        sums: dict[str, int] = {}
+        for data, header in headers:
+            raw = _BufferCounters.from_buffer_copy(data, header.buffer_counters + index * step)
+            for name, _ in _BufferCounters._fields_:
+                sums[name] = sums.get(name, 0) + getattr(raw, name)
+        return sums
+
+    if not headers:
+        return Counters()
+    return Counters(
+        buffers=tuple(
+            _traffic(segment.name, entry(index))
+            for index, segment in enumerate(segments[:MAX_BUFFERS])
+        ),
+        threadgroup=_traffic("threadgroup memory", entry(THREADGROUP_ENTRY)),
+        threadgroup_memory=max(header.threadgroup_bytes for _, header in headers),
+        multiply_accumulates=total("multiply_accumulates"),
+        exponentials=total("exponentials"),
+        barriers=total("thread_barriers"),
+        threadgroup_barriers=total("threadgroup_barriers"),
+        simdgroup_barriers=total("simdgroup_barriers"),
+        shuffles=total("shuffles"),
+        reductions=total("reductions"),
+        ballots=total("ballots"),
+        threadgroup_accesses=total("bank_accesses"),
+        bank_conflicts=total("bank_conflicts"),
+    )
+
+
+def _traffic(name: str, raw: Mapping[str, int]) -> BufferTraffic:
+    return BufferTraffic(name, **raw)
