@@ -41,6 +41,8 @@ class Buffer(ctypes.Structure):
         ("base", ctypes.c_void_p),
         ("bytes", ctypes.c_uint64),
         ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("lead", ctypes.c_uint64),
     ]
 
 
@@ -139,7 +141,8 @@ def run(request: dict, fd: int) -> dict:
         *buffers, report = zip(segments, mapping.addresses)
         table = (Buffer * max(1, len(buffers)))()
         for entry, ((_, size, lead, flags), address) in zip(table, buffers):
-            entry.base, entry.bytes, entry.flags = address + lead, size - lead, flags
+            entry.base, entry.bytes = address + lead, size - lead
+            entry.flags, entry.lead = flags, lead
         (_, report_bytes, _, _), report_address = report
         launch = Launch(
             grid=(ctypes.c_uint32 * 3)(*request["grid"]),
