@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 DEVICES = ("simulator", "metal")
@@ -28,3 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Name of the device under test, for `metalgen.get_kernel` and `metalgen.attention`."""
     return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a user database of its own, absent at first; it never sees the user's."""
+    path = tmp_path / "own_database" / "tuning.db"
+    path.parent.mkdir()
+    monkeypatch.setenv("METALGEN_DB", str(path))
+    return path
