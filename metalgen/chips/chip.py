@@ -67,7 +67,8 @@ class Chip:
         l2_bytes, slc_bytes: second-level and system-level cache, bytes.
         lanes, schedulers: float32 lanes and instruction schedulers a core.
         resident_threads: most threads that a core holds.
-        register_bytes, core_threadgroup_bytes, data_cache_bytes: memory of a core, bytes.
+        register_bytes, core_threadgroup_bytes: memory of a core, bytes.
+        data_cache_bytes, instruction_cache_bytes: caches of a core, bytes.
         threadgroup_bytes, threads: limits of one threadgroup.
         on_core_bytes_per_cycle, l2_bytes_per_cycle, slc_bytes_per_cycle: bandwidth to one core.
         dynamic_registers: registers come from a shared on-chip memory as they are needed.
@@ -94,6 +95,7 @@ class Chip:
     register_bytes: int | None = None
     core_threadgroup_bytes: int | None = None
     data_cache_bytes: int | None = None
+    instruction_cache_bytes: int | None = None
     threadgroup_bytes: int | None = None
     threads: int | None = None
     on_core_bytes_per_cycle: float | None = None

@@ -40,6 +40,7 @@ GENERATIONS: dict[str, dict[str, Figure]] = {
         "threadgroup_bytes": (32 * KIB, "metal-api"),
         "threads": (1024, "metal-api"),
         "data_cache_bytes": (8 * KIB, "metal-benchmarks"),
+        "instruction_cache_bytes": (12 * KIB, "metal-benchmarks"),
         "on_core_bytes_per_cycle": (64, "metal-benchmarks"),
         "l2_bytes_per_cycle": (32, "metal-benchmarks"),
         "slc_bytes_per_cycle": (17.5, "metal-benchmarks"),
@@ -53,7 +54,8 @@ GENERATIONS: dict[str, dict[str, Figure]] = {
     "M3": {
         "register_bytes": (208 * KIB, "scaled?"),
         "core_threadgroup_bytes": (60 * KIB, "scaled?"),
-        "data_cache_bytes": (64 * KIB, "scaled?"),
+        "data_cache_bytes": (8 * KIB, "scaled?"),
+        "instruction_cache_bytes": (12 * KIB, "scaled?"),
         "on_core_bytes_per_cycle": (64, "scaled?"),
         "l2_bytes_per_cycle": (32, "scaled?"),
         "slc_bytes_per_cycle": (17.5, "scaled?"),

@@ -1,0 +1,161 @@
+"""What a launch of the forward family does, in closed form: a few additions, no loop over tiles.
+
+The counts are those of `templates/families/forward.jinja`, to the last unit; a test executes the
+kernel in the simulator, which counts for itself, and compares. Bytes are what the source asks for,
+before any cache, summed over all threads; matrix products, barriers and shuffles count once a
+simdgroup, exponentials once a lane.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from metalgen.config import AttentionConfig
+from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, threadgroup_bytes
+
+
+class Counts(NamedTuple):
+    """The work of one launch.
+
+    Args:
+        groups, simdgroups: threadgroups, and simdgroups in all of them.
+        group_passes: passes over ``bk`` keys, summed over threadgroups.
+        live_passes: passes in which a simdgroup computes, summed over simdgroups; in the others
+            all of its rows are masked, and it only stages and waits.
+        multiply_accumulates: 8x8x8 matrix instructions.
+        q_read, k_read, v_read, out_written, lse_written: device bytes by buffer.
+        threadgroup_read, threadgroup_written: bytes to and from threadgroup memory.
+        threadgroup_memory: bytes of threadgroup memory that a threadgroup declares.
+        exponentials: exp2, one a lane.
+        shuffles: simdgroup shuffles.
+        barriers, simdgroup_barriers: one for each simdgroup that takes part.
+    """
+
+    groups: int
+    simdgroups: int
+    group_passes: int
+    live_passes: int
+    multiply_accumulates: int
+    q_read: int
+    k_read: int
+    v_read: int
+    out_written: int
+    lse_written: int
+    threadgroup_read: int
+    threadgroup_written: int
+    threadgroup_memory: int
+    exponentials: int
+    shuffles: int
+    barriers: int
+    simdgroup_barriers: int
+
+    @property
+    def device_read(self) -> int:
+        """Bytes of Q, K and V read from device memory."""
+        return self.q_read + self.k_read + self.v_read
+
+    @property
+    def device_written(self) -> int:
+        """Bytes of the output and the log-sum-exp written to device memory."""
+        return self.out_written + self.lse_written
+
+
+def forward_counts(
+    config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int, kv_len: int
+) -> Counts:
+    """The counts of one launch of a valid schedule (see `metalgen.schedule.check_schedule`).
+
+    Args:
+        batch_heads: batch entries times query heads.
+        q_len, kv_len: number of queries and of keys, from 1.
+    """
+    s = schedule
+    bq, bk, blocks = s.bq, s.bk, s.row_blocks
+    item = config.itemsize
+    k_width, v_width = config.head_dim, config.v_dim
+    k_padded, v_padded = padded(k_width), padded(v_width)
+    k_staged, v_staged = s.k_source == "threadgroup", s.v_source == "threadgroup"
+    q_staged = s.q_source == "threadgroup"
+
+    tiles = -(-q_len // bq)
+    groups = batch_heads * tiles
+    simdgroups = groups * s.simdgroups
+    passes, keys = pass_sums(q_len, kv_len, config.causal, bq, bk)
+    passes, keys = batch_heads * passes, batch_heads * keys
+    live = batch_heads * pass_sums(q_len, kv_len, config.causal, FRAGMENT * blocks, bk)[0]
+
+    # Directly read keys past the end are the last key again, so a pass always asks for bk rows;
+    # staged ones are zeros that nobody asks for.
+    k_read = (keys if k_staged else live * bk) * k_width * item
+    v_read = (keys if v_staged else live * bk) * v_width * item
+    tile = bk * item
+    tg_read = live * tile * (k_padded * k_staged + v_padded * v_staged)
+    tg_written = passes * tile * (k_padded * k_staged + v_padded * v_staged)
+    if q_staged:
+        tg_read += live * blocks * FRAGMENT * k_padded * item
+        tg_written += groups * bq * k_padded * item
+
+    slices = (-(-k_padded // s.bd) if k_staged else 0) + (-(-v_padded // s.bd) if v_staged else 0)
+    fragments = bk // FRAGMENT
+    return Counts(
+        groups=groups,
+        simdgroups=simdgroups,
+        group_passes=passes,
+        live_passes=live,
+        multiply_accumulates=live * blocks * fragments * (k_padded + v_padded) // FRAGMENT,
+        q_read=groups * bq * k_width * item,
+        k_read=k_read,
+        v_read=v_read,
+        out_written=batch_heads * q_len * v_width * item,
+        lse_written=batch_heads * q_len * 4 if config.return_lse else 0,
+        threadgroup_read=tg_read,
+        threadgroup_written=tg_written,
+        threadgroup_memory=threadgroup_bytes(config, s),
+        exponentials=live * blocks * (2 * fragments + 1) * SIMD_WIDTH,
+        shuffles=2 * blocks * (live + simdgroups),
+        barriers=passes * slices * (1 if s.buffers == 2 else 2) * s.simdgroups,
+        simdgroup_barriers=simdgroups if q_staged else 0,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def pass_sums(q_len: int, kv_len: int, causal: bool, rows: int, bk: int) -> tuple[int, int]:
+    """Passes over `bk` keys that blocks of `rows` queries make in one head, and keys they cover.
+
+    Block n ends before query e = min((n + 1) * rows, q_len), and sees keys below e + kv_len - q_len
+    if causal, else all; it makes ``ceil(that / bk)`` passes, of which the last may hold fewer keys
+    than `bk` because there are no more.
+    """
+    blocks = -(-q_len // rows)
+    most = -(-kv_len // bk)
+    missing = most * bk - kv_len
+    if not causal:
+        return blocks * most, blocks * kv_len
+    offset = kv_len - q_len
+    # The last block sees all keys; block n before it sees (n + 1) * rows + offset, if that is above
+    # zero: from block `skipped` on.
+    skipped = min(max(0, -offset // rows), blocks - 1)
+    first = (skipped + 1) * rows + offset
+    passes = most + floor_sum(blocks - 1 - skipped, rows, first + bk - 1, bk)
+    # How many of them reach the last, partial pass: (n + 1) * rows + offset > (most - 1) * bk.
+    reach = max(0, ((most - 1) * bk - offset) // rows)
+    full = 1 + max(0, blocks - 1 - max(skipped, reach))
+    return passes, passes * bk - full * missing
+
+
+def floor_sum(count: int, step: int, start: int, divisor: int) -> int:
+    """``sum((start + n * step) // divisor for n in range(count))`` in logarithmic time.
+
+    All arguments at least 0, `divisor` at least 1. The Euclid-like recursion of Graham, Knuth and
+    Patashnik, Concrete Mathematics, section 3.5.
+    """
+    total = 0
+    while count > 0:
+        total += (count - 1) * count // 2 * (step // divisor) + count * (start // divisor)
+        step, start = step % divisor, start % divisor
+        end = step * count + start
+        if end < divisor:
+            break
+        count, start, step, divisor = end // divisor, end % divisor, divisor, step
+    return total
