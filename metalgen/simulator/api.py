@@ -227,6 +227,7 @@ class MetalKernel:
         for dtype in (
             *(value.dtype for value in call["inputs"] if isinstance(value, mx.array)),
             *call["output_dtypes"],
+            *(value for _, value in call["template"] or () if isinstance(value, mx.Dtype)),
         ):
             if dtype not in METAL_TYPES:
                 raise errors.LaunchError("float64 is not supported on the GPU")
