@@ -1,0 +1,1 @@
+"""Finding the fastest schedule: the space, the search, measuring, and the runs that tie them."""

@@ -1,0 +1,169 @@
+"""Timing kernels on a device that has a clock.
+
+As on any GPU of a laptop: warm up by wall clock, because short kernels never raise the clock rate;
+rotate among several sets of arrays, or a cache is what gets measured; take the median; compare by
+interleaving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+
+from metalgen.devices import Runner
+from metalgen.problem import Problem
+
+Clock = Callable[[], float]
+"""Seconds, from any start."""
+
+MAX_LAUNCHES = 64
+"""Launches of one sample."""
+MAX_OUTPUT_BYTES = 256 << 20
+"""Bytes of output that the launches of one sample may hold together."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How times are taken; part of the key of every measurement.
+
+    Args:
+        timer: ``"wall"``: from before a launch is built until its result is there.
+        warmup_seconds: of work before the first measurement.
+        repetitions: samples a measurement, an odd number.
+        sample_seconds: a sample repeats a short kernel for about this long.
+        sets: sets of arrays that launches take in turn.
+        rounds: rounds of a final, each there and back (A B C, C B A).
+    """
+
+    timer: str = "wall"
+    warmup_seconds: float = 1.0
+    repetitions: int = 7
+    sample_seconds: float = 0.01
+    sets: int = 3
+    rounds: int = 5
+
+    @property
+    def key(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The samples of one measurement, in seconds a launch, in the order they were taken."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """What counts."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range; 0 where there is only one sample."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return high - low
+
+
+class Bench:
+    """The arrays of one problem, and a clock.
+
+    Args:
+        problem: its bucket's sizes are what runs.
+        policy: how to measure.
+        clock: seconds; another one for tests.
+    """
+
+    def __init__(self, problem: Problem, policy: Policy, clock: Clock = time.perf_counter) -> None:
+        self.problem = problem
+        self.policy = policy
+        self.clock = clock
+        self.scale = problem.config.head_dim**-0.5
+        self.sets = [arrays(problem, seed) for seed in range(policy.sets)]
+        self._next = 0
+
+    def run(self, runner: Runner, launches: int = 1) -> float:
+        """Seconds a launch of `launches` of them, evaluated together."""
+        start = self.clock()
+        outputs = []
+        for _ in range(launches):
+            q, k, v = self.sets[self._next % len(self.sets)]
+            self._next += 1
+            outputs.append(runner(q, k, v, self.scale))
+        mx.eval(outputs)
+        return (self.clock() - start) / launches
+
+    def warm_up(self, runner: Runner) -> None:
+        """Keep the device at work until its clock rate is up."""
+        deadline = self.clock() + self.policy.warmup_seconds
+        while self.clock() < deadline:
+            self.run(runner)
+
+    def launches(self, seconds: float) -> int:
+        """Launches of a sample for a kernel that takes `seconds`."""
+        p = self.problem
+        output = p.heads * p.q_len * p.config.v_dim * p.config.itemsize
+        wanted = math.ceil(self.policy.sample_seconds / max(seconds, 1e-9))
+        return max(1, min(wanted, MAX_LAUNCHES, MAX_OUTPUT_BYTES // output))
+
+    def measure(self, runner: Runner, *, give_up: float = math.inf) -> Timing:
+        """Several samples after one that compiles and one that warms; one if above `give_up`."""
+        self.run(runner)
+        first = self.run(runner)
+        if first > give_up:
+            return Timing((first,))
+        launches = self.launches(first)
+        return Timing(tuple(self.run(runner, launches) for _ in range(self.policy.repetitions)))
+
+    def compare(self, runners: Mapping[str, Runner]) -> dict[str, Timing]:
+        """Interleaved samples of several runners: A B C, C B A, and so on."""
+        launches = {}
+        for name, runner in runners.items():
+            self.run(runner)
+            launches[name] = self.launches(self.run(runner))
+        samples: dict[str, list[float]] = {name: [] for name in runners}
+        for _ in range(self.policy.rounds):
+            for name in [*runners, *reversed(list(runners))]:
+                samples[name].append(self.run(runners[name], launches[name]))
+        return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+
+
+def arrays(problem: Problem, seed: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Unit-variance q, k, v of a problem's bucket, a batch of one: ``(1, H, L, D)``, evaluated."""
+    config = problem.config
+    dtype = getattr(mx, config.dtype)
+    kv_heads = max(1, problem.heads // config.heads_per_kv)
+    keys = mx.random.split(mx.random.key(seed), 3)
+    shapes = (
+        (1, problem.heads, problem.q_len, config.head_dim),
+        (1, kv_heads, problem.kv_len, config.head_dim),
+        (1, kv_heads, problem.kv_len, config.v_dim),
+    )
+    q, k, v = (
+        mx.random.normal(shape, key=key).astype(dtype)
+        for shape, key in zip(shapes, keys, strict=True)
+    )
+    mx.eval(q, k, v)
+    return q, k, v
+
+
+def mlx_runner(problem: Problem) -> Runner | None:
+    """MLX's own fused attention, where it computes the same thing; None where it does not."""
+    config = problem.config
+    if config.return_lse or (config.causal and problem.q_len > problem.kv_len):
+        return None
+    mask = "causal" if config.causal else None
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
+
+    return run

@@ -1,0 +1,170 @@
+"""Tuning on the chip itself: a device's clock decides.
+
+Never run on an Apple GPU by its authors; tested with a device and a clock made for tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from metalgen.database.measurement import Measurement
+from metalgen.devices import Device
+from metalgen.errors import MetalgenError
+from metalgen.schedule import Limits, Schedule
+from metalgen.tuning.measure import Bench, Policy, mlx_runner
+from metalgen.tuning.progress import Outcome, Rejected
+from metalgen.tuning.search import Search, rank
+from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
+from metalgen.tuning.verifying import failure_status, first_line
+
+MODEL_STARTS = 16
+"""The chip model's best schedules, with which a search starts after the default."""
+DEFAULT_TRIALS = 100
+"""Schedules that are tried for a problem, unless told otherwise."""
+FINALISTS = 5
+"""Schedules that are measured again, interleaved with the default and MLX."""
+HOPELESS = 10.0
+"""A schedule this many times slower than the best is measured once only."""
+
+
+@dataclass
+class MeasuredSession(Session):
+    """Searches, measures, checks, and races the best against the default and MLX."""
+
+    device: Device
+    policy: Policy = field(default_factory=Policy)
+
+    provenance = "measured"
+    math_modes = ("safe", "fast")
+
+    @property
+    def limits(self) -> Limits:
+        """The device's."""
+        return self.device.limits
+
+    def goal(self) -> int:
+        """As many as were asked for, or 100; all where there are fewer."""
+        return min(len(self.valid), self.trials or DEFAULT_TRIALS)
+
+    def work(self) -> Outcome:
+        """Search until the goal, then the finals."""
+        search = Search(
+            self.space, self.valid, self.seed, first=self._model_starts(), small=self.goal()
+        )
+        for row in self.rows(self.policy.key):
+            search.tell(row.schedule, row.seconds if row.status == "ok" else None)
+        bench = Bench(self.problem, self.policy, self.clock)
+        known = len(search.times)
+        self._show_search(search)
+        while len(search.times) < self.goal() and (schedule := search.ask()):
+            row = self._measure(bench, schedule, search, cold=len(search.times) == known)
+            self.store.add_measurement(row)
+            search.tell(schedule, row.seconds if row.status == "ok" else None)
+            self._show_search(search)
+        winner, rejected, note = self._finals(bench)
+        default = search.times.get(self.default, math.inf)
+        return Outcome(
+            self.problem,
+            winner,
+            winner.default_seconds if winner else default if default < math.inf else None,
+            len(self.valid),
+            len(search.times),
+            len(search.times) - known,
+            tuple(rejected),
+            note,
+        )
+
+    def _model_starts(self) -> tuple[Schedule, ...]:
+        try:
+            ranked = rank(self.problem, self.valid, self.chip)
+        except MetalgenError:  # a chip that the model does not know
+            return ()
+        return tuple(schedule for _, schedule in ranked[:MODEL_STARTS])
+
+    def _show_search(self, search: Search) -> None:
+        times = {s: t for s, t in search.times.items() if t < math.inf}
+        best = min(times, key=lambda s: times[s], default=None)
+        self.show(
+            phase="measuring",
+            tried=len(search.times),
+            best=best,
+            best_seconds=times[best] if best else None,
+            default_seconds=times.get(self.default),
+        )
+
+    def _measure(
+        self, bench: Bench, schedule: Schedule, search: Search, *, cold: bool
+    ) -> Measurement:
+        """Build and time one schedule, whatever comes of it."""
+        name, policy = self.device.name, self.policy.key
+        best = min(search.times.values(), default=math.inf)
+        try:
+            runner = self.device.build(self.problem.config, schedule)
+            if cold:
+                bench.warm_up(runner)
+            timing = bench.measure(runner, give_up=HOPELESS * best)
+        except (MetalgenError, RuntimeError, ValueError) as error:
+            status, detail = failure_status(error), first_line(error)
+            return self.row(schedule, name, policy, status=status, detail=detail)
+        default = search.times.get(self.default, math.inf)
+        if schedule == self.default:
+            default = timing.median
+        return self.row(
+            schedule,
+            name,
+            policy,
+            seconds=timing.median,
+            spread=timing.spread,
+            samples=timing.samples,
+            default_seconds=default if default < math.inf else None,
+        )
+
+    def _finals(self, bench: Bench) -> tuple[Measurement | None, list[Rejected], str]:
+        """Race the best that pass their check; the quickest of them wins."""
+        policy = self.policy.key
+        self.show(phase="checking")
+        ran = by_time(self.rows(policy))
+        finalists: list[Schedule] = []
+        rejected: list[Rejected] = []
+        for row in ran:
+            if len(finalists) == FINALISTS or len(rejected) == CHECKS_A_PROBLEM:
+                break
+            check = self.checker.check(self.problem.config, row.schedule)
+            if check.ok:
+                finalists.append(row.schedule)
+            else:
+                rejected.append(Rejected(row.schedule, check.status, check.detail))
+            self.show()
+        if not finalists:
+            return None, rejected, "no schedule ran and passed its check"
+        self.show(phase="finals")
+        if any(m.schedule == self.default for m in ran) and self.default not in finalists:
+            self.checker.check(self.problem.config, self.default)
+            finalists.append(self.default)
+        if not {m.schedule for m in self.rows(policy, "final")}.issuperset(finalists):
+            self._race(bench, finalists)
+        finals = by_time([m for m in self.rows(policy, "final") if m.verified])
+        return (finals[0], rejected, "") if finals else (None, rejected, "no finalist passed")
+
+    def _race(self, bench: Bench, schedules: Sequence[Schedule]) -> None:
+        """Measure finalists and MLX's own attention, interleaved, and keep the rows."""
+        runners = {s.key: self.device.build(self.problem.config, s) for s in schedules}
+        own = mlx_runner(self.problem)
+        timings = bench.compare(runners | ({"mlx": own} if own else {}))
+        default = timings.get(self.default.key)
+        self.store.add_measurements(
+            self.row(
+                schedule,
+                self.device.name,
+                self.policy.key,
+                phase="final",
+                seconds=timings[schedule.key].median,
+                spread=timings[schedule.key].spread,
+                samples=timings[schedule.key].samples,
+                default_seconds=default.median if default else None,
+                mlx_seconds=timings["mlx"].median if own else None,
+            )
+            for schedule in schedules
+        )

@@ -1,0 +1,127 @@
+"""Tuning for a chip that is not here: the chip model ranks, the simulator checks.
+
+Nothing is timed. All rows are marked ``modelled``; of the thousands that are ranked, the best and
+the default's are stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from metalgen.database.measurement import Measurement
+from metalgen.schedule import Limits, Schedule
+from metalgen.tuning.progress import Outcome, Rejected
+from metalgen.tuning.search import Search, rank
+from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
+from metalgen.tuning.verifying import CannotCheck, first_line
+
+KEPT = 64
+"""Modelled rows that are stored for a problem, beside the default schedule's."""
+
+
+@functools.cache
+def model_version() -> str:
+    """8 hexadecimal digits that change when a prediction of the chip model might."""
+    from metalgen import chips, schedule
+
+    digest = hashlib.sha256()
+    for path in [*sorted(Path(chips.__file__).parent.glob("*.py")), Path(schedule.__file__)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+class ModelledSession(Session):
+    """Ranks the whole space of each problem; checks in that order until a kernel passes."""
+
+    provenance = "modelled"
+    math_modes = ("safe",)
+
+    @property
+    def limits(self) -> Limits:
+        """The chip's."""
+        return self.chip.limits
+
+    def goal(self) -> int:
+        """All valid schedules, or as many as were asked for."""
+        return min(len(self.valid), self.trials or len(self.valid))
+
+    def work(self) -> Outcome:
+        """Rank, keep the best, check them in order."""
+        candidates = self._candidates()
+        spec: dict[str, object] = {"model": model_version(), "ranked": len(candidates)}
+        if len(candidates) < len(self.valid):
+            spec["seed"] = self.seed
+        policy = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+        rows = self.rows(policy)
+        new = 0
+        if not rows:
+            rows = self._rank(candidates, policy)
+            new = len(candidates)
+        default = next((m.seconds for m in rows if m.schedule == self.default), None)
+        rows = by_time(rows)
+        self.show(
+            phase="checking",
+            tried=len(candidates),
+            best=rows[0].schedule if rows else None,
+            best_seconds=rows[0].seconds if rows else None,
+            default_seconds=default,
+        )
+        winner, rejected, note = self._first_that_passes(rows, policy)
+        return Outcome(
+            self.problem,
+            winner,
+            default,
+            len(self.valid),
+            len(candidates),
+            new,
+            tuple(rejected),
+            note,
+        )
+
+    def _candidates(self) -> tuple[Schedule, ...]:
+        """All valid schedules, or the default and a seeded choice of others."""
+        if self.goal() == len(self.valid):
+            return self.valid
+        search = Search(self.space, self.valid, self.seed, small=len(self.valid))
+        while len(search.times) < self.goal():
+            schedule = search.ask()
+            assert schedule is not None  # there are more than the goal
+            search.tell(schedule, None)
+        return tuple(search.times)
+
+    def _rank(self, candidates: tuple[Schedule, ...], policy: str) -> list[Measurement]:
+        def tick(tried: int, seconds: float, schedule: Schedule) -> None:
+            self.show(tried=tried, best_seconds=seconds, best=schedule)
+
+        ranked = rank(self.problem, candidates, self.chip, tick)
+        times = {schedule: seconds for seconds, schedule in ranked}
+        kept = dict.fromkeys([*(schedule for _, schedule in ranked[:KEPT]), self.default])
+        default = times[self.default]
+        rows = [
+            self.row(s, "model", policy, seconds=times[s], default_seconds=default) for s in kept
+        ]
+        self.store.add_measurements(rows, replace_predictions=True)
+        return self.rows(policy)
+
+    def _first_that_passes(
+        self, rows: list[Measurement], policy: str
+    ) -> tuple[Measurement | None, list[Rejected], str]:
+        """The best row whose kernel passes its check, and those before it that failed."""
+        rejected: list[Rejected] = []
+        for row in rows:
+            try:
+                check = self.checker.check(self.problem.config, row.schedule)
+            except CannotCheck as error:
+                return None, rejected, f"not checked: {first_line(error)}"
+            if check.ok:
+                winner = next(m for m in self.rows(policy) if m.schedule == row.schedule)
+                self.show(best=winner.schedule, best_seconds=winner.seconds)
+                return winner, rejected, ""
+            rejected.append(Rejected(row.schedule, check.status, check.detail))
+            if len(rejected) == CHECKS_A_PROBLEM:
+                return None, rejected, f"the best {CHECKS_A_PROBLEM} failed their checks"
+            self.show()
+        return None, rejected, "no schedule passed its check"

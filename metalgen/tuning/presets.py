@@ -1,0 +1,248 @@
+"""Attention shapes of real models, as problems to tune.
+
+Head counts and dimensions are those of each model's public ``config.json``. A shape that needs
+what the kernels cannot do yet is skipped, and named with the feature that it waits for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from metalgen.config import AttentionConfig
+from metalgen.errors import ArgumentError
+from metalgen.problem import Problem
+
+PREFILL = (512, 2048, 8192)
+"""Lengths of prompts: as many queries as keys."""
+DECODE = (1024, 4096, 16384)
+"""Lengths of caches that one query is compared with."""
+DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kind of attention layer.
+
+    Args:
+        heads, kv_heads: query heads, and the key/value heads that they share.
+        head_dim: width of a query and key row.
+        value_head_dim: of a value row; None means the same.
+        needs: the feature that is missing, or None where the layer can be tuned.
+        label: what tells it from the model's other layers.
+        decode_only, prefill_only: whether the layer has this shape in one of the two only.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int | None = None
+    needs: str | None = None
+    label: str = ""
+    decode_only: bool = False
+    prefill_only: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its kinds of attention layers."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A shape of a preset that cannot be tuned yet, and the feature that it waits for."""
+
+    name: str
+    needs: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `metalgen tune --preset` runs.
+
+    Args:
+        name: as the user gives it.
+        problems: each once, in order.
+        skipped: what was left out.
+        models: names of the models that each problem comes from, by the problem's key.
+    """
+
+    name: str
+    problems: tuple[Problem, ...]
+    skipped: tuple[Skipped, ...] = ()
+    models: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+
+
+def _model(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
+    return Model(name, (Layer(heads, kv_heads, head_dim),))
+
+
+def _gemma_2(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
+    return Model(
+        name,
+        (
+            Layer(heads, kv_heads, head_dim, needs="softcap", label="global"),
+            Layer(heads, kv_heads, head_dim, needs="softcap and sliding window", label="local"),
+        ),
+    )
+
+
+def _gemma_3(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
+    return Model(
+        name,
+        (
+            Layer(heads, kv_heads, head_dim, label="global"),
+            Layer(heads, kv_heads, head_dim, needs="sliding window", label="local"),
+        ),
+    )
+
+
+def _gpt_oss(name: str) -> Model:
+    return Model(
+        name,
+        (
+            Layer(64, 8, 64, needs="attention sinks", label="full"),
+            Layer(64, 8, 64, needs="attention sinks and sliding window", label="banded"),
+        ),
+    )
+
+
+MODELS = (
+    _model("llama-3-8b", 32, 8, 128),
+    _model("llama-3-70b", 64, 8, 128),
+    _model("llama-3.2-1b", 32, 8, 64),
+    _model("llama-3.2-3b", 24, 8, 128),
+    _model("qwen2.5-0.5b", 14, 2, 64),
+    _model("qwen2.5-1.5b", 12, 2, 128),
+    _model("qwen2.5-3b", 16, 2, 128),
+    _model("qwen2.5-7b", 28, 4, 128),
+    _model("qwen2.5-14b", 40, 8, 128),
+    _model("qwen2.5-32b", 40, 8, 128),
+    _model("qwen2.5-72b", 64, 8, 128),
+    _model("qwen3-0.6b", 16, 8, 128),
+    _model("qwen3-1.7b", 16, 8, 128),
+    _model("qwen3-4b", 32, 8, 128),
+    _model("qwen3-8b", 32, 8, 128),
+    _model("qwen3-14b", 40, 8, 128),
+    _model("qwen3-32b", 64, 8, 128),
+    _model("qwen3-30b-a3b", 32, 4, 128),
+    _model("qwen3-235b-a22b", 64, 4, 128),
+    Model("mistral-7b-v0.1", (Layer(32, 8, 128, needs="sliding window"),)),
+    _model("mistral-7b-v0.3", 32, 8, 128),
+    _gemma_2("gemma-2-2b", 8, 4, 256),
+    _gemma_2("gemma-2-9b", 16, 8, 256),
+    _gemma_2("gemma-2-27b", 32, 16, 128),
+    _gemma_3("gemma-3-270m", 4, 1, 256),
+    _gemma_3("gemma-3-1b", 4, 1, 256),
+    _gemma_3("gemma-3-4b", 8, 4, 256),
+    _gemma_3("gemma-3-12b", 16, 8, 256),
+    _gemma_3("gemma-3-27b", 32, 16, 128),
+    Model("phi-3-mini-4k", (Layer(32, 32, 96, needs="sliding window"),)),
+    _model("phi-3.5-mini", 32, 32, 96),
+    _model("phi-3-medium-128k", 40, 10, 128),
+    _model("phi-4", 40, 10, 128),
+    _model("phi-4-mini", 24, 8, 128),
+    _model("tinyllama-1.1b", 32, 4, 64),
+    _model("smollm2-135m", 9, 3, 64),
+    _model("smollm2-360m", 15, 5, 64),
+    _model("smollm2-1.7b", 32, 32, 64),
+    _gpt_oss("gpt-oss-20b"),
+    _gpt_oss("gpt-oss-120b"),
+    Model(
+        "deepseek-v3",
+        (
+            Layer(128, 128, 192, 128, label="expanded", prefill_only=True),
+            Layer(
+                128,
+                1,
+                576,
+                512,
+                needs="MLA (head_dim 576, above 256)",
+                label="absorbed",
+                decode_only=True,
+            ),
+        ),
+    ),
+)
+"""Every model that has a preset of its own name; ``all`` is all of them."""
+
+DEFAULT_MODELS = ("llama-3.2-1b", "llama-3-8b", "smollm2-135m")
+DEFAULT_LENGTHS = (1024, 4096)
+
+
+def preset_names() -> tuple[str, ...]:
+    """What `preset` takes: ``default``, ``all``, families such as ``qwen3``, and models."""
+    return ("default", "all", *_FAMILIES, *(m.name for m in MODELS))
+
+
+_FAMILIES = (
+    *("llama-3", "qwen2.5", "qwen3", "mistral", "gemma-2", "gemma-3", "phi", "tinyllama"),
+    *("smollm2", "gpt-oss", "deepseek"),
+)
+
+
+def preset(name: str) -> Preset:
+    """The problems of a preset.
+
+    ``default`` is small: causal prefill of the commonest shapes (D=64 and D=128 with four query
+    heads a KV head, and SmolLM2's D=64 with three), two lengths, float16 and bfloat16. All others
+    are the named models in prefill and decode lengths.
+
+    Raises:
+        ArgumentError: an unknown name, with the nearest ones.
+    """
+    models = {m.name: m for m in MODELS}
+    if name == "default":
+        return _collect(name, (models[m] for m in DEFAULT_MODELS), DEFAULT_LENGTHS, ())
+    if name == "all":
+        return _collect(name, MODELS, PREFILL, DECODE)
+    if name in models:
+        return _collect(name, [models[name]], PREFILL, DECODE)
+    if name in _FAMILIES:
+        members = [m for m in MODELS if m.name.startswith(name)]
+        return _collect(name, members, PREFILL, DECODE)
+    near = difflib.get_close_matches(str(name).lower(), preset_names(), n=3, cutoff=0.4)
+    hint = f"; the nearest: {', '.join(near)}" if near else ""
+    raise ArgumentError("preset", f"default, all, a family or a model{hint}", name)
+
+
+def _collect(
+    name: str, models: Iterable[Model], prefill: tuple[int, ...], decode: tuple[int, ...]
+) -> Preset:
+    sources: dict[Problem, list[str]] = {}
+    skipped: dict[Skipped, None] = {}
+    for model in models:
+        for layer in model.layers:
+            label = f"{model.name} {layer.label}".rstrip()
+            if layer.needs:
+                skipped[Skipped(label, layer.needs)] = None
+                continue
+            for problem in _problems(layer, prefill, decode):
+                sources.setdefault(problem, []).append(label)
+    return Preset(
+        name,
+        tuple(sources),
+        tuple(skipped),
+        {problem.key: tuple(dict.fromkeys(labels)) for problem, labels in sources.items()},
+    )
+
+
+def _problems(layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...]) -> Iterable[Problem]:
+    for dtype in DTYPES:
+        config = AttentionConfig(
+            head_dim=layer.head_dim,
+            dtype=dtype,
+            value_head_dim=layer.value_head_dim,
+            heads_per_kv=layer.heads // layer.kv_heads,
+            causal=True,
+        )
+        if not layer.decode_only:
+            for n in prefill:
+                yield Problem(config, layer.heads, n, n)
+        if not layer.prefill_only:
+            for n in decode:
+                yield Problem(config, layer.heads, 1, n)

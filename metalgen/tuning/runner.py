@@ -1,0 +1,113 @@
+"""A tuning run: for each problem candidates, times, checks and a winner, all of it kept at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from metalgen.database.store import Store
+from metalgen.devices import Device
+from metalgen.errors import ArgumentError
+from metalgen.problem import Problem
+from metalgen.render import template_hash
+from metalgen.tuning.measure import Clock, Policy
+from metalgen.tuning.measured import MeasuredSession
+from metalgen.tuning.modelled import ModelledSession
+from metalgen.tuning.progress import BudgetSpent, Observer, Report
+from metalgen.tuning.session import Session
+from metalgen.tuning.verifying import Checker, Verify
+
+if TYPE_CHECKING:
+    from metalgen.chips import Chip
+
+
+def tune(
+    problems: Sequence[Problem],
+    chip: Chip,
+    store: Store,
+    *,
+    device: Device | None = None,
+    checker: Device | None = None,
+    trials: int | None = None,
+    budget: float | None = None,
+    seed: int = 0,
+    observe: Observer | None = None,
+    policy: Policy | None = None,
+    clock: Clock = time.perf_counter,
+    verify: Verify | None = None,
+) -> Report:
+    """Tune problems for a chip, and keep every result as soon as it is there.
+
+    What was committed before a run ended, however it ended, is not done again by the next one.
+
+    Args:
+        problems: what to tune, in this order.
+        chip: whose rows these are.
+        store: where they go.
+        device: this chip, when it is here and has a clock; None: the chip model predicts.
+        checker: what executes kernels for their check; None: `device`, and without that nothing,
+            so that there are no winners.
+        trials: schedules to try for each problem; None: all for the model, 100 for a device.
+        budget: seconds for the whole run; None: as long as it takes.
+        seed: of the search.
+        observe: called whenever something changed.
+        policy: how to measure; None: the standard one.
+        clock: seconds, for the budget and for measurements.
+        verify: the check; another one for tests.
+
+    A `KeyboardInterrupt` ends the run early: what was done is in the report and in the store.
+
+    Raises:
+        ArgumentError: `trials`, `budget` or `seed` that cannot be.
+        IncompleteChip: the chip model does not know this chip, and there is no device.
+        DatabaseError: the store can no longer be written.
+    """
+    if trials is not None and (type(trials) is not int or trials < 1):
+        raise ArgumentError("trials", "a positive whole number", trials)
+    if budget is not None and not (isinstance(budget, int | float) and budget > 0):
+        raise ArgumentError("budget", "seconds above 0", budget)
+    if type(seed) is not int or not 0 <= seed < 1 << 31:
+        raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
+    executing = checker or device
+    versions = template_hash("forward", (executing.target if executing else None) or "metal")
+    start = clock()
+    report = Report("", chip.name, "measured" if device else "modelled", versions)
+    session = _session(
+        device,
+        policy,
+        chip=chip,
+        store=store,
+        checker=Checker(store, executing, versions, verify),
+        report=report,
+        trials=trials,
+        seed=seed,
+        observe=observe or (lambda progress: None),
+        clock=clock,
+        deadline=math.inf if budget is None else start + budget,
+        start=start,
+    )
+    notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
+    report.run = store.begin_run(chip.name, seed, notes)
+    ended = "failed"
+    try:
+        for number, problem in enumerate(problems, 1):
+            report.outcomes.append(session.tune(problem, number, len(problems)))
+        ended = "finished"
+    except BudgetSpent:
+        ended = report.stopped = "budget"
+    except KeyboardInterrupt:
+        ended = report.stopped = "interrupted"
+    finally:
+        report.seconds = clock() - start
+        report.checks = session.checker.checked
+        if ended != "failed":
+            store.end_run(report.run, ended)
+    return report
+
+
+def _session(device: Device | None, policy: Policy | None, **common: object) -> Session:
+    if device is None:
+        return ModelledSession(**common)  # type: ignore[arg-type]
+    return MeasuredSession(**common, device=device, policy=policy or Policy())  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""What tuning by a device's clock and tuning by the chip model have in common."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from metalgen.database.measurement import Measurement, host
+from metalgen.database.store import Store
+from metalgen.problem import Problem
+from metalgen.schedule import Limits, Schedule, default_schedule
+from metalgen.tuning.measure import Clock
+from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
+from metalgen.tuning.space import Space, enumerate_valid, space
+from metalgen.tuning.verifying import Checker
+
+if TYPE_CHECKING:
+    from metalgen.chips import Chip
+
+CHECKS_A_PROBLEM = 8
+"""Candidates that may fail their check before a problem is left without a winner."""
+
+
+@dataclass
+class Session(abc.ABC):
+    """A run over several problems, one at a time.
+
+    Args:
+        chip: whose rows these are.
+        store: where they go, as soon as they are there.
+        checker: executes candidates against the reference.
+        report: what the run adds its results to.
+        trials: schedules to try for each problem; None: the kind's own choice.
+        seed: of the search.
+        observe: told of every change.
+        clock: seconds.
+        deadline: the clock's time at which the budget is spent.
+    """
+
+    chip: Chip
+    store: Store
+    checker: Checker
+    report: Report
+    trials: int | None
+    seed: int
+    observe: Observer
+    clock: Clock
+    deadline: float
+    start: float
+
+    provenance: ClassVar[str]
+    math_modes: ClassVar[tuple[str, ...]]
+
+    problem: Problem = field(init=False)
+    progress: Progress = field(init=False)
+    space: Space = field(init=False)
+    valid: tuple[Schedule, ...] = field(init=False)
+    default: Schedule = field(init=False)
+
+    @property
+    @abc.abstractmethod
+    def limits(self) -> Limits:
+        """What a threadgroup may use."""
+
+    @abc.abstractmethod
+    def goal(self) -> int:
+        """How many schedules of the present problem will have been tried."""
+
+    @abc.abstractmethod
+    def work(self) -> Outcome:
+        """Tune the present problem."""
+
+    def tune(self, problem: Problem, number: int, problems: int) -> Outcome:
+        """Tune one problem, the `number`-th of `problems`.
+
+        Raises:
+            BudgetSpent: before the problem was finished; what was committed stays.
+        """
+        config, limits = problem.config, self.limits
+        self.problem = problem
+        self.space = space(config, limits, math_modes=self.math_modes)
+        self.valid = enumerate_valid(config, limits, self.math_modes)
+        self.default = default_schedule(config, limits)
+        self.progress = Progress(problem, number, problems, self.provenance == "modelled")
+        self.show(valid=len(self.valid), goal=self.goal())
+        outcome = self.work()
+        self.show(phase="done")
+        return outcome
+
+    def show(self, **changes: Any) -> None:
+        """Tell the observer, and stop when the budget is spent."""
+        for name, value in changes.items():
+            setattr(self.progress, name, value)
+        now = self.clock()
+        self.progress.left = self._time_left(now)
+        self.observe(self.progress)
+        if now >= self.deadline and self.progress.phase != "done":
+            raise BudgetSpent
+
+    def _time_left(self, now: float) -> float | None:
+        p = self.progress
+        if p.modelled:  # ranking is quick, and says nothing about how long a check takes
+            share = 0.0
+        else:
+            share = min(1.0, p.tried / p.goal) if p.goal else 0.0
+        if p.phase == "done":
+            share = 1.0
+        done = p.number - 1 + share
+        left = (now - self.start) / done * (p.problems - done) if done > 0 else None
+        if self.deadline < math.inf:
+            rest = max(0.0, self.deadline - now)
+            left = rest if left is None else min(left, rest)
+        return left
+
+    def rows(self, policy: str, phase: str = "search") -> list[Measurement]:
+        """What the store holds of this problem under the current templates and a policy."""
+        return self.store.measurements(
+            self.problem,
+            chip=self.chip.name,
+            template_hash=self.report.template_hash,
+            provenance=self.provenance,
+            policy=policy,
+            phase=phase,
+        )
+
+    def row(self, schedule: Schedule, device: str, policy: str, **fields: Any) -> Measurement:
+        """A new row of this run."""
+        known: dict[str, Any] = {
+            "problem": self.problem,
+            "schedule": schedule,
+            "template_hash": self.report.template_hash,
+            "chip": self.chip.name,
+            "cores": self.chip.cores,
+            "device": device,
+            "provenance": self.provenance,
+            "policy": policy,
+            "run": self.report.run,
+            **host(),
+        }
+        return Measurement(**known, **fields)
+
+
+def by_time(rows: list[Measurement]) -> list[Measurement]:
+    """Rows that ran, the quickest first; ties in the order of their keys."""
+    ran = [m for m in rows if m.status == "ok"]
+    return sorted(ran, key=lambda m: (m.seconds or math.inf, m.schedule.key))

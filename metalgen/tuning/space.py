@@ -1,0 +1,151 @@
+"""The declared space of schedules: which values each parameter may take, and when.
+
+Parameters are conditional: one whose condition does not hold has a single value, so no two points
+are the same schedule. What the declaration cannot say (threadgroup memory, threads) is left to
+`metalgen.schedule.check_schedule`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from metalgen.config import AttentionConfig
+from metalgen.errors import InvalidSchedule
+from metalgen.schedule import (
+    APPLE,
+    FRAGMENT,
+    Limits,
+    Schedule,
+    check_schedule,
+    default_schedule,
+    padded,
+)
+
+Point = Mapping[str, Any]
+"""Values of the parameters declared so far, by name."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One dimension of a space.
+
+    Args:
+        name: of the field of `Schedule`.
+        choices: the values, in ascending order.
+        active: whether the parameter is free, given those declared before it.
+        inactive: its value when it is not.
+    """
+
+    name: str
+    choices: tuple[Any, ...]
+    active: Callable[[Point], bool] = lambda point: True
+    inactive: Any = None
+
+    def values(self, point: Point) -> tuple[Any, ...]:
+        """The values it may take beside those of `point`."""
+        return self.choices if self.active(point) else (self.inactive,)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The schedules of one config within some limits.
+
+    Args:
+        config: what to compute.
+        limits: what a threadgroup may use.
+        parameters: in the order in which their conditions refer to each other.
+    """
+
+    config: AttentionConfig
+    limits: Limits
+    parameters: tuple[Parameter, ...]
+
+    def schedule(self, point: Point) -> Schedule:
+        """The schedule of a point; ``bq`` follows from the rows that the simdgroups own."""
+        bq = FRAGMENT * point["row_blocks"] * point["simdgroups"]
+        return Schedule(bq=bq, **point)
+
+    def point(self, schedule: Schedule) -> dict[str, Any] | None:
+        """The values of the parameters that give a schedule, or None if no point does."""
+        point: dict[str, Any] = {}
+        for parameter in self.parameters:
+            value = getattr(schedule, parameter.name)
+            if value not in parameter.values(point):
+                return None
+            point[parameter.name] = value
+        return point if self.schedule(point) == schedule else None
+
+    def valid(self, schedule: Schedule) -> bool:
+        """Whether a schedule keeps every rule."""
+        try:
+            check_schedule(self.config, schedule, self.limits)
+        except InvalidSchedule:
+            return False
+        return True
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every point, valid or not, in the order of the declared choices."""
+
+        def extend(point: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
+            if depth == len(self.parameters):
+                yield point
+                return
+            parameter = self.parameters[depth]
+            for value in parameter.values(point):
+                yield from extend(point | {parameter.name: value}, depth + 1)
+
+        return extend({}, 0)
+
+
+def space(
+    config: AttentionConfig, limits: Limits = APPLE, *, math_modes: tuple[str, ...] = ("safe",)
+) -> Space:
+    """The space of the forward family.
+
+    Args:
+        config: what to compute.
+        limits: what a threadgroup may use.
+        math_modes: Metal's math modes to try; others than ``"safe"`` change nothing that the chip
+            model sees, so they are worth trying only where a device measures.
+    """
+    widest = max(padded(config.head_dim), padded(config.v_dim))
+    # The default schedule's slice is among the choices, so that it is a point of every space.
+    slices = {w for w in (32, 64, 128, default_schedule(config, limits).bd) if w <= widest}
+    staging = ("threadgroup", "device")
+    fragments = ("input", "float32") if config.dtype == "bfloat16" else ("input",)
+
+    def staged(point: Point) -> bool:
+        return "threadgroup" in (point["k_source"], point["v_source"])
+
+    return Space(
+        config,
+        limits,
+        (
+            Parameter("row_blocks", (1, 2, 4)),
+            Parameter("simdgroups", (1, 2, 4, 8, 16)),
+            Parameter("bk", (8, 16, 32, 64)),
+            Parameter("q_source", ("registers", "threadgroup")),
+            Parameter("k_source", staging),
+            Parameter("v_source", staging),
+            Parameter("bd", tuple(sorted(slices | {widest})), staged, widest),
+            Parameter("buffers", (1, 2), staged, 1),
+            Parameter("load_width", (2, 4, 8)),
+            Parameter("fragment", fragments),
+            Parameter("math_mode", math_modes),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def enumerate_valid(
+    config: AttentionConfig, limits: Limits = APPLE, math_modes: tuple[str, ...] = ("safe",)
+) -> tuple[Schedule, ...]:
+    """Every valid schedule of the space, the default one first, each once."""
+    declared = space(config, limits, math_modes=math_modes)
+    found = [default_schedule(config, limits)]
+    schedules = map(declared.schedule, declared.points())
+    found += [s for s in schedules if s != found[0] and declared.valid(s)]
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""Checking candidates against the float64 reference, once each, with the outcome on record."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from metalgen.config import AttentionConfig
+from metalgen.database.store import Check, Store
+from metalgen.devices import Device
+from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
+from metalgen.schedule import Schedule
+from metalgen.verify import Verification
+
+Verify = Callable[[Device, AttentionConfig, Schedule], Verification]
+
+
+class CannotCheck(MetalgenError):
+    """The device could not check anything, whatever the kernel: it is missing, or out of memory."""
+
+
+def failure_status(error: Exception) -> str:
+    """The status of a kernel that raised this when it was built or run.
+
+    Raises:
+        CannotCheck: the failure says nothing about the kernel.
+    """
+    from metalgen.simulator import errors as simulator
+
+    if isinstance(error, DeviceError | simulator.MissingToolchain | simulator.MemoryLimit):
+        raise CannotCheck(str(error)) from error
+    if isinstance(error, simulator.WorkerLost | MemoryError):
+        raise CannotCheck(str(error)) from error
+    if isinstance(error, InvalidSchedule):
+        return "invalid"
+    if isinstance(error, simulator.CompileError):
+        return "compile"
+    if isinstance(error, simulator.KernelTimeout):
+        return "timeout"
+    if isinstance(error, simulator.SimulatorError):
+        return "runtime"
+    # MLX raises plain errors on a Mac: a library that does not build names itself.
+    text = str(error).lower()
+    return "compile" if "compile" in text or "library" in text else "runtime"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+class Checker:
+    """Checks kernels on one device and records the outcome; asks the store first.
+
+    Args:
+        store: where checks are kept.
+        device: what executes the kernels, or None: nothing can be checked here.
+        template_hash: of the current templates.
+        verify: `metalgen.verify.verify`; another one for tests.
+    """
+
+    def __init__(
+        self, store: Store, device: Device | None, template_hash: str, verify: Verify | None = None
+    ) -> None:
+        self.store = store
+        self.device = device
+        self.template_hash = template_hash
+        self._verify = verify
+        self.checked = 0
+
+    def known(self, config: AttentionConfig, schedule: Schedule) -> Check | None:
+        """The check on record: a failed one on any device, else one on this device, or None."""
+        found = self.store.find_check(config, schedule, self.template_hash)
+        if found is None or not found.ok or self.device is None or not self.device.is_gpu:
+            return found
+        return self.store.find_check(config, schedule, self.template_hash, self.device.name)
+
+    def check(self, config: AttentionConfig, schedule: Schedule) -> Check:
+        """The check of a kernel: the one on record, or a new one, which is recorded.
+
+        Raises:
+            CannotCheck: there is none on record and the device cannot make one.
+        """
+        found = self.known(config, schedule)
+        if found is not None:
+            return found
+        if self.device is None:
+            raise CannotCheck("no device here executes kernels")
+        error = tolerance = None
+        shape = detail = ""
+        try:
+            result = self._run(config, schedule)
+        except (MetalgenError, RuntimeError, ValueError, MemoryError) as problem:
+            status, detail = failure_status(problem), first_line(problem)
+        else:
+            status = "ok" if result.ok else "wrong"
+            error, tolerance = result.error, result.tolerance
+            shape, detail = result.shape, result.detail
+        self.checked += 1
+        self.store.record_check(
+            config,
+            schedule,
+            self.template_hash,
+            self.device.name,
+            status,
+            error=error,
+            tolerance=tolerance,
+            shape=shape,
+            detail=detail,
+        )
+        found = self.store.find_check(config, schedule, self.template_hash, self.device.name)
+        assert found is not None
+        return found
+
+    @functools.cached_property
+    def _function(self) -> Verify:
+        if self._verify is not None:
+            return self._verify
+        from metalgen.verify import verify
+
+        return verify
+
+    def _run(self, config: AttentionConfig, schedule: Schedule) -> Verification:
+        assert self.device is not None
+        return self._function(self.device, config, schedule)
