@@ -266,6 +266,7 @@ class Pool:
         with self.lock:
             while not self.idle and len(self.busy) >= most:
                 self.lock.wait()
+            self._bury()
             lent = [self.idle.pop() for _ in range(min(wanted, len(self.idle)))]
             missing = min(wanted - len(lent), most - len(self.busy) - len(lent))
             if not lent or missing > 0:
@@ -279,6 +280,13 @@ class Pool:
                 self.busy.difference_update(everything)
                 self.idle.extend(lent)
                 self.lock.notify_all()
+
+    def _bury(self) -> None:
+        """Reap idle workers that something else ended meanwhile."""
+        for worker in self.idle[:]:
+            if worker.process.poll() is not None:
+                self.idle.remove(worker)
+                worker.channel.close()
 
     def close(self) -> None:
         with self.lock:

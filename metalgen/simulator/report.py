@@ -136,7 +136,8 @@ def fatal_error(
         if code in (None, 0, 1):
             return None
         return errors.ExecutionError(f"kernel {compiled.kernel}: the runtime returned {code}")
-    file, line = _line(compiled, header.fatal_address)
+    # A finding's address is a return address; this one is the faulting instruction itself.
+    file, line = _line(compiled, header.fatal_address + 1)
     place: dict[str, Any] = dict(
         kernel=compiled.kernel,
         file=file,
@@ -181,7 +182,7 @@ def _crash_cause(number: int, memory: int) -> str:
 
     name = signal.Signals(number).name if number else "a fault"
     if name in ("SIGSEGV", "SIGBUS"):
-        return f"touched memory at {memory:#x} that no buffer owns ({name})"
+        return f"touched memory that no buffer owns (address {memory:#x}, {name})"
     if name == "SIGFPE":
         return f"divided an integer by zero ({name})"
     return f"ended with {name}"
