@@ -179,7 +179,8 @@ def forward_work(
 
     direct = counts.k_read * k_direct + counts.v_read * v_direct
     device = counts.device_read + counts.device_written
-    kv_bytes = kv_len * (config.head_dim + config.v_dim) * item
+    widths = (config.head_dim + config.v_dim) * item
+    kv_bytes = kv_len * widths
     heads = max(1, batch_heads // config.heads_per_kv)
     return Work(
         groups=counts.groups,
@@ -198,15 +199,15 @@ def forward_work(
         on_core_bytes=counts.threadgroup_read + counts.threadgroup_written + direct,
         direct_bytes=direct,
         other_bytes=device - direct,
-        distinct_bytes=heads * kv_bytes + 2 * counts.out_written + counts.lse_written,
+        distinct_bytes=heads * kv_bytes + batch_heads * q_len * widths + counts.lse_written,
         reused_bytes=kv_bytes,
         heads=heads,
         slices=counts.barriers / s.simdgroups / (1 if s.buffers == 2 else 2),
         reads=live * fragments * (k_direct + v_direct),
         two_buffers=s.buffers == 2,
-        masked=counts.group_passes * s.simdgroups / live - 1.0 if live else 0.0,
+        masked=counts.group_passes * s.simdgroups / live - 1.0,
         # The last rows of a causal head see all keys, its mean row about half of them.
-        longest=-(-kv_len // s.bk) * counts.groups / max(1, counts.group_passes),
+        longest=-(-kv_len // s.bk) * counts.groups / counts.group_passes,
     )
 
 

@@ -1,0 +1,111 @@
+"""The closed form of a launch's work, against loops written out and against hand calculation."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metalgen.chips.counts import Counts, floor_sum, forward_counts, pass_sums
+from metalgen.config import AttentionConfig
+from metalgen.schedule import Schedule, default_schedule, threadgroup_bytes
+
+
+@given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))
+def test_floor_sum_is_the_sum_of_floors(count: int, step: int, start: int, divisor: int) -> None:
+    expected = sum((start + n * step) // divisor for n in range(count))
+    assert floor_sum(count, step, start, divisor) == expected
+
+
+@settings(max_examples=1000)
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.booleans(),
+    st.sampled_from([8, 16, 24, 32, 64, 128]),
+    st.sampled_from([8, 16, 24, 32, 64]),
+)
+def test_pass_sums_are_what_the_loops_of_the_kernel_do(
+    q_len: int, kv_len: int, causal: bool, rows: int, bk: int
+) -> None:
+    passes = keys = 0
+    for first in range(0, q_len, rows):
+        last = min(first + rows, q_len) - 1
+        end = min(kv_len, last + kv_len - q_len + 1) if causal else kv_len
+        for k0 in range(0, end, bk):
+            passes += 1
+            keys += min(bk, kv_len - k0)
+    assert pass_sums(q_len, kv_len, causal, rows, bk) == (passes, keys)
+
+
+def test_the_default_schedule_at_128_queries_and_keys_counts_as_by_hand() -> None:
+    config = AttentionConfig(64, return_lse=True)
+    schedule = default_schedule(config)
+    assert str(schedule) == "64x32x64 sg4x2 q:reg k:tg v:tg buf1 w8"
+    # 3 heads of 2 tiles of 64 rows; 4 passes of 32 keys; 4 simdgroups of 2 blocks of 8 rows.
+    assert forward_counts(config, schedule, batch_heads=3, q_len=128, kv_len=128) == Counts(
+        groups=6,
+        simdgroups=24,
+        group_passes=24,
+        live_passes=96,
+        multiply_accumulates=96 * 2 * 4 * (8 + 8),
+        q_read=3 * 128 * 64 * 2,
+        k_read=6 * 128 * 64 * 2,
+        v_read=6 * 128 * 64 * 2,
+        out_written=3 * 128 * 64 * 2,
+        lse_written=3 * 128 * 4,
+        threadgroup_read=96 * 32 * 64 * 2 * 2,
+        threadgroup_written=24 * 32 * 64 * 2 * 2,
+        threadgroup_memory=32 * (64 + 8) * 2,
+        exponentials=96 * 32 * 2 * (4 * 2 + 1),
+        shuffles=2 * 2 * (96 + 24),
+        barriers=24 * 2 * 2 * 4,
+        simdgroup_barriers=0,
+    )
+
+
+def test_a_ragged_causal_launch_with_direct_keys_counts_as_by_hand() -> None:
+    config = AttentionConfig(20, "float32", value_head_dim=9, heads_per_kv=2, causal=True)
+    schedule = Schedule(
+        bq=16,
+        bk=16,
+        bd=8,
+        simdgroups=2,
+        q_source="threadgroup",
+        k_source="device",
+        buffers=2,
+        load_width=4,
+    )
+    # 20 queries beside the last 20 of 30 keys: tiles of rows 0..15 and 16..19 see up to 26 and 30
+    # keys, 2 passes each; simdgroups end at rows 7, 15, 19 (the fourth has none) and see up to 18,
+    # 26 and 30 keys, 2 passes each.
+    got = forward_counts(config, schedule, batch_heads=4, q_len=20, kv_len=30)
+    assert got == Counts(
+        groups=4 * 2,
+        simdgroups=4 * 4,
+        group_passes=4 * 4,
+        live_passes=4 * 6,
+        multiply_accumulates=24 * 2 * (3 + 2),
+        q_read=4 * 32 * 20 * 4,
+        k_read=24 * 16 * 20 * 4,
+        v_read=4 * (30 + 30) * 9 * 4,
+        out_written=4 * 20 * 9 * 4,
+        lse_written=0,
+        threadgroup_read=24 * 16 * 16 * 4 + 24 * 8 * 24 * 4,
+        threadgroup_written=16 * 16 * 16 * 4 + 8 * 16 * 24 * 4,
+        threadgroup_memory=threadgroup_bytes(config, schedule),
+        exponentials=24 * 32 * (2 * 2 + 1),
+        shuffles=2 * (24 + 16),
+        barriers=16 * 2 * 2,
+        simdgroup_barriers=16,
+    )
+    assert got.device_read == got.q_read + got.k_read + got.v_read
+    assert got.device_written == got.out_written
+
+
+def test_queries_before_the_first_key_make_no_pass() -> None:
+    config = AttentionConfig(64, causal=True)
+    schedule = default_schedule(config)
+    # 200 queries, 8 keys: only the last 8 queries see any, in the last of 4 tiles.
+    got = forward_counts(config, schedule, batch_heads=1, q_len=200, kv_len=8)
+    assert (got.groups, got.group_passes, got.live_passes) == (4, 1, 1)
+    assert got.k_read == 8 * 64 * 2
