@@ -2,11 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
+
+
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    return_lse: Literal[False] = False,
+    device: str | None = None,
+    chip: str | None = None,
+) -> mx.array: ...
+
+
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    return_lse: Literal[True],
+    device: str | None = None,
+    chip: str | None = None,
+) -> tuple[mx.array, mx.array]: ...
+
+
+@overload
+def attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    return_lse: bool,
+    device: str | None = None,
+    chip: str | None = None,
+) -> mx.array | tuple[mx.array, mx.array]: ...
 
 
 def attention(
