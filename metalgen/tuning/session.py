@@ -101,10 +101,8 @@ class Session(abc.ABC):
 
     def _time_left(self, now: float) -> float | None:
         p = self.progress
-        if p.modelled:  # ranking is quick, and says nothing about how long a check takes
-            share = 0.0
-        else:
-            share = min(1.0, p.tried / p.goal) if p.goal else 0.0
+        # Ranking is quick, and says nothing about how long a check takes.
+        share = 0.0 if p.modelled or not p.goal else min(1.0, p.tried / p.goal)
         if p.phase == "done":
             share = 1.0
         done = p.number - 1 + share

@@ -1,0 +1,125 @@
+"""``metalgen doctor``: what runs on this machine, and what to do next."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sqlite3
+from typing import Any
+
+import click
+
+from metalgen.cli.options import columns, json_option, print_json
+
+PACKAGES = ("mlx", "mlx-cpu", "mlx-metal", "ziglang", "jinja2", "optuna", "sqlite-utils", "numpy")
+
+
+@click.command()
+@json_option
+def command(as_json: bool) -> None:
+    """Say what runs on this machine, whether the database is healthy, and what to do next."""
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    click.echo(f"metalgen {found['metalgen']}, {found['python']}, {found['system']}")
+    packages = (f"{name} {version or 'missing'}" for name, version in found["packages"].items())
+    click.echo("packages: " + ", ".join(packages))
+    click.echo(f"templates: {found['template_hash']} in {found['templates']}")
+    click.echo(f"chip: {found['chip'] or 'no known Apple GPU on this machine'}")
+    click.echo("devices:")
+    rows = [(name, reason or "available") for name, reason in found["devices"].items()]
+    for line in columns(rows):
+        click.echo("  " + line)
+    click.echo(f"a call without device= runs on: {found['default_device']}")
+    database = found["database"]
+    click.echo(f"database: {database['path']}")
+    click.echo(f"  {database['state']}")
+    for kind, count in database.get("measurements", {}).items():
+        click.echo(f"  {count} rows {kind}")
+    click.echo("next:")
+    for step in found["next"]:
+        click.echo(f"  - {step}")
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `metalgen doctor` prints, as plain values; never raises for what it finds."""
+    from metalgen import chips
+    from metalgen._version import __version__
+    from metalgen.devices import all_devices, default_device
+    from metalgen.errors import MetalgenError
+    from metalgen.render import template_hash
+    from metalgen.resources import templates_dir
+
+    try:
+        templates, current = str(templates_dir()), template_hash()
+    except MetalgenError as error:
+        templates, current = str(error), "missing"
+    here = chips.detect()
+    devices = {device.name: device.unavailable() for device in all_devices()}
+    database = _database()
+    return {
+        "metalgen": __version__,
+        "python": f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "templates": templates,
+        "template_hash": current,
+        "chip": here.name if here else None,
+        "devices": devices,
+        "default_device": default_device().name,
+        "database": database,
+        "next": _advice(here.name if here else None, devices, database),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _database() -> dict[str, Any]:
+    from metalgen.database.errors import DatabaseError, MissingDatabase
+    from metalgen.database.layout import user_database
+    from metalgen.database.store import Store
+
+    path = user_database()
+    found: dict[str, Any] = {"path": str(path), "usable": False, "rows": 0}
+    try:
+        with Store.open(path, read_only=True) as store:
+            health = store.health()
+    except MissingDatabase:
+        return found | {"usable": True, "state": "not there yet; the first tuning run makes it"}
+    except DatabaseError as error:
+        return found | {"state": f"NOT USABLE: {error.reason}"}
+    bad = health["unreadable_rows"]
+    sound = health["integrity"] == "ok"
+    state = "sound" if sound else f"DAMAGED: {health['integrity']}"
+    rows = health["rows"]["measurements"]
+    return found | {
+        "usable": sound,
+        "rows": rows,
+        "state": f"{state}: {rows} rows, {health['rows']['checks']} checked kernels, "
+        f"{health['rows']['runs']} runs" + (f", {bad} rows that cannot be read" if bad else ""),
+        "measurements": health["measurements"],
+        "unreadable_rows": bad,
+    }
+
+
+def _advice(
+    chip: str | None, devices: dict[str, str | None], database: dict[str, Any]
+) -> list[str]:
+    steps = []
+    if not database["usable"]:
+        steps.append("move the database away, or set METALGEN_DB to another file")
+    if devices["simulator"]:
+        steps.append("pip install 'metalgen[simulator]' to execute Metal kernels on this CPU")
+    if chip and not devices["metal"]:
+        steps.append(f"metalgen tune measures on this {chip}")
+    elif not database["rows"]:
+        steps.append("metalgen tune --chip M3Max predicts schedules for that chip")
+    else:
+        steps.append("metalgen show lists the winners; metalgen explain says what a call gets")
+    return steps

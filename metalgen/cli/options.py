@@ -1,0 +1,152 @@
+"""Options that several commands share, and how they print."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from metalgen.config import DTYPES, AttentionConfig
+from metalgen.problem import Problem
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a call is: batch entries, query heads of each, queries, keys."""
+
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+
+    def problem(self, config: AttentionConfig) -> Problem:
+        """The tuning problem of a config at these sizes."""
+        return Problem(config, self.batch * self.heads, self.q_len, self.kv_len)
+
+
+def config_options(function: Function) -> Function:
+    """Options that say what attention to compute; the command gets ``config`` and ``sizes``.
+
+    ``config`` is an `AttentionConfig` and ``sizes`` a `Sizes`; both are checked.
+    """
+
+    @click.option("--head-dim", type=int, default=64, show_default=True, metavar="D")
+    @click.option("--value-head-dim", type=int, metavar="DV", help="Default: the head dimension.")
+    @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", show_default=True)
+    @click.option(
+        "--heads-per-kv",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Query heads that share one KV head.",
+    )
+    @click.option("--causal", is_flag=True, help="Mask aligned at the lower right.")
+    @click.option("--lse", is_flag=True, help="Also return the log-sum-exp.")
+    @click.option("--batch", type=int, default=1, show_default=True, metavar="B")
+    @click.option("--heads", type=int, metavar="H", help="Query heads. Default: about 32.")
+    @click.option("--q-len", type=int, default=1024, show_default=True, metavar="LQ")
+    @click.option("--kv-len", type=int, metavar="LK", help="Default: as many keys as queries.")
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        head_dim: int,
+        value_head_dim: int | None,
+        dtype: str,
+        heads_per_kv: int,
+        causal: bool,
+        lse: bool,
+        batch: int,
+        heads: int | None,
+        q_len: int,
+        kv_len: int | None,
+        **kwargs: Any,
+    ) -> Any:
+        config = AttentionConfig(
+            head_dim=head_dim,
+            dtype=dtype,
+            value_head_dim=value_head_dim,
+            heads_per_kv=heads_per_kv,
+            causal=causal,
+            return_lse=lse,
+        )
+        if heads is None:
+            heads = heads_per_kv * max(1, 32 // heads_per_kv)
+        elif heads < 1 or heads % heads_per_kv:
+            raise click.UsageError(
+                f"--heads: expected a multiple of --heads-per-kv {heads_per_kv}, but got {heads}"
+            )
+        for name, value in (("--batch", batch), ("--q-len", q_len), ("--kv-len", kv_len)):
+            if value is not None and value < 1:
+                raise click.UsageError(f"{name}: expected a positive integer, but got {value}")
+        sizes = Sizes(batch, heads, q_len, q_len if kv_len is None else kv_len)
+        sizes.problem(config)  # complains about sizes that are too large
+        return function(*args, config=config, sizes=sizes, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def json_option(function: Function) -> Function:
+    """``--json``: the command gets ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def chip_option(text: str) -> Callable[[Function], Function]:
+    """``--chip NAME``: the command gets ``chip``, a name or None."""
+    return click.option("--chip", metavar="NAME", help=text)
+
+
+def print_json(data: object) -> None:
+    """Print one JSON document on standard output."""
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A time as people read it, such as ``0.378 ms``; a dash for none."""
+    return "-" if seconds is None else f"{seconds * 1e3:.3f} ms"
+
+
+def duration(seconds: float | None) -> str:
+    """How long something takes, such as ``45 s`` or ``2 min 05 s``; a dash for unknown."""
+    if seconds is None:
+        return "-"
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def ratio(default: float | None, seconds: float | None) -> str:
+    """How many times faster than the default, such as ``1.07x``; a dash where that is unknown."""
+    return f"{default / seconds:.2f}x" if default and seconds else "-"
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, each column as wide as its widest cell."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def problem_cells(problem: Problem) -> tuple[str, str]:
+    """A problem in two cells: its config, and its sizes."""
+    return str(problem.config), f"BH={problem.batch_heads} {problem.q_len}x{problem.kv_len}"
+
+
+def problem_fields(problem: Problem) -> dict[str, Any]:
+    """A problem as JSON shows it."""
+    return {
+        "config": problem.config.to_dict(),
+        "family": problem.family,
+        "batch_heads": problem.batch_heads,
+        "q_len": problem.q_len,
+        "kv_len": problem.kv_len,
+    }

@@ -1,0 +1,311 @@
+"""``metalgen tune``: find the fastest schedules for a chip."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metalgen.cli.options import (
+    chip_option,
+    columns,
+    duration,
+    json_option,
+    milliseconds,
+    print_json,
+    problem_cells,
+    problem_fields,
+    ratio,
+)
+from metalgen.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from metalgen.chips import Chip
+    from metalgen.devices import Device
+    from metalgen.tuning.presets import Preset
+    from metalgen.tuning.progress import Outcome, Report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will use.
+
+    ``device`` measures, and is None where the chip model predicts; ``checker`` executes kernels
+    against the reference, and is None, for the reason ``no_checker``, where nothing can.
+    """
+
+    chip: Chip
+    device: Device | None
+    checker: Device | None
+    no_checker: str = ""
+
+    @property
+    def headline(self) -> str:
+        """The chip, and where its times come from."""
+        if self.device:
+            return f"{self.chip.name} ({self.chip}): measured on this machine's GPU."
+        checks = (
+            f"kernels are checked on device {self.checker.name!r}"
+            if self.checker
+            else f"NOTHING CAN BE CHECKED: {self.no_checker}"
+        )
+        return (
+            f"{self.chip.name} ({self.chip}) is not this machine: times are MODELLED by the chip "
+            f"model, not measured; {checks}."
+        )
+
+
+@click.command()
+@chip_option("The chip to tune for, such as M3Max or M3Max-30. Default: this machine's.")
+@click.option(
+    "--preset",
+    "preset_name",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="What to tune: default, all, a family (qwen3) or a model (llama-3-8b).",
+)
+@click.option("--trials", type=int, metavar="N", help="Schedules to try for each problem.")
+@click.option("--budget", type=float, metavar="SECONDS", help="Stop after so many seconds.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
+@click.option(
+    "--device",
+    "device_name",
+    type=click.Choice(["metal", "simulator"]),
+    help="metal: measure here. simulator: predict, and check kernels on this CPU.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    chip: str | None,
+    preset_name: str,
+    trials: int | None,
+    budget: float | None,
+    seed: int,
+    device_name: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Find the fastest schedules for a chip, and keep them.
+
+    On that chip its GPU's clock decides. Anywhere else the chip model predicts times, every row is
+    marked as modelled, and kernels are executed on the simulator. Each winner is checked against
+    the float64 reference. Ctrl-C keeps everything; the same command goes on from there.
+    """
+    from metalgen.tuning.presets import preset
+
+    plan = make_plan(chip, device_name)
+    chosen = preset(preset_name)
+    if dry_run:
+        _dry_run(plan, chosen, trials, as_json)
+        return
+    from metalgen.cli.live import observer
+    from metalgen.database.store import Store
+    from metalgen.tuning.runner import tune
+
+    if not as_json:
+        click.echo(plan.headline)
+        _print_skipped(chosen)
+    with Store.open() as store:
+        with observer(chosen, as_json) as observe:
+            report = tune(
+                chosen.problems,
+                plan.chip,
+                store,
+                device=plan.device,
+                checker=plan.checker,
+                trials=trials,
+                budget=budget,
+                seed=seed,
+                observe=observe,
+            )
+        path = str(store.path)
+    if as_json:
+        print_json(_document(plan, chosen, report, path))
+    else:
+        _print_report(plan, report, path)
+    if report.stopped == "interrupted":
+        again = shlex.join(["metalgen", *_again(ctx)])
+        click.echo(
+            f"metalgen: interrupted; everything that was finished is kept. To go on: {again}",
+            err=True,
+        )
+        ctx.exit(130)
+    if any(outcome.winner is None for outcome in report.outcomes):
+        ctx.exit(1)
+
+
+def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
+    """Which chip, what measures and what checks.
+
+    Raises:
+        ArgumentError: an unknown chip, none named where none is known, or a device that is not
+            this chip.
+        DeviceError: the device that was asked for is not available.
+    """
+    from metalgen import chips
+    from metalgen.devices import all_devices, get_device
+
+    here = chips.detect()
+    chip = chips.get_chip(chip_name) if chip_name else here
+    if chip is None:
+        raise ArgumentError(
+            "chip",
+            "--chip NAME (such as M3Max; `metalgen chips` lists all), because this machine has no "
+            "known Apple GPU",
+            None,
+        )
+    devices = {device.name: device for device in all_devices()}
+    metal, simulator = devices["metal"], devices["simulator"]
+    is_here = here is not None and here.name == chip.name and metal.unavailable() is None
+    if device_name == "metal":
+        get_device("metal")
+        if not is_here:
+            where = here.name if here else "unknown"
+            raise ArgumentError("device", f"simulator, for this machine's chip is {where}", "metal")
+    if is_here and device_name != "simulator":
+        return Plan(chip, metal, metal)
+    if device_name == "simulator":
+        return Plan(chip, None, get_device("simulator"))
+    usable = [device for device in (metal, simulator) if device.unavailable() is None]
+    if usable:
+        return Plan(chip, None, usable[0])
+    return Plan(chip, None, None, simulator.unavailable() or "")
+
+
+def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> None:
+    from metalgen.database.layout import user_database
+    from metalgen.tuning.space import enumerate_valid
+
+    limits = plan.device.limits if plan.device else plan.chip.limits
+    modes = ("safe", "fast") if plan.device else ("safe",)
+    valid = {p: len(enumerate_valid(p.config, limits, modes)) for p in chosen.problems}
+    if as_json:
+        print_json(
+            {
+                "dry_run": True,
+                "chip": plan.chip.name,
+                "provenance": "measured" if plan.device else "modelled",
+                "checker": plan.checker.name if plan.checker else None,
+                "preset": chosen.name,
+                "trials": trials,
+                "problems": [problem_fields(p) | {"valid": n} for p, n in valid.items()],
+                "skipped": [{"name": s.name, "needs": s.needs} for s in chosen.skipped],
+                "database": str(user_database()),
+            }
+        )
+        return
+    click.echo(plan.headline)
+    _print_skipped(chosen)
+    click.echo(f"Would tune {len(valid)} problems into {user_database()}; nothing was written:")
+    lines = [
+        (*problem_cells(p), f"{n} valid schedules", ", ".join(chosen.models.get(p.key, ())))
+        for p, n in valid.items()
+    ]
+    for line in columns(lines):
+        click.echo("  " + line)
+
+
+def _print_skipped(chosen: Preset) -> None:
+    if chosen.skipped:
+        click.echo(f"Skipped, for features that are not there yet ({len(chosen.skipped)}):")
+        for line in columns([(s.name, f"needs {s.needs}") for s in chosen.skipped]):
+            click.echo("  " + line)
+    if not chosen.problems:
+        click.echo(f"Preset {chosen.name!r} has nothing else to tune.")
+
+
+def _print_report(plan: Plan, report: Report, path: str) -> None:
+    header = ("problem", "sizes", "best", "default", "gain", "schedule")
+    rows = [(*problem_cells(o.problem), *_cells(o)) for o in report.outcomes]
+    if rows:
+        for line in columns([header, *rows]):
+            click.echo(line)
+    for outcome in report.outcomes:
+        for r in outcome.rejected:
+            click.echo(f"rejected for {outcome.problem}: {r.schedule}: {r.status} ({r.detail})")
+    tuned = sum(outcome.winner is not None for outcome in report.outcomes)
+    click.echo(
+        f"{tuned} problems {report.provenance} in {duration(report.seconds)}, {report.checks} "
+        f"kernels checked against float64 in this run. Kept in {path}"
+    )
+    if report.provenance == "modelled":
+        click.echo(
+            "These times are predictions. They choose schedules; on a GPU, MLX's own attention "
+            "keeps the call until ours is measured there as faster."
+        )
+    if report.stopped == "budget":
+        click.echo("The budget is spent; the same command goes on from here.")
+    if tuned < len(report.outcomes) and plan.checker is None:
+        click.echo(f"No winner was checked ({plan.no_checker}), so none will be dispatched.")
+
+
+def _cells(outcome: Outcome) -> tuple[str, str, str, str]:
+    winner = outcome.winner
+    if winner is None:
+        return "-", milliseconds(outcome.default_seconds), "-", outcome.note
+    return (
+        milliseconds(winner.seconds),
+        milliseconds(outcome.default_seconds),
+        ratio(outcome.default_seconds, winner.seconds),
+        str(winner.schedule),
+    )
+
+
+def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str, Any]:
+    return {
+        "chip": plan.chip.name,
+        "cores": plan.chip.cores,
+        "provenance": report.provenance,
+        "checker": plan.checker.name if plan.checker else None,
+        "preset": chosen.name,
+        "run": report.run,
+        "template_hash": report.template_hash,
+        "stopped": report.stopped,
+        "seconds": round(report.seconds, 3),
+        "checks": report.checks,
+        "database": path,
+        "problems": [problem_fields(o.problem) | _outcome_fields(o) for o in report.outcomes],
+        "skipped": [{"name": s.name, "needs": s.needs} for s in chosen.skipped],
+    }
+
+
+def _outcome_fields(outcome: Outcome) -> dict[str, Any]:
+    winner = outcome.winner
+    return {
+        "valid": outcome.valid,
+        "tried": outcome.tried,
+        "new": outcome.new,
+        "default_seconds": outcome.default_seconds,
+        "winner": winner
+        and {
+            "schedule": winner.schedule.to_dict(),
+            "seconds": winner.seconds,
+            "spread": winner.spread,
+            "mlx_seconds": winner.mlx_seconds,
+            "provenance": winner.provenance,
+            "error": winner.error,
+        },
+        "rejected": [
+            {"schedule": r.schedule.to_dict(), "status": r.status, "detail": r.detail}
+            for r in outcome.rejected
+        ],
+        "note": outcome.note,
+    }
+
+
+def _again(ctx: click.Context) -> list[str]:
+    """The arguments that the user gave, so that the run can go on."""
+    words = ["tune"]
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        value = ctx.params.get(parameter.name or "")
+        if source == click.core.ParameterSource.COMMANDLINE:
+            words.append(parameter.opts[0])
+            if not getattr(parameter, "is_flag", False):
+                words.append(str(value))
+    return words
