@@ -35,14 +35,23 @@ class BufferParameter:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel as a shared object in the cache. `threadgroup_bytes`: its static threadgroup memory."""
+    """A kernel as a shared object in the cache. `threadgroup_bytes`: its static threadgroup memory.
+
+    `threadgroup_variables`: name and bytes of each threadgroup variable, by the number that findings
+    give; 0 bytes for one of another kernel of the source.
+    """
 
     path: Path
     kernel: str
     mode: Mode
     buffers: tuple[BufferParameter, ...]
     threadgroup_bytes: int
-    variables: tuple[str, ...] = ()
+    threadgroup_variables: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The names of the threadgroup variables."""
+        return tuple(name for name, _ in self.threadgroup_variables)
 
     @cached_property
     def _lines(self) -> LineTable:
@@ -102,7 +111,7 @@ def _load(base: Path) -> CompiledKernel | None:
             return None
     buffers = tuple(BufferParameter(**b) for b in note["buffers"])
     return CompiledKernel(path, note["kernel"], note["mode"], buffers, note["threadgroup_bytes"],
-                          tuple(note["variables"]))
+                          tuple((name, size) for name, size in note["variables"]))
 
 
 def _compile(
@@ -138,12 +147,14 @@ def _compile(
         if done.returncode != 0:
             raise CompileError(f"the compiler failed on {kernel!r}:\n{done.stderr.strip()}")
     sizes = re.findall(r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)", code)
-    total = sum({int(i): (int(n) + 15) // 16 * 16 for i, n in sizes}.values())
+    by_number = {int(i): int(n) for i, n in sizes}
+    total = sum((n + 15) // 16 * 16 for n in by_number.values())
     names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
-    result = CompiledKernel(base.with_suffix(".so"), kernel, mode, _buffers(chosen), total, tuple(names))
+    variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
+    result = CompiledKernel(base.with_suffix(".so"), kernel, mode, _buffers(chosen), total, variables)
     (folder / "unit.so").replace(result.path)
     note = {
-        "kernel": kernel, "mode": mode, "threadgroup_bytes": total, "variables": names,
+        "kernel": kernel, "mode": mode, "threadgroup_bytes": total, "variables": variables,
         "buffers": [asdict(b) for b in result.buffers], "files": _files(preprocessed),
     }
     cache.replace(base.with_suffix(".json"), json.dumps(note).encode())

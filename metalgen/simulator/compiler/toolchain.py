@@ -22,12 +22,12 @@ LANGUAGE = (
     "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,-cl_khr_fp64,-__opencl_c_fp64 "
     "-Xclang -fnative-half-type -fsigned-char "
     "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
-    "-flax-vector-conversions=none -Wno-everything -O2 -g1 -fPIC -Xclang -disable-llvm-passes"
+    "-flax-vector-conversions=none -Wno-everything -O2 -g1 -fPIC -fstack-clash-protection -Xclang -disable-llvm-passes"
 ).split()
 CHECKED = (
     "-DMG_CHECKED=1 -Xclang -ffake-address-space-map "
-    "-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero "
-    "-fsanitize-recover=signed-integer-overflow,shift,integer-divide-by-zero"
+    "-fsanitize=signed-integer-overflow,shift "
+    "-fsanitize-recover=signed-integer-overflow,shift"
 ).split()
 CODE = "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything".split()
 RUNTIME_FLAGS = (

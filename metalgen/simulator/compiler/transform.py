@@ -130,9 +130,11 @@ def _kernels(tokens: Tokens, result: Transformed) -> None:
         is_kernel = word == "kernel" and tokens.word(at - 1) not in (".", "->", "::")
         end = _attribute_end(tokens, at)
         if end is not None and any(n == "kernel" for n, _ in _attribute_list(tokens, at, end)):
+            tokens.blank(at, end)
+            tokens.set(at, "inline")  # so that the kernels that are not called make no code
             is_kernel, at = True, end
-        elif is_kernel and tokens.word(at + 1) in ("void", "[") or (is_kernel and tokens.is_name(at + 1)):
-            tokens.set(at, "")
+        elif is_kernel and (tokens.is_name(at + 1) or tokens.word(at + 1) == "["):
+            tokens.set(at, "inline")
         else:
             is_kernel = False
         if is_kernel:
@@ -241,7 +243,8 @@ def _attributes(tokens: Tokens) -> None:
     at = 0
     while at < len(tokens):
         if tokens.word(at) == "[" and (end := _attribute_end(tokens, at)) is not None:
-            tokens.blank(at, end)
+            if tokens.texts[tokens.code[at]] == "[":  # not removed before
+                tokens.blank(at, end)
             at = end
         at += 1
 
@@ -361,7 +364,7 @@ def _vectors(tokens: Tokens) -> None:
     typedef_until = -1
     for at in range(len(tokens)):
         word = tokens.word(at)
-        if word in ("typedef", "using"):
+        if word in ("typedef", "using") and tokens.word(at - 1) != ">":
             typedef_until = at
             while tokens.word(typedef_until) not in (";", "{", ""):
                 typedef_until += 1

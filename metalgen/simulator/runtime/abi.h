@@ -6,6 +6,8 @@ struct mg_buffer {
   void *base;
   uint64_t bytes;
   uint32_t flags;  // MG_BUFFER_*
+  uint32_t pad;
+  uint64_t lead;  // bytes before base that belong to the buffer (views with negative strides)
 };
 enum { MG_BUFFER_WRITABLE = 1, MG_BUFFER_INITIALISED = 2, MG_BUFFER_CONSTANT = 4 };
 

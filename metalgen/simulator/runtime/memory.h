@@ -7,7 +7,7 @@ bool memory_begin(uint32_t threads);
 void memory_end();
 char *stack_top(uint32_t thread);
 
-enum { kArenaBytes = 1 << 20, kMaxVariables = 64, kRedZone = 128 };
+enum { kArenaBytes = 1 << 20, kMaxVariables = 1024, kRedZone = 2048 };
 
 // A threadgroup variable of the kernel, placed when the first thread reaches its declaration.
 struct Variable {

@@ -5,6 +5,7 @@
 #include "collectives.cpp"
 #if MG_CHECKED
 #include "checker.cpp"
+#include "counters.cpp"
 #else
 #include "unchecked.cpp"
 #endif
