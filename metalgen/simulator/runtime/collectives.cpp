@@ -190,7 +190,7 @@ extern "C" uint64_t mg_ballot(uint32_t predicate, uint32_t quad) {
 typedef float Row __attribute__((vector_size(32)));
 static void multiply_accumulate(Simdgroup *s, uint32_t active) {
   report->multiply_accumulates++;
-  if (MG_UNLIKELY(active != s->live)) finding_divergent_collective(s, active);
+  if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
   Row b[8];
   for (int k = 0; k < 8; ++k) b[k] = *(const Row *)s->b[k];
   for (int i = 0; i < 8; ++i) {
@@ -213,13 +213,13 @@ extern "C" void mg_multiply_accumulate(float *d, const float *a, const float *b,
 
 // Loads and stores of matrices are accesses of the lanes; only that all lanes take part is checked.
 static void matrix_access(Simdgroup *s, uint32_t active) {
-  if (MG_UNLIKELY(active != s->live)) finding_divergent_collective(s, active);
+  if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
 }
 extern "C" void mg_access_simdgroup_matrix(uint32_t) { collective(matrix_access, MG_CALLER()); }
 
 static void simdgroup_barrier(Simdgroup *s, uint32_t active) {
   report->simdgroup_barriers++;
-  if (MG_UNLIKELY(active != s->live)) finding_divergent_collective(s, active);
+  if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
   uint32_t flags = ~0u;
   for (uint32_t m = active; m; m &= m - 1) flags &= s->argument[__builtin_ctz(m)];
   check_simdgroup_barrier(s, flags);

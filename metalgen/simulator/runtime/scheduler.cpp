@@ -69,18 +69,20 @@ static void release_barrier() {
   report->threadgroup_barriers++;
   uintptr_t site = 0;
   uint32_t came = 0;
+  Lane *last = nullptr;
   for (uint32_t i = 0; i < group.simdgroup_count; ++i) {
     Simdgroup *s = &simdgroups[i];
     if (s->at_barrier) report->thread_barriers++;
     came += (uint32_t)__builtin_popcount(s->at_barrier);
-    for (uint32_t m = s->at_barrier; m; m &= m - 1) {
-      uintptr_t here = s->lanes[__builtin_ctz(m)].site;
-      if (site && here != site) finding_divergent_barrier(&s->lanes[__builtin_ctz(m)], site, came);
-      site = here;
+    for (uint32_t m = kChecked ? s->at_barrier : 0; m; m &= m - 1) {
+      last = &s->lanes[__builtin_ctz(m)];
+      if (site && last->site != site) finding_divergent_barrier(last, site, came);
+      site = last->site;
     }
     s->runnable = s->at_barrier;
     s->at_barrier = 0;
   }
+  if (kChecked && came != group.thread_count && last) finding_divergent_barrier(last, 0, came);
   check_barrier(barrier_flags, false, 0);
   barrier_flags = ~0u;
 }
@@ -218,7 +220,7 @@ static void prepare_threadgroup(uint64_t linear, const uint32_t groups[3]) {
   for (uint32_t s = 0; s < group.simdgroup_count; ++s) {
     uint32_t count = group.thread_count - s * kLanes;
     uint32_t mask = count >= kLanes ? ~0u : (1u << count) - 1;
-    simdgroups[s].live = simdgroups[s].runnable = mask;
+    simdgroups[s].all = simdgroups[s].live = simdgroups[s].runnable = mask;
     simdgroups[s].at_collective = simdgroups[s].at_barrier = 0;
     simdgroups[s].mixed = 0;
     simdgroups[s].index = s;

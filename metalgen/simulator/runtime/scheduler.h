@@ -25,7 +25,7 @@ struct Lane {
 typedef void (*Operation)(Simdgroup *simdgroup, uint32_t active);
 
 struct Simdgroup {
-  uint32_t live, runnable, at_collective, at_barrier;  // lane masks
+  uint32_t all, live, runnable, at_collective, at_barrier;  // lane masks
   uint32_t index, mixed;                               // mixed: lanes wait at more than one site
   uintptr_t site;
   uint32_t argument[kLanes], modulo[kLanes], kind[kLanes];
