@@ -33,9 +33,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_database(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a user database of its own, absent at first; it never sees the user's."""
-    path = tmp_path / "own_database" / "tuning.db"
-    path.parent.mkdir()
+    path = tmp_path_factory.mktemp("database") / "tuning.db"
     monkeypatch.setenv("METALGEN_DB", str(path))
     return path
