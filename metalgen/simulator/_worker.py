@@ -127,6 +127,18 @@ class Mapping:
 LIBRARIES: dict[str, ctypes.CDLL] = {}
 
 
+def data_limit(request: dict) -> int:
+    """Return the bytes of private memory that the launch may map.
+
+    The checker maps a shadow of 32 bytes for each byte of a writable buffer, of which it touches
+    only what the kernel does.
+    """
+    limit: int = request["memory_limit"]
+    if request["checked"]:
+        limit += 40 * sum(size for _, size, _, flags in request["segments"] if flags & 1)
+    return limit
+
+
 def run(request: dict, fd: int) -> dict:
     """Execute one request: ``segments`` are (file offset, bytes, lead, flags), the last the report."""
     path = request["library"]
@@ -203,7 +215,7 @@ def main() -> None:
         try:
             if resource is not None and sys.platform.startswith("linux"):
                 hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-                resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"], hard))
+                resource.setrlimit(resource.RLIMIT_DATA, (data_limit(request), hard))
             # Should the parent die, an endless kernel must not outlive it.
             signal.setitimer(signal.ITIMER_REAL, request["time_limit"] + 2.0)
             answer = run(request, fd)
