@@ -118,7 +118,8 @@ class Chip:
         """What a threadgroup may use. Raises `IncompleteChip` when that is not on record."""
         self.require("threadgroup_bytes", "threads")
         assert self.threadgroup_bytes is not None and self.threads is not None
-        return Limits(threadgroup_bytes=self.threadgroup_bytes, threads=self.threads)
+        target = "cuda" if self.kind == "nvidia" else "metal"
+        return Limits(self.threadgroup_bytes, self.threads, target)
 
     @property
     def fp32_tflops(self) -> float | None:

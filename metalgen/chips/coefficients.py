@@ -59,7 +59,7 @@ class Coefficients(NamedTuple):
     fetch: float = 0.3
     # [share] of the last wave's tail that remains where groups differ in length and the longest
     # start first. Guessed.
-    uneven_tail: float = 0.25
+    uneven_tail: float = 0.1
     # [share] of the vendor's memory bandwidth that a kernel reaches. Measured: 0.80 (M5 STREAM
     # copy, michaelstinkerings.org) to 0.86 (530 of 614 GB/s, M5 Max decode).
     dram: float = 0.8
