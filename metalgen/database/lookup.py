@@ -147,7 +147,7 @@ def checked(
         try:
             row = connection.execute(
                 "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
-                "template_hash = ? AND (?5 IS NULL OR device = ?5) ORDER BY status = 'ok'",
+                "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
                 [config.key, family, schedule.key, template_hash, device],
             ).fetchone()
         except sqlite3.Error:

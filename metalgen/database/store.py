@@ -261,7 +261,7 @@ class Store:
         with _explained(self.path):
             rows = self.db.execute(
                 "SELECT key FROM problems p WHERE EXISTS (SELECT 1 FROM measurements m "
-                "WHERE m.problem = p.id AND (?1 IS NULL OR m.chip = ?1)) ORDER BY key",
+                "WHERE m.problem = p.id AND m.chip = coalesce(?, m.chip)) ORDER BY key",
                 [chip],
             ).fetchall()
         return [p for (key,) in rows if (p := _problem(key)) is not None]
@@ -339,7 +339,7 @@ class Store:
             row = next(
                 self.db.query(
                     "SELECT * FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
-                    "template_hash = ? AND (?5 IS NULL OR device = ?5) ORDER BY status = 'ok'",
+                    "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
                     [config.key, family, schedule.key, template_hash, device],
                 ),
                 None,
