@@ -29,7 +29,7 @@ _VECTOR = re.compile(
     r"(bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234]$"
 )
 _BFLOAT_LITERAL = re.compile(r"([\d.]+(?:[eE][+-]?\d+)?)(bf|BF)$")
-_SPACES = frozenset(("device", "constant", "threadgroup", "thread"))
+_BFLOATS = frozenset(("bfloat", "bfloat16_t"))
 # After one of these, `(T)x` is a cast and `T(x)` a construction.
 _BEFORE_EXPRESSION = frozenset("( , = + - * / % < > ? : ! ~ & | ^ && || == != <= << [ { } ; += -= *= /= "
                                "%= &= |= ^= <<= return case else do".split())
@@ -345,6 +345,8 @@ def _threadgroup_variables(tokens: Tokens) -> None:
         declarations = []
         for first, last in tokens.split(i - 1, end - 1):
             name = tokens.word(first)
+            if "=" in tokens.words[first : last + 1]:  # Metal ignores the initial value
+                last = tokens.words.index("=", first) - 1
             extent = _mapped(tokens.source(first + 1, last)) if last > first else ""
             declarations.append(
                 f"typedef {_mapped(kind)} mg_type_{name}{extent}; __local mg_type_{name}& {name} = "
@@ -361,6 +363,7 @@ def _mapped(text: str) -> str:
 
 
 def _vectors(tokens: Tokens) -> None:
+    aliases = _vector_aliases(tokens)
     typedef_until = -1
     for at in range(len(tokens)):
         word = tokens.word(at)
@@ -373,16 +376,37 @@ def _vectors(tokens: Tokens) -> None:
             if element == "bool" or (at < typedef_until and element not in SCALARS):
                 tokens.set(at, "mapped_vec")
         end = _vector_type(tokens, at)
+        if end is None and word in aliases and tokens.is_name(at):
+            end = at
         if end is not None:
             _vector_expression(tokens, at, end)
         elif word == "static_cast" and tokens.word(at + 1) == "<":
-            first = at + 2
-            end = _vector_type(tokens, first)
-            if end is not None and tokens.word(end + 1) == ">":
-                tokens.set(at, "mg::convert")
+            last = (tokens.close_angle(at + 1) or at + 2) - 1
+            if not {"*", "&"} & set(tokens.words[at + 2 : last + 1]):
+                tokens.set(at, "mg::cast")
+        elif word in _BFLOATS and tokens.word(at + 1) == "(" and (
+            tokens.word(at - 1) in _BEFORE_EXPRESSION
+        ):
+            tokens.set(at, f"mg::cast<{word}>")
         elif tokens.kinds[at] == "number" and (match := _BFLOAT_LITERAL.match(word)):
             digits = match.group(1)
             tokens.set(at, f"((bfloat){digits if '.' in digits or 'e' in digits.lower() else digits + '.0'}f)")
+
+
+def _vector_aliases(tokens: Tokens) -> set[str]:
+    """Names that `using name = V;` or `typedef V name;` give to a vector type V."""
+    found: set[str] = set()
+    for at in range(len(tokens)):
+        if tokens.word(at) == "using" and tokens.word(at + 2) == "=":
+            first = at + 4 if tokens.word(at + 3) == "typename" else at + 3
+            end = _vector_type(tokens, first)
+            if end is not None and tokens.word(end + 1) == ";":
+                found.add(tokens.word(at + 1))
+        elif tokens.word(at) == "typedef":
+            end = _vector_type(tokens, at + 1)
+            if end is not None and tokens.word(end + 2) == ";":
+                found.add(tokens.word(end + 1))
+    return found
 
 
 def _vector_type(tokens: Tokens, at: int) -> int | None:
@@ -401,7 +425,7 @@ def _vector_type(tokens: Tokens, at: int) -> int | None:
 
 
 def _vector_expression(tokens: Tokens, at: int, end: int) -> None:
-    """Rewrites `V(...)` and `(V)x`, where at..end spells the vector type V."""
+    """Rewrites `V(...)`, `(V)x` and `V x(...);`, where at..end spells the vector type V."""
     before, after = tokens.word(at - 1), tokens.word(end + 1)
     spelled = "".join(tokens.texts[tokens.code[i]] + " " for i in range(at, end + 1)).strip()
     if after == "(" and before in _BEFORE_EXPRESSION | {"*"}:
@@ -409,6 +433,10 @@ def _vector_expression(tokens: Tokens, at: int, end: int) -> None:
             return
         tokens.blank(at, end)
         tokens.set(at, f"mg::make<{spelled}>")
+    elif tokens.is_name(end + 1) and tokens.word(end + 2) == "(":
+        close = tokens.close(end + 2)
+        if tokens.word(close + 1) == ";" and _are_values(tokens, end + 3, close - 1):
+            tokens.prepend(end + 2, f" = mg::make<{spelled}>")
     elif before == "(" and after == ")" and tokens.word(at - 2) in _BEFORE_EXPRESSION:
         operand = end + 2
         if tokens.kinds[operand] in ("name", "number") or tokens.word(operand) in "(-!~*&+":
@@ -419,3 +447,15 @@ def _vector_expression(tokens: Tokens, at: int, end: int) -> None:
                 tokens.set(at - 1, f"mg::make<{spelled}>")
             else:
                 tokens.set(at - 1, f"mg::caster<{spelled}>{{}}->*")
+
+
+def _are_values(tokens: Tokens, first: int, last: int) -> bool:
+    """Whether first..last, between parentheses, are a variable's values, not a function's parameters."""
+    if first > last:
+        return False
+    for start, end in tokens.split(first, last):
+        if start == end and (tokens.word(start) in SCALARS or _VECTOR.match(tokens.word(start))):
+            return False
+        if any(tokens.is_name(i) and tokens.is_name(i + 1) for i in range(start, end)):
+            return False
+    return True

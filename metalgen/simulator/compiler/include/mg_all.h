@@ -3,6 +3,7 @@
 #include "metal_stdlib"
 #include "metal_simdgroup_matrix"
 #include "metal_logging"
+#include "metal_uniform"
 #include "mg_entry.h"
 
 // Words that are reserved in C++ for OpenCL and free in Metal.
@@ -10,7 +11,6 @@
 #define global mg_word_global
 #define generic mg_word_generic
 #define pipe mg_word_pipe
-#define uniform mg_word_uniform
 #define read_only mg_word_read_only
 #define write_only mg_word_write_only
 #define read_write mg_word_read_write
