@@ -10,31 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metalgen import plan as plan_module
+from metalgen import plan, plan_cuda
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.resources import templates_dir
-from metalgen.schedule import FRAGMENT, Schedule, check_schedule, padded
+from metalgen.schedule import FRAGMENT, Limits, Schedule, check_schedule, padded, threadgroup_bytes
+from metalgen.targets import CUDA, TARGETS
 
 if TYPE_CHECKING:
     import jinja2
 
-TARGETS = ("metal",)
 _METAL_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+_NO_LIMITS = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
+"""The largest of any chip: those of compute capability 9.0 for CUDA."""
 
 
 @dataclass(frozen=True)
 class KernelSource:
-    """A rendered kernel, as the arguments of ``mx.fast.metal_kernel`` and how to launch it.
+    """A rendered kernel: what ``mx.fast.metal_kernel`` or ``cuda_kernel`` needs, and its launch.
 
     Args:
         name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
         header, source: text before the kernel's function, and its body.
-        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale2``, the scale times log2(e).
+        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale``, which comes times log2(e).
         outputs: ``out``, and ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.
         bq: query rows a threadgroup.
+        shared_memory: bytes of dynamic shared memory (CUDA).
     """
 
     name: str
@@ -45,6 +49,7 @@ class KernelSource:
     math_mode: str
     threads: int
     bq: int
+    shared_memory: int = 0
 
     @property
     def text(self) -> str:
@@ -53,7 +58,7 @@ class KernelSource:
         outputs = ", ".join(self.outputs)
         return (
             f"{self.header}\n// {self.name}({inputs}) -> {outputs}: the body of the kernel;"
-            f" mx.fast.metal_kernel writes its signature.\n{self.source}"
+            f" MLX writes its signature.\n{self.source}"
         )
 
 
@@ -67,7 +72,7 @@ def render(config: AttentionConfig, schedule: Schedule, target: str = "metal") -
     """
     if target not in TARGETS:
         raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
-    check_schedule(config, schedule)
+    check_schedule(config, schedule, _NO_LIMITS[target])
     context = _context(config, schedule, target)
     env = _environment()
     header = env.get_template(f"targets/{target}/header.jinja").render(context)
@@ -78,11 +83,12 @@ def render(config: AttentionConfig, schedule: Schedule, target: str = "metal") -
         name=f"metalgen_forward_{kind}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
-        inputs=("q", "k", "v", "scale2"),
+        inputs=("q", "k", "v", "scale"),
         outputs=("out", "lse") if config.return_lse else ("out",),
         math_mode=schedule.math_mode,
         threads=schedule.threads,
         bq=schedule.bq,
+        shared_memory=threadgroup_bytes(config, schedule, CUDA) if target == "cuda" else 0,
     )
 
 
@@ -98,13 +104,15 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     files += sorted((root / "features").glob("*.jinja"))
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
-    for path in [*files, Path(plan_module.__file__), Path(__file__)]:
+    plans = {"metal": plan, "cuda": plan_cuda}
+    for path in [*files, Path(str(plans[target].__file__)), Path(__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[str, Any]:
-    plan = plan_module.forward_plan(config, schedule)
+    facts = TARGETS[target]
+    rows = facts.row_block * schedule.row_blocks
     constants = {
         "D": config.head_dim,
         "DV": config.v_dim,
@@ -112,30 +120,51 @@ def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[s
         "BK": schedule.bk,
         "SIMDGROUPS": schedule.simdgroups,
         "ROW_BLOCKS": schedule.row_blocks,
-        "ROWS": FRAGMENT * schedule.row_blocks,
+        "ROWS": rows,
         "K_FRAGMENTS": schedule.bk // FRAGMENT,
-        "D_FRAGMENTS": padded(config.head_dim) // FRAGMENT,
-        "V_FRAGMENTS": padded(config.v_dim) // FRAGMENT,
+        "V_FRAGMENTS": padded(config.v_dim, facts) // FRAGMENT,
         "HEADS_PER_KV": config.heads_per_kv,
     }
-    if plan.staged:
-        constants |= {"KV_STRIDE": plan.slot_stride, "KV_SLOT": plan.slot}
-    if plan.q_copy:
-        constants |= {"Q_STRIDE": plan.q_stride}
-    element = _METAL_TYPES[config.dtype]
-    return {
+    own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
+    steps = own["plan"].steps
+    return own | {
         "tile_library": f"targets/{target}/tile.jinja",
-        "T": element,
-        "F": "float" if schedule.fragment == "float32" else element,
-        "constants": constants,
+        "constants": constants | own["constants"],
         "schedule": schedule,
-        "plan": plan,
-        "k_steps": [step for step in plan.steps if step.operand == "k"],
-        "v_steps": [step for step in plan.steps if step.operand == "v"],
+        "k_steps": [step for step in steps if step.operand == "k"],
+        "v_steps": [step for step in steps if step.operand == "v"],
         "masks": [_feature("causal")] if config.causal else [],
         "longest_first": config.causal,
         "lse": config.return_lse,
     }
+
+
+def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+    own = plan.forward_plan(config, schedule)
+    constants = {"D_FRAGMENTS": padded(config.head_dim) // FRAGMENT}
+    if own.staged:
+        constants |= {"KV_STRIDE": own.slot_stride, "KV_SLOT": own.slot}
+    if own.q_copy:
+        constants |= {"Q_STRIDE": own.q_stride}
+    element = _METAL_TYPES[config.dtype]
+    return {
+        "plan": own,
+        "constants": constants,
+        "T": element,
+        "F": "float" if schedule.fragment == "float32" else element,
+    }
+
+
+def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+    own = plan_cuda.cuda_plan(config, schedule)
+    constants = {
+        "D_STEPS": padded(config.head_dim, CUDA) // CUDA.depth,
+        "THREADS": schedule.threads,
+        "STAGES": schedule.buffers,
+        "Q_TILE": own.q_tile,
+        "KV_TILE": own.kv_tile,
+    }
+    return {"plan": own, "constants": constants, "T": _CUDA_TYPES[config.dtype]}
 
 
 @functools.cache

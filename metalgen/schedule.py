@@ -10,20 +10,24 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
+from metalgen.targets import METAL, TARGETS, Target
 
 FRAGMENT = 8
 """Rows and columns of a simdgroup matrix."""
 SIMD_WIDTH = 32
 ROW_PAD_BYTES = 16
-"""Bytes added to a row in threadgroup memory, so that rows start in different banks."""
+"""Bytes added to a row in threadgroup memory, so that rows start in different banks (Metal)."""
+CHUNK_BYTES = 16
+"""Bytes that are moved at once (CUDA)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a chip allows a threadgroup: bytes of threadgroup memory, and threads."""
+    """What a chip allows a threadgroup: bytes of threadgroup memory, threads, and the language."""
 
     threadgroup_bytes: int = 32768
     threads: int = 1024
+    target: str = "metal"
 
 
 APPLE = Limits()
@@ -34,15 +38,15 @@ class Schedule:
     """How the forward family runs a config.
 
     Args:
-        bq: query rows a threadgroup (``8 * row_blocks * simdgroups``).
+        bq: query rows a threadgroup (``row_blocks * simdgroups`` blocks of 8, on CUDA of 16).
         bk: keys a pass of the loop.
         bd: columns of K or V staged at once; smaller ones need less threadgroup memory and more
             barriers. The whole (padded) width where nothing is staged.
         simdgroups: simdgroups a threadgroup.
-        row_blocks: blocks of 8 query rows a simdgroup; each K or V fragment loaded serves all.
+        row_blocks: blocks of rows a simdgroup; each K or V fragment loaded serves all.
         q_source: ``"registers"`` (loaded once) or ``"threadgroup"`` (staged once, read each pass).
         k_source, v_source: ``"threadgroup"`` (staged by the whole group) or ``"device"``.
-        buffers: staging buffers; with 2 the next tile is fetched while one is used, and half of
+        buffers: staging buffers; from 2 on later tiles are fetched while one is used, and half of
             the barriers go.
         load_width: elements of one vector load a lane: 2, 4 or 8.
         fragment: ``"input"`` (fragments in the input's type) or ``"float32"`` (widened on load).
@@ -128,7 +132,7 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "q_source": ("registers", "threadgroup"),
     "k_source": ("threadgroup", "device"),
     "v_source": ("threadgroup", "device"),
-    "buffers": (1, 2),
+    "buffers": (1, 2, 3, 4),
     "load_width": (2, 4, 8),
     "fragment": ("input", "float32"),
     "math_mode": ("safe", "relaxed", "fast"),
@@ -136,26 +140,37 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
 """Every value that a field of a schedule may take, whatever the config."""
 
 
-def padded(width: int) -> int:
-    """A head dimension rounded up to whole fragments."""
-    return -(-width // FRAGMENT) * FRAGMENT
+def padded(width: int, target: Target = METAL) -> int:
+    """A head dimension rounded up to whole matrices."""
+    return -(-width // target.depth) * target.depth
 
 
-def staged_width(config: AttentionConfig, schedule: Schedule) -> int:
+def row_bytes(width: int, itemsize: int, target: Target = METAL) -> int:
+    """Bytes from one row to the next of a tile in threadgroup memory.
+
+    On CUDA rows of whole 128 bytes are swizzled, others padded to an odd number of chunks.
+    """
+    if target.name == "metal":
+        return padded(width) * itemsize + ROW_PAD_BYTES
+    chunks = padded(width, target) * itemsize // CHUNK_BYTES
+    return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
+
+
+def staged_width(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
     """Columns of the widest K or V slice that is staged at once; 0 when none is."""
-    widths = {"k": padded(config.head_dim), "v": padded(config.v_dim)}
+    widths = {"k": padded(config.head_dim, target), "v": padded(config.v_dim, target)}
     return max((min(schedule.bd, widths[name]) for name in schedule.staged), default=0)
 
 
-def threadgroup_bytes(config: AttentionConfig, schedule: Schedule) -> int:
-    """Bytes of threadgroup memory: the Q tile where it is re-read, and the staging buffers."""
+def threadgroup_bytes(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
+    """Bytes of threadgroup memory: the Q tile where it is staged, and the staging buffers."""
     item = config.itemsize
     total = 0
-    if schedule.q_source == "threadgroup":
-        total += schedule.bq * (padded(config.head_dim) * item + ROW_PAD_BYTES)
-    width = staged_width(config, schedule)
+    if schedule.q_source == "threadgroup" or target.name == "cuda":
+        total += schedule.bq * row_bytes(config.head_dim, item, target)
+    width = staged_width(config, schedule, target)
     if width:
-        total += schedule.buffers * schedule.bk * (width * item + ROW_PAD_BYTES)
+        total += schedule.buffers * schedule.bk * row_bytes(width, item, target)
     return total
 
 
@@ -184,19 +199,35 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
         if not holds:
             raise InvalidSchedule(rule, detail)
 
-    s = schedule
+    s, target = schedule, TARGETS[limits.target]
     for field in dataclasses.fields(Schedule):
         try:
             _check_choice(field.name, getattr(s, field.name))
         except ArgumentError as error:
             raise InvalidSchedule("choices", str(error)) from None
-    rows = FRAGMENT * s.row_blocks * s.simdgroups
-    require("bq", s.bq == rows, f"bq must be 8 * row_blocks * simdgroups = {rows}, not {s.bq}")
+    for name, allowed in target.choices:
+        value = getattr(s, name)
+        require("target", value in allowed, f"{target.name} has {name} in {allowed}, not {value!r}")
+    require("dtype", config.dtype in target.dtypes, f"{target.name} has no {config.dtype} kernels")
+    require(
+        "buffers",
+        s.buffers <= target.buffers,
+        f"{target.name} has at most {target.buffers} buffers, not {s.buffers}",
+    )
+    rows = target.row_block * s.row_blocks * s.simdgroups
+    require(
+        "bq",
+        s.bq == rows,
+        f"bq must be {target.row_block} * row_blocks * simdgroups = {rows}, not {s.bq}",
+    )
     require(
         "threads", s.threads <= limits.threads, f"{s.threads} threads of at most {limits.threads}"
     )
-    widest = max(padded(config.head_dim), padded(config.v_dim))
+    require("bk", s.bk % target.depth == 0, f"bk must be a multiple of {target.depth}, not {s.bk}")
+    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
     require("bd", s.bd <= widest, f"bd={s.bd} is wider than the padded head dimension {widest}")
+    if target.name == "cuda":
+        require("bd", s.bd == widest, f"cuda stages whole rows: bd must be {widest}, not {s.bd}")
     if not s.staged:
         require("bd", s.bd == widest, f"nothing is staged: bd must be {widest}, not {s.bd}")
         require("buffers", s.buffers == 1, "nothing is staged: buffers must be 1")
@@ -205,7 +236,7 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
         s.fragment == "input" or config.dtype != "float32",
         "float32 inputs need no widening: fragment must be 'input'",
     )
-    size = threadgroup_bytes(config, s)
+    size = threadgroup_bytes(config, s, target)
     require(
         "threadgroup memory",
         size <= limits.threadgroup_bytes,
@@ -225,18 +256,26 @@ def is_valid(config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE
 def default_schedule(config: AttentionConfig, limits: Limits = APPLE) -> Schedule:
     """The schedule that runs a config before anything was tuned, and that races in every search.
 
-    Four simdgroups; 16 rows each where the accumulator leaves room, else 8; 32 keys a pass; K and
-    V staged, Q in registers; then halved until it fits the limits.
+    Four simdgroups; two row blocks each where the accumulator leaves room, else one; K and V
+    staged; the longest pass and the widest slice that fit the limits.
     """
-    widest = max(padded(config.head_dim), padded(config.v_dim))
-    for row_blocks in (2, 1) if config.v_dim <= 64 else (1,):
-        for bk, bd in ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))):
+    target = TARGETS[limits.target]
+    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    if limits.target == "cuda":
+        sizes = [(bk, widest) for bk in (64, 32, 16)]
+        roomy, fixed = 128, {"buffers": 2, "q_source": "threadgroup"}
+    else:
+        sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
+        roomy, fixed = 64, {}
+    for row_blocks in (2, 1) if config.v_dim <= roomy else (1,):
+        for bk, bd in sizes:
             schedule = Schedule(
-                bq=FRAGMENT * row_blocks * 4,
+                bq=target.row_block * row_blocks * 4,
                 bk=bk,
                 bd=bd,
                 simdgroups=4,
                 row_blocks=row_blocks,
+                **fixed,  # type: ignore[arg-type]
             )
             if is_valid(config, schedule, limits):
                 return schedule

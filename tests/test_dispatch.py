@@ -168,7 +168,7 @@ def test_an_unwritable_database_does_not_stop_a_call(
         ({"batch": 0}, "batch: expected a positive integer, but got 0"),
         ({"batch": "2"}, "batch: expected a positive integer, but got '2'"),
         ({"heads": -1}, "heads: expected a positive integer, but got -1"),
-        ({"device": "cpu"}, "device: expected one of metal, simulator, reference, or None"),
+        ({"device": "cpu"}, "device: expected one of metal, cuda, simulator, reference, or None"),
         ({"device": "simulator", "chip": "M3Mox"}, "chip: expected .*M3Max"),
     ],
 )

@@ -1,10 +1,11 @@
-"""What executes kernels: an Apple GPU, the simulator, or plain MLX."""
+"""What executes kernels: an Apple or NVIDIA GPU, the simulator, or plain MLX."""
 
 from __future__ import annotations
 
 import mlx.core as mx
 
 from metalgen.devices.base import Device, Runner
+from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.metal import MetalDevice
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.devices.simulator import SimulatorDevice
@@ -13,7 +14,8 @@ from metalgen.errors import ArgumentError
 __all__ = ["Device", "Runner", "all_devices", "default_device", "get_device"]
 
 _DEVICES: dict[str, Device] = {
-    device.name: device for device in (MetalDevice(), SimulatorDevice(), ReferenceDevice())
+    device.name: device
+    for device in (MetalDevice(), CudaDevice(), SimulatorDevice(), ReferenceDevice())
 }
 
 
@@ -24,9 +26,10 @@ def all_devices() -> tuple[Device, ...]:
 
 def default_device() -> Device:
     """This machine's GPU where MLX computes on it, else plain MLX."""
-    metal = _DEVICES["metal"]
-    if mx.default_device().type == mx.DeviceType.gpu and metal.unavailable() is None:
-        return metal
+    if mx.default_device().type == mx.DeviceType.gpu:
+        for name in ("metal", "cuda"):
+            if _DEVICES[name].unavailable() is None:
+                return _DEVICES[name]
     return _DEVICES["reference"]
 
 

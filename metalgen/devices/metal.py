@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
-from metalgen.devices.base import Device, Runner
-from metalgen.schedule import Schedule, check_schedule
+from metalgen.devices.kernel import KernelDevice, arguments
+
+if TYPE_CHECKING:
+    from metalgen.render import KernelSource
 
 
-class MetalDevice(Device):
+class MetalDevice(KernelDevice):
     """This machine's Apple GPU."""
 
     name = "metal"
-    target: str | None = "metal"
+    target = "metal"
     has_clock = True
     is_gpu = True
 
@@ -25,56 +26,7 @@ class MetalDevice(Device):
             return "this MLX has no Metal back end (an Apple GPU is needed)"
         return None
 
-    def kernel(self, **arguments: Any) -> Any:
-        """What ``mx.fast.metal_kernel`` returns for these arguments."""
-        return mx.fast.metal_kernel(**arguments)
-
-    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
-        from metalgen.render import render  # brings Jinja, which a look-up does without
-
-        check_schedule(config, schedule, self.limits)
-        source = render(config, schedule, "metal")
-        kernel = self.kernel(
-            name=source.name,
-            input_names=list(source.inputs),
-            output_names=list(source.outputs),
-            source=source.source,
-            header=source.header,
-            ensure_row_contiguous=False,
-            compile_options={"math_mode": source.math_mode},
-        )
-
-        def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float
-        ) -> tuple[mx.array, mx.array | None]:
-            batch, heads, q_len, _ = q.shape
-            shapes: list[tuple[int, ...]] = [(batch, heads, q_len, config.v_dim)]
-            dtypes = [q.dtype]
-            if config.return_lse:
-                shapes.append((batch, heads, q_len))
-                dtypes.append(mx.float32)
-            if 0 in q.shape or 0 in k.shape:  # nothing to launch: no row sees a key
-                empty = [mx.zeros(shapes[0], q.dtype)]
-                empty += [mx.full(shape, -mx.inf) for shape in shapes[1:]]
-                return empty[0], empty[1] if config.return_lse else None
-            q, scale = positive_scale(q, scale)
-            outputs = kernel(
-                # Seen as bytes, an array is copied only where its last axis has gaps.
-                inputs=[x.view(mx.uint8) for x in (q, k, v)] + [scale * math.log2(math.e)],
-                output_shapes=shapes,
-                output_dtypes=dtypes,
-                grid=(-(-q_len // source.bq) * source.threads, heads, batch),
-                threadgroup=(source.threads, 1, 1),
-            )
-            return outputs[0], outputs[1] if config.return_lse else None
-
-        return run
-
-
-def positive_scale(q: mx.array, scale: float) -> tuple[mx.array, float]:
-    """The same scores by a scale above zero, which the kernels' row maxima need."""
-    if scale > 0:
-        return q, scale
-    if scale < 0:
-        return -q, -scale
-    return mx.zeros_like(q), 1.0
+    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+        options = {"math_mode": source.math_mode}
+        kernel: Any = mx.fast.metal_kernel(**arguments(source), compile_options=options)
+        return cast(Callable[..., list[mx.array]], kernel)

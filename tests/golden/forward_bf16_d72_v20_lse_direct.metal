@@ -79,7 +79,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_bf16_d72_02218d3dd3(q, k, v, scale2) -> out, lse: the body of the kernel; mx.fast.metal_kernel writes its signature.
+// metalgen_forward_bf16_d72_6577d2b181(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
   typedef bfloat T;
   typedef bfloat F;
   constexpr int D = 72;
@@ -90,11 +90,12 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   constexpr int ROW_BLOCKS = 1;
   constexpr int ROWS = 8;
   constexpr int K_FRAGMENTS = 2;
-  constexpr int D_FRAGMENTS = 9;
   constexpr int V_FRAGMENTS = 3;
   constexpr int HEADS_PER_KV = 4;
+  constexpr int D_FRAGMENTS = 9;
   constexpr int Q_STRIDE = 80;
   constexpr float LOWEST = -3.402823466e38f;
+  const float scale2 = scale;
 
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;

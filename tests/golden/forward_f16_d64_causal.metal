@@ -79,7 +79,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_3e9e50eea8(q, k, v, scale2) -> out: the body of the kernel; mx.fast.metal_kernel writes its signature.
+// metalgen_forward_f16_d64_cbcc450627(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half F;
   constexpr int D = 64;
@@ -90,12 +90,13 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   constexpr int ROW_BLOCKS = 2;
   constexpr int ROWS = 16;
   constexpr int K_FRAGMENTS = 4;
-  constexpr int D_FRAGMENTS = 8;
   constexpr int V_FRAGMENTS = 8;
   constexpr int HEADS_PER_KV = 1;
+  constexpr int D_FRAGMENTS = 8;
   constexpr int KV_STRIDE = 72;
   constexpr int KV_SLOT = 2304;
   constexpr float LOWEST = -3.402823466e38f;
+  const float scale2 = scale;
 
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;

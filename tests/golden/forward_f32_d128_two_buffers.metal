@@ -79,7 +79,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f32_d128_e87dfd4cd3(q, k, v, scale2) -> out: the body of the kernel; mx.fast.metal_kernel writes its signature.
+// metalgen_forward_f32_d128_3f8cbe4427(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef float T;
   typedef float F;
   constexpr int D = 128;
@@ -90,12 +90,13 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   constexpr int ROW_BLOCKS = 1;
   constexpr int ROWS = 8;
   constexpr int K_FRAGMENTS = 2;
-  constexpr int D_FRAGMENTS = 16;
   constexpr int V_FRAGMENTS = 16;
   constexpr int HEADS_PER_KV = 1;
+  constexpr int D_FRAGMENTS = 16;
   constexpr int KV_STRIDE = 68;
   constexpr int KV_SLOT = 1088;
   constexpr float LOWEST = -3.402823466e38f;
+  const float scale2 = scale;
 
   const int lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;

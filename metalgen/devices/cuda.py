@@ -1,0 +1,54 @@
+"""CUDA kernels, on an NVIDIA GPU through ``mx.fast.cuda_kernel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+
+from metalgen.devices.kernel import KernelDevice, arguments
+from metalgen.schedule import Limits
+
+if TYPE_CHECKING:
+    from metalgen.render import KernelSource
+
+SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448}
+"""Most bytes of shared memory a block, by compute capability; 101,376 for the others.
+
+CUDA C++ Programming Guide, technical specifications per compute capability.
+"""
+OTHER_SHARED_MEMORY = 101376
+
+
+class CudaDevice(KernelDevice):
+    """This machine's NVIDIA GPU, of compute capability 8.0 or later."""
+
+    name = "cuda"
+    target = "cuda"
+    has_clock = True
+    is_gpu = True
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, such as (9, 0)."""
+        info = mx.device_info(mx.Device(mx.gpu, 0))
+        return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
+
+    @property
+    def limits(self) -> Limits:
+        """What a block may use; raises nothing, and without a GPU is that of most GPUs."""
+        here = self.capability if mx.cuda.is_available() else (0, 0)
+        return Limits(SHARED_MEMORY.get(here, OTHER_SHARED_MEMORY), 1024, "cuda")
+
+    def unavailable(self) -> str | None:
+        if not mx.cuda.is_available():
+            return "this MLX has no CUDA back end (an NVIDIA GPU and metalgen[cuda13] are needed)"
+        if self.capability < (8, 0):
+            major, minor = self.capability
+            return f"its GPU has compute capability {major}.{minor}, and 8.0 is needed"
+        return None
+
+    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+        kernel: Any = mx.fast.cuda_kernel(**arguments(source), shared_memory=source.shared_memory)
+        return cast(Callable[..., list[mx.array]], kernel)

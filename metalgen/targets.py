@@ -1,0 +1,44 @@
+"""The languages that kernels are written in, as far as schedules must know them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a target's matrix instructions and memory fix for a schedule.
+
+    Args:
+        name: ``"metal"`` or ``"cuda"``.
+        row_block: query rows of one block: of an 8x8 simdgroup matrix, of a 16x8x16 ``mma``.
+        depth: keys and columns that one instruction contracts; lengths are padded to it.
+        buffers: most staging buffers.
+        dtypes: the types that it has kernels for.
+        choices: the only values that these fields of a schedule may take.
+    """
+
+    name: str
+    row_block: int
+    depth: int
+    buffers: int
+    dtypes: tuple[str, ...]
+    choices: tuple[tuple[str, tuple[object, ...]], ...] = ()
+
+
+METAL = Target("metal", row_block=8, depth=8, buffers=2, dtypes=("float32", "float16", "bfloat16"))
+CUDA = Target(
+    "cuda",
+    row_block=16,
+    depth=16,
+    buffers=4,
+    dtypes=("float16", "bfloat16"),
+    choices=(
+        ("k_source", ("threadgroup",)),
+        ("v_source", ("threadgroup",)),
+        ("load_width", (8,)),
+        ("fragment", ("input",)),
+        ("math_mode", ("safe",)),
+    ),
+)
+TARGETS = {target.name: target for target in (METAL, CUDA)}
