@@ -1,0 +1,122 @@
+"""How times are taken: warm-up, repetitions, rotation, interleaving; on a clock made for tests."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tuning_fakes import Clock
+
+from metalgen.config import AttentionConfig
+from metalgen.devices import Runner, get_device
+from metalgen.problem import Problem
+from metalgen.reference import attention_float64
+from metalgen.schedule import default_schedule
+from metalgen.tuning.measure import Bench, Policy, Timing, arrays, mlx_runner
+
+PROBLEM = Problem(AttentionConfig(head_dim=8, heads_per_kv=2, causal=True), 4, 16, 32)
+POLICY = Policy(warmup_seconds=0.5, repetitions=5, sample_seconds=0.01, sets=2, rounds=2)
+
+
+def runner(clock: Clock, seconds: float, log: list[str], name: str = "") -> Runner:
+    """A kernel that takes `seconds` and writes its name into a log."""
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        clock.now += seconds
+        log.append(name)
+        return mx.zeros(1), None
+
+    return run
+
+
+def test_the_policy_is_a_canonical_key() -> None:
+    assert Policy().key == (
+        '{"repetitions":7,"rounds":5,"sample_seconds":0.01,"sets":3,"timer":"wall",'
+        '"warmup_seconds":1.0}'
+    )
+
+
+def test_median_and_spread_are_those_of_the_samples() -> None:
+    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0))
+    assert timing.median == 3.0
+    assert timing.spread == 2.0  # quartiles 2 and 4
+    assert Timing((7.0,)).spread == 0.0
+
+
+def test_warming_up_goes_on_until_the_wall_clock_says_so() -> None:
+    clock, log = Clock(), []
+    Bench(PROBLEM, POLICY, clock).warm_up(runner(clock, 0.1, log))
+    assert len(log) == 5
+
+
+def test_a_short_kernel_is_launched_several_times_a_sample() -> None:
+    clock, log = Clock(), []
+    timing = Bench(PROBLEM, POLICY, clock).measure(runner(clock, 1e-3, log))
+    assert len(timing.samples) == 5
+    assert len(log) == 2 + 5 * 10
+    assert timing.median == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_hopeless_kernel_is_measured_once() -> None:
+    clock, log = Clock(), []
+    timing = Bench(PROBLEM, POLICY, clock).measure(runner(clock, 1.0, log), give_up=0.5)
+    assert len(log) == 2
+    assert timing.samples == (pytest.approx(1.0, rel=1e-3),)
+
+
+def test_finals_are_interleaved_there_and_back() -> None:
+    clock, log = Clock(), []
+    runners = {name: runner(clock, 1.0, log, name) for name in "abc"}
+    timings = Bench(PROBLEM, POLICY, clock).compare(runners)
+    assert "".join(log) == "aabbcc" + "abccba" * 2
+    assert {name: len(t.samples) for name, t in timings.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_launches_take_the_sets_of_arrays_in_turn() -> None:
+    clock = Clock()
+    bench = Bench(PROBLEM, POLICY, clock)
+    seen = []
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        seen.append([x is q for x, _, _ in bench.sets].index(True))
+        return mx.zeros(1), None
+
+    bench.run(run, 5)
+    bench.run(run, 2)
+    assert seen == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_arrays_have_the_shapes_of_the_bucket_and_unit_variance() -> None:
+    q, k, v = arrays(Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=3), 9, 50, 60), 0)
+    assert (q.shape, k.shape, v.shape) == ((1, 15, 64, 64), (1, 5, 64, 64), (1, 5, 64, 32))
+    assert q.dtype == mx.float16
+    assert mx.std(q.astype(mx.float32)).item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_mlx_races_where_it_computes_the_same() -> None:
+    own = mlx_runner(PROBLEM)
+    assert own is not None
+    q, k, v = (x.astype(mx.float32) for x in arrays(PROBLEM, 1))
+    out, _ = own(q, k, v, 0.5)
+    expected, _ = attention_float64(q, k, v, scale=0.5, causal=True)
+    np.testing.assert_allclose(np.asarray(out), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(AttentionConfig(64, return_lse=True), 1, 16, 16),
+        Problem(AttentionConfig(64, causal=True), 1, 32, 16),  # rows that see no key
+    ],
+)
+def test_mlx_does_not_race_where_it_computes_something_else(problem: Problem) -> None:
+    assert mlx_runner(problem) is None
+
+
+def test_a_real_device_can_be_measured_with_a_real_clock() -> None:
+    policy = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-4, sets=2)
+    config = PROBLEM.config
+    plain = get_device("reference").build(config, default_schedule(config))
+    timing = Bench(PROBLEM, policy).measure(plain)
+    assert len(timing.samples) == 3
+    assert all(sample > 0 for sample in timing.samples)

@@ -1,0 +1,72 @@
+"""Which problems the presets hold, and what they leave out."""
+
+from __future__ import annotations
+
+import pytest
+
+from metalgen.config import AttentionConfig
+from metalgen.errors import ArgumentError
+from metalgen.problem import Problem
+from metalgen.tuning.presets import MODELS, Skipped, preset, preset_names
+
+
+def test_the_default_preset_is_causal_prefill_of_the_commonest_shapes() -> None:
+    assert [str(p) for p in preset("default").problems] == [
+        f"D{d} {dtype} causal gqa{group} BH={heads} Lq={n} Lk={n}"
+        for d, group, heads in ((64, 4, 32), (128, 4, 32), (64, 3, 16))
+        for dtype in ("float16", "bfloat16")
+        for n in (1024, 4096)
+    ]
+    assert preset("default").skipped == ()
+
+
+def test_a_model_is_tuned_in_prefill_and_decode_lengths() -> None:
+    config = AttentionConfig(64, heads_per_kv=3, causal=True)
+    half = [p for p in preset("smollm2-135m").problems if p.config.dtype == "float16"]
+    assert half == [
+        *(Problem(config, 9, n, n) for n in (512, 2048, 8192)),
+        *(Problem(config, 9, 1, n) for n in (1024, 4096, 16384)),
+    ]
+
+
+def test_deepseek_is_expanded_in_prefill_and_skipped_where_it_is_absorbed() -> None:
+    chosen = preset("deepseek-v3")
+    assert {p.config for p in chosen.problems} == {
+        AttentionConfig(192, dtype, value_head_dim=128, causal=True)
+        for dtype in ("float16", "bfloat16")
+    }
+    assert {p.q_len for p in chosen.problems} == {512, 2048, 8192}
+    assert chosen.skipped == (Skipped("deepseek-v3 absorbed", "MLA (head_dim 576, above 256)"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "skipped"),
+    [
+        ("gemma-2-9b", {"softcap", "softcap and sliding window"}),
+        ("gemma-3-4b", {"sliding window"}),
+        ("gpt-oss-20b", {"attention sinks", "attention sinks and sliding window"}),
+        ("mistral-7b-v0.1", {"sliding window"}),
+        ("llama-3-8b", set()),
+    ],
+)
+def test_shapes_are_skipped_by_the_feature_that_they_need(name: str, skipped: set[str]) -> None:
+    chosen = preset(name)
+    assert {s.needs for s in chosen.skipped} == skipped
+    assert all(s.name.startswith(name) for s in chosen.skipped)
+
+
+def test_every_name_gives_problems_once_each_and_all_covers_every_model() -> None:
+    everything = preset("all")
+    for name in preset_names():
+        problems = preset(name).problems
+        assert len(problems) == len({p.key for p in problems})
+        if name != "default":
+            assert set(problems) <= set(everything.problems)
+    named = {label.split(" ")[0] for labels in everything.models.values() for label in labels}
+    named |= {s.name.split(" ")[0] for s in everything.skipped}
+    assert named == {m.name for m in MODELS}
+
+
+def test_an_unknown_preset_gets_the_nearest_names() -> None:
+    with pytest.raises(ArgumentError, match="the nearest: llama-3"):
+        preset("lama-3")

@@ -1,0 +1,381 @@
+"""Tuning runs: what is stored when, what wins, what a stopped run keeps, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
+
+from metalgen.chips import get_chip
+from metalgen.chips.model import predict
+from metalgen.config import AttentionConfig
+from metalgen.database.lookup import lookup
+from metalgen.database.store import Store
+from metalgen.devices import get_device
+from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
+from metalgen.problem import Problem
+from metalgen.render import template_hash
+from metalgen.schedule import Schedule, default_schedule
+from metalgen.simulator import errors as simulator
+from metalgen.tuning import modelled
+from metalgen.tuning.measure import Policy
+from metalgen.tuning.progress import Progress, Report
+from metalgen.tuning.runner import tune
+from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.verifying import CannotCheck, failure_status
+
+CHIP = get_chip("M3Max")
+SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16)
+PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32)]
+POLICY = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, rounds=2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.open(tmp_path / "tuning.db") as opened:
+        yield opened
+
+
+def model(store: Store, verify: FakeVerify, problems: list[Problem], **arguments: Any) -> Report:
+    """A run by the chip model, with checks on a device that is never asked for anything else."""
+    return tune(problems, CHIP, store, checker=get_device("reference"), verify=verify, **arguments)
+
+
+def on_gpu(
+    store: Store, gpu: FakeGpu, verify: FakeVerify, trials: int = 20, **arguments: Any
+) -> Report:
+    """A run on a fake GPU."""
+    return tune(
+        [SMALL],
+        CHIP,
+        store,
+        device=gpu,
+        trials=trials,
+        policy=POLICY,
+        clock=gpu.clock,
+        verify=verify,
+        **arguments,
+    )
+
+
+def by_prediction(problem: Problem) -> list[Schedule]:
+    """All valid schedules, the one with the shortest predicted time first."""
+    valid = enumerate_valid(problem.config, CHIP.limits)
+    return sorted(valid, key=lambda s: (predict(problem, s, CHIP).seconds, s.key))
+
+
+# By the chip model
+
+
+def test_the_model_ranks_everything_and_the_best_that_passes_its_check_wins(store: Store) -> None:
+    verify = FakeVerify()
+    report = model(store, verify, PROBLEMS)
+    for problem, outcome in zip(PROBLEMS, report.outcomes, strict=True):
+        ranked = by_prediction(problem)
+        default = predict(problem, default_schedule(problem.config), CHIP).seconds
+        assert outcome.winner is not None
+        assert outcome.winner.schedule == ranked[0]
+        assert outcome.winner.verified and outcome.winner.error == 2e-4
+        assert outcome.default_seconds == default
+        assert (outcome.valid, outcome.tried, outcome.new) == ((len(ranked),) * 3)
+        rows = store.measurements(problem)
+        kept = dict.fromkeys([*ranked[:64], default_schedule(problem.config)])
+        assert [m.schedule for m in rows] == list(kept)
+        assert {m.provenance for m in rows} == {"modelled"}
+        assert {m.device for m in rows} == {"model"}
+        assert {m.default_seconds for m in rows} == {default}
+        assert [m.seconds for m in rows] == [predict(problem, s, CHIP).seconds for s in kept]
+        checked = {s for _, s in verify.asked}  # a check counts for all problems of a config
+        assert {m.schedule for m in rows if m.verified} == checked & set(kept)
+    assert (report.provenance, report.stopped, report.checks) == ("modelled", None, 2)
+
+
+def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:
+    report = model(store, FakeVerify(), [SMALL])
+    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert hit is not None and report.outcomes[0].winner is not None
+    assert hit.schedule == report.outcomes[0].winner.schedule
+    assert (hit.place, hit.provenance) == ("user database, this chip", "modelled")
+
+
+def test_a_wrong_candidate_is_recorded_as_wrong_and_the_next_best_takes_its_place(
+    store: Store,
+) -> None:
+    ranked = by_prediction(SMALL)
+    bad = set(ranked[:2])
+    report = model(store, FakeVerify(lambda s: s in bad), [SMALL])
+    (outcome,) = report.outcomes
+    assert outcome.winner is not None and outcome.winner.schedule == ranked[2]
+    assert [(r.schedule, r.status) for r in outcome.rejected] == [
+        (ranked[0], "wrong"),
+        (ranked[1], "wrong"),
+    ]
+    rows = {m.schedule: m for m in store.measurements(SMALL)}
+    assert [rows[s].status for s in ranked[:4]] == ["wrong", "wrong", "ok", "ok"]
+    assert [rows[s].verified for s in ranked[:4]] == [False, False, True, False]
+    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert hit is not None and hit.schedule == ranked[2]
+
+
+def test_a_run_that_is_repeated_ranks_and_checks_nothing_again(store: Store) -> None:
+    first = model(store, FakeVerify(), PROBLEMS)
+    before = store.measurements()
+    again = FakeVerify()
+    second = model(store, again, PROBLEMS)
+    assert again.asked == []
+    assert store.measurements() == before
+    assert [o.winner for o in second.outcomes] == [o.winner for o in first.outcomes]
+    assert [o.new for o in second.outcomes] == [0, 0]
+    assert second.checks == 0
+
+
+def test_one_check_serves_all_problems_of_a_config_and_schedule(store: Store) -> None:
+    verify = FakeVerify()
+    problems = [Problem(SMALL.config, 2, n, n) for n in (16, 32, 64, 128)]
+    report = model(store, verify, problems)
+    winners = {o.winner.schedule for o in report.outcomes if o.winner}
+    assert sorted(s.key for _, s in verify.asked) == sorted(s.key for s in winners)
+    assert report.checks == len(winners) < len(problems)
+
+
+def test_another_version_of_the_model_replaces_its_predictions(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(store, FakeVerify(), [SMALL])
+    monkeypatch.setattr(modelled, "model_version", lambda: "another")
+    report = model(store, FakeVerify(), [SMALL])
+    rows = store.measurements(SMALL)
+    assert {json.loads(m.policy)["model"] for m in rows} == {"another"}
+    assert report.outcomes[0].new == len(enumerate_valid(SMALL.config))
+
+
+def test_after_eight_failures_a_problem_has_no_winner(store: Store) -> None:
+    verify = FakeVerify(lambda s: True)
+    report = model(store, verify, [SMALL])
+    (outcome,) = report.outcomes
+    assert outcome.winner is None
+    assert outcome.note == "the best 8 failed their checks"
+    assert len(verify.asked) == 8
+    assert lookup(SMALL, CHIP, template_hash(), database=store.path) is None
+
+
+def test_without_anything_that_executes_there_is_no_winner_but_the_rows_are_kept(
+    store: Store,
+) -> None:
+    report = tune([SMALL], CHIP, store)
+    (outcome,) = report.outcomes
+    assert outcome.winner is None
+    assert outcome.note == "not checked: no device here executes kernels"
+    assert len(store.measurements(SMALL)) in (64, 65)
+    assert model(store, FakeVerify(), [SMALL]).outcomes[0].winner is not None
+
+
+def test_a_device_that_cannot_check_leaves_no_verdict(store: Store) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise simulator.MissingToolchain("ziglang is not installed")
+
+    report = model(store, broken, [SMALL])  # type: ignore[arg-type]
+    assert report.outcomes[0].note == "not checked: ziglang is not installed"
+    assert store.health()["rows"]["checks"] == 0
+
+
+def test_trials_rank_the_default_and_a_seeded_choice(store: Store) -> None:
+    report = model(store, FakeVerify(), [SMALL], trials=10, seed=3)
+    rows = store.measurements(SMALL)
+    assert (report.outcomes[0].tried, len(rows)) == (10, 10)
+    assert default_schedule(SMALL.config) in {m.schedule for m in rows}
+    assert {json.loads(m.policy)["seed"] for m in rows} == {3}
+
+
+def test_progress_tells_valid_tried_best_default_and_time_left(store: Store) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def observe(p: Progress) -> None:
+        seen.append((p.number, p.phase, p.valid, p.tried, p.best is None, p.left is None))
+
+    model(store, FakeVerify(), PROBLEMS, observe=observe)
+    n = len(enumerate_valid(SMALL.config))
+    assert seen[0] == (1, "ranking", n, 0, True, True)
+    assert (1, "checking", n, n, False, True) in seen
+    assert (1, "done", n, n, False, False) in seen
+    assert seen[-1] == (2, "done", n, n, False, False)
+
+
+def test_an_interrupted_run_keeps_its_problems_and_the_same_run_goes_on(store: Store) -> None:
+    def interrupt(p: Progress) -> None:
+        if p.number == 2:
+            raise KeyboardInterrupt
+
+    report = model(store, FakeVerify(), PROBLEMS, observe=interrupt)
+    assert report.stopped == "interrupted"
+    assert [o.problem for o in report.outcomes] == [SMALL]
+    kept = store.measurements()
+    assert {m.problem for m in kept} == {SMALL}
+    resumed = model(store, FakeVerify(), PROBLEMS)
+    assert resumed.stopped is None
+    assert [o.new for o in resumed.outcomes] == [0, len(enumerate_valid(SMALL.config))]
+    later = store.measurements()[: len(kept)]
+    assert [(m.schedule, m.run, m.created) for m in later] == [
+        (m.schedule, m.run, m.created) for m in kept
+    ]
+    outcomes = [row["outcome"] for row in store.db.query("SELECT outcome FROM runs ORDER BY rowid")]
+    assert outcomes == ["interrupted", "finished"]
+
+
+def test_a_spent_budget_stops_the_run_and_keeps_what_was_done(store: Store) -> None:
+    clock = Clock()
+
+    def observe(p: Progress) -> None:
+        clock.now += 10.0 if p.phase == "done" else 0.0
+
+    report = model(store, FakeVerify(), PROBLEMS, observe=observe, clock=clock, budget=5.0)
+    assert report.stopped == "budget"
+    assert [o.problem for o in report.outcomes] == [SMALL]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trials": 0}, "trials: expected a positive whole number, but got 0"),
+        ({"budget": -1.0}, "budget: expected seconds above 0, but got -1.0"),
+        ({"seed": -1}, "seed: expected a whole number from 0 to 2147483647, but got -1"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(
+    store: Store, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        model(store, FakeVerify(), [SMALL], **arguments)
+    assert str(caught.value) == message
+    assert store.health()["rows"]["runs"] == 0
+
+
+# By a device's clock
+
+
+def test_a_measured_search_races_the_best_against_the_default_and_mlx(store: Store) -> None:
+    gpu = FakeGpu(Clock())
+    report = on_gpu(store, gpu, FakeVerify(), trials=20)
+    (outcome,) = report.outcomes
+    search = store.measurements(SMALL, phase="search")
+    assert len(search) == 20
+    assert search[0].schedule == default_schedule(SMALL.config)
+    for m in search:
+        assert m.seconds == pytest.approx(cost(m.schedule), rel=0.01)
+        assert m.default_seconds == pytest.approx(cost(search[0].schedule), rel=0.01)
+        assert len(m.samples) == 3
+        assert (m.provenance, m.device, m.policy) == ("measured", "metal", POLICY.key)
+    best = sorted((m.schedule for m in search), key=cost)[:5]
+    finals = store.measurements(SMALL, phase="final")
+    assert {m.schedule for m in finals} == {*best, default_schedule(SMALL.config)}
+    assert all(m.verified and m.mlx_seconds is not None for m in finals)
+    assert outcome.winner is not None
+    assert outcome.winner.schedule == best[0]
+    assert outcome.default_seconds == pytest.approx(cost(search[0].schedule), rel=0.01)
+    assert (report.provenance, outcome.tried, outcome.new) == ("measured", 20, 20)
+    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert hit is not None
+    assert (hit.schedule, hit.provenance, hit.exact) == (best[0], "measured", True)
+
+
+def test_a_schedule_that_fails_is_kept_with_its_status_and_never_wins(store: Store) -> None:
+    def fails(schedule: Schedule) -> Exception | None:
+        if schedule.simdgroups == 8:
+            return simulator.CompileError("error: no such thing\nmore", line=3)
+        return RuntimeError("the launch failed") if schedule.simdgroups == 16 else None
+
+    report = on_gpu(store, FakeGpu(Clock(), fails), FakeVerify(), trials=60)
+    statuses = {
+        (m.schedule.simdgroups, m.status, m.detail, m.seconds is None)
+        for m in store.measurements(SMALL, phase="search")
+        if m.schedule.simdgroups >= 8
+    }
+    assert statuses == {
+        (8, "compile", "error: no such thing", True),
+        (16, "runtime", "the launch failed", True),
+    }
+    winner = report.outcomes[0].winner
+    assert winner is not None and winner.schedule.simdgroups < 8
+
+
+def test_a_measured_winner_that_computes_wrongly_loses_to_the_next(store: Store) -> None:
+    plain = on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=15).outcomes[0].winner
+    assert plain is not None
+    with Store.open(store.path.with_name("other.db")) as other:
+        verify = FakeVerify(lambda s: s == plain.schedule)
+        (outcome,) = on_gpu(other, FakeGpu(Clock()), verify, trials=15).outcomes
+        assert outcome.winner is not None and outcome.winner.schedule != plain.schedule
+        assert [r.schedule for r in outcome.rejected] == [plain.schedule]
+        rows = {m.schedule: m.status for m in other.measurements(SMALL, phase="search")}
+        assert rows[plain.schedule] == "wrong"
+
+
+def test_a_measured_run_goes_on_where_it_was_interrupted_as_if_it_never_was(store: Store) -> None:
+    with Store.open(store.path.with_name("undisturbed.db")) as other:
+        on_gpu(other, FakeGpu(Clock()), FakeVerify(), trials=30)
+        undisturbed = [m.schedule for m in other.measurements(SMALL, phase="search")]
+
+    def interrupt(p: Progress) -> None:
+        if p.tried == 22:
+            raise KeyboardInterrupt
+
+    report = on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=30, observe=interrupt)
+    assert report.stopped == "interrupted"
+    assert len(store.measurements(SMALL)) == 22
+    gpu = FakeGpu(Clock())
+    report = on_gpu(store, gpu, FakeVerify(), trials=30)
+    assert report.outcomes[0].new == 8
+    assert [m.schedule for m in store.measurements(SMALL, phase="search")] == undisturbed
+    assert gpu.built[:8] == undisturbed[22:]
+
+
+def test_a_finished_measured_run_measures_nothing_again(store: Store) -> None:
+    on_gpu(store, FakeGpu(Clock()), FakeVerify())
+    before = store.measurements()
+    gpu, verify = FakeGpu(Clock()), FakeVerify()
+    report = on_gpu(store, gpu, verify)
+    assert (gpu.built, verify.asked) == ([], [])
+    assert store.measurements() == before
+    assert report.outcomes[0].winner is not None
+
+
+def test_measured_rows_outrank_modelled_ones_of_the_same_chip(store: Store) -> None:
+    model(store, FakeVerify(), [SMALL])
+    measured = on_gpu(store, FakeGpu(Clock()), FakeVerify()).outcomes[0].winner
+    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert hit is not None and measured is not None
+    assert (hit.schedule, hit.provenance) == (measured.schedule, "measured")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidSchedule("bq", "no"), "invalid"),
+        (simulator.CompileError("no"), "compile"),
+        (simulator.KernelTimeout("no"), "timeout"),
+        (simulator.KernelCrash("no"), "runtime"),
+        (simulator.Deadlock("no"), "runtime"),
+        (RuntimeError("[metal::Device] Unable to build metal library from source"), "compile"),
+        (ValueError("no"), "runtime"),
+    ],
+)
+def test_a_failure_gets_the_status_of_its_cause(error: Exception, status: str) -> None:
+    assert failure_status(error) == status
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DeviceError("gone"),
+        simulator.MissingToolchain("gone"),
+        simulator.MemoryLimit("gone"),
+        simulator.WorkerLost("gone"),
+    ],
+)
+def test_a_failure_of_the_machine_is_no_verdict_about_a_kernel(error: Exception) -> None:
+    with pytest.raises(CannotCheck, match="gone"):
+        failure_status(error)

@@ -1,0 +1,91 @@
+"""What the declared space holds, against a plain enumeration of every field."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from metalgen.config import AttentionConfig
+from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid, padded
+from metalgen.tuning.space import enumerate_valid, space
+
+CONFIGS = [
+    AttentionConfig(head_dim=64),
+    AttentionConfig(head_dim=128, dtype="bfloat16", causal=True, heads_per_kv=4),
+    AttentionConfig(head_dim=256, dtype="float32"),
+    AttentionConfig(head_dim=192, value_head_dim=128),
+    AttentionConfig(head_dim=9, dtype="float32"),
+]
+
+
+def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
+    """Every valid schedule of the documented choices, by trying all combinations."""
+    widest = max(padded(config.head_dim), padded(config.v_dim))
+    found = set()
+    for blocks, groups, bk, q, k, v, bd, buffers, width, fragment in itertools.product(
+        (1, 2, 4),
+        (1, 2, 4, 8, 16),
+        (8, 16, 32, 64),
+        CHOICES["q_source"],
+        CHOICES["k_source"],
+        CHOICES["v_source"],
+        {32, 64, 128, widest, default_schedule(config, limits).bd},
+        (1, 2),
+        (2, 4, 8),
+        CHOICES["fragment"] if config.dtype == "bfloat16" else ("input",),
+    ):
+        schedule = Schedule(
+            bq=8 * blocks * groups,
+            bk=bk,
+            bd=bd,
+            simdgroups=groups,
+            row_blocks=blocks,
+            q_source=q,
+            k_source=k,
+            v_source=v,
+            buffers=buffers,
+            load_width=width,
+            fragment=fragment,
+        )
+        if is_valid(config, schedule, limits):
+            found.add(schedule)
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("limits", [Limits(), Limits(threadgroup_bytes=8192, threads=256)])
+def test_the_space_is_every_valid_combination_once_with_the_default_first(
+    config: AttentionConfig, limits: Limits
+) -> None:
+    valid = enumerate_valid(config, limits)
+    assert valid[0] == default_schedule(config, limits)
+    assert len(valid) == len(set(valid))
+    assert set(valid) == brute_force(config, limits)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_schedule_and_its_point_determine_each_other(config: AttentionConfig) -> None:
+    declared = space(config)
+    for schedule in enumerate_valid(config)[::37]:
+        point = declared.point(schedule)
+        assert point is not None
+        assert declared.schedule(point) == schedule
+
+
+def test_a_schedule_that_is_no_point_has_none() -> None:
+    declared = space(CONFIGS[0])
+    outside = Schedule(bq=8 * 3, bk=32, bd=64, simdgroups=3)
+    assert declared.point(outside) is None
+
+
+def test_math_modes_multiply_the_space() -> None:
+    safe = enumerate_valid(CONFIGS[0])
+    both = enumerate_valid(CONFIGS[0], math_modes=("safe", "fast"))
+    assert len(both) == 2 * len(safe)
+    assert {s.math_mode for s in both} == {"safe", "fast"}
+
+
+def test_a_few_thousand_schedules_are_valid_for_the_common_configs() -> None:
+    assert len(enumerate_valid(AttentionConfig(head_dim=64, causal=True))) == 4185
+    assert len(enumerate_valid(AttentionConfig(head_dim=128, causal=True))) == 5175
