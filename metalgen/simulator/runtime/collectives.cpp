@@ -56,29 +56,25 @@ static void shuffle(Simdgroup *s, uint32_t active) {
   }
 }
 
-extern "C" void mg_shuffle(void *data, uint32_t bytes, uint32_t kind, uint32_t argument,
-                           uint32_t modulo) {
+extern "C" MG_WAITS void mg_arrive_shuffle(const void *data, uint32_t bytes, uint32_t kind,
+                                           uint32_t argument, uint32_t modulo) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
   uint32_t i = me->lane;
   if (MG_LIKELY(bytes == 4)) {
     __builtin_memcpy(s->operand[i], data, 4);
   } else {
-    __builtin_memcpy(s->operand[i], data, bytes);
+    memcpy(s->operand[i], data, bytes);
   }
   uint32_t basic = kind & 15;
   if (basic == kFillUp || basic == kFillDown)
-    __builtin_memcpy(s->operand[i] + 32, (char *)data + bytes, bytes);
+    memcpy(s->operand[i] + 32, (const char *)data + bytes, bytes);
   s->kind[i] = kind;
   s->argument[i] = argument;
   s->modulo[i] = modulo;
-  collective(shuffle, MG_CALLER());
-  if (MG_LIKELY(bytes == 4)) {
-    __builtin_memcpy(data, s->result[i], 4);
-  } else {
-    __builtin_memcpy(data, s->result[i], bytes);
-  }
+  collective(shuffle);
 }
+MG_STUB(shuffle);
 
 enum Reduce : uint32_t {
   kSum, kProduct, kMinimum, kMaximum, kAnd, kOr, kXor, kExclusiveSum, kExclusiveProduct,
@@ -144,24 +140,21 @@ static void reduce(Simdgroup *s, uint32_t active) {
 }
 
 template <typename T>
-static MG_ALWAYS_INLINE void reduce_wait(T *data, uint32_t operation, uintptr_t site) {
+static MG_ALWAYS_INLINE void reduce_wait(T value, uint32_t operation) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
-  uint32_t i = me->lane;
-  __builtin_memcpy(s->operand[i], data, sizeof(T));
-  s->kind[i] = operation;
-  collective(reduce<T>, site);
-  __builtin_memcpy(data, s->result[i], sizeof(T));
+  __builtin_memcpy(s->operand[me->lane], &value, sizeof(T));
+  s->kind[me->lane] = operation;
+  collective(reduce<T>);
 }
-extern "C" void mg_reduce_float(float *data, uint32_t operation) {
-  reduce_wait(data, operation, MG_CALLER());
+extern "C" {
+MG_WAITS void mg_arrive_reduce_float(float v, uint32_t operation) { reduce_wait(v, operation); }
+MG_WAITS void mg_arrive_reduce_int(int64_t v, uint32_t operation) { reduce_wait(v, operation); }
+MG_WAITS void mg_arrive_reduce_uint(uint64_t v, uint32_t operation) { reduce_wait(v, operation); }
 }
-extern "C" void mg_reduce_int(int64_t *data, uint32_t operation) {
-  reduce_wait(data, operation, MG_CALLER());
-}
-extern "C" void mg_reduce_uint(uint64_t *data, uint32_t operation) {
-  reduce_wait(data, operation, MG_CALLER());
-}
+MG_STUB(reduce_float);
+MG_STUB(reduce_int);
+MG_STUB(reduce_uint);
 
 static void ballot(Simdgroup *s, uint32_t active) {
   report->ballots++;
@@ -176,16 +169,14 @@ static void ballot(Simdgroup *s, uint32_t active) {
     __builtin_memcpy(s->result[i], &mine, 8);
   }
 }
-extern "C" uint64_t mg_ballot(uint32_t predicate, uint32_t quad) {
+extern "C" MG_WAITS void mg_arrive_ballot(uint32_t predicate, uint32_t quad) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
   s->argument[me->lane] = predicate;
   s->kind[me->lane] = quad;
-  collective(ballot, MG_CALLER());
-  uint64_t votes;
-  __builtin_memcpy(&votes, s->result[me->lane], 8);
-  return votes;
+  collective(ballot);
 }
+MG_STUB(ballot);
 
 typedef float Row __attribute__((vector_size(32)));
 static void multiply_accumulate(Simdgroup *s, uint32_t active) {
@@ -199,23 +190,28 @@ static void multiply_accumulate(Simdgroup *s, uint32_t active) {
     *(Row *)s->d[i] = sum;
   }
 }
-extern "C" void mg_multiply_accumulate(float *d, const float *a, const float *b, const float *c) {
+extern "C" MG_WAITS void mg_arrive_multiply_accumulate(float a0, float a1, float b0, float b1,
+                                                      float c0, float c1) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
-  uint32_t lane = me->lane, q = lane / 4;
-  uint32_t at = ((q & 4) + (lane / 2) % 4) * 8 + (q & 2) * 2 + (lane % 2) * 2;
-  __builtin_memcpy(&s->a[0][at], a, 8);
-  __builtin_memcpy(&s->b[0][at], b, 8);
-  __builtin_memcpy(&s->c[0][at], c, 8);
-  collective(multiply_accumulate, MG_CALLER());
-  __builtin_memcpy(d, &s->d[0][at], 8);
+  uint32_t at = me->element;
+  float *a = &s->a[0][0] + at, *b = &s->b[0][0] + at, *c = &s->c[0][0] + at;
+  a[0] = a0;
+  a[1] = a1;
+  b[0] = b0;
+  b[1] = b1;
+  c[0] = c0;
+  c[1] = c1;
+  collective(multiply_accumulate);
 }
+MG_STUB(multiply_accumulate);
 
 // Loads and stores of matrices are accesses of the lanes; only that all lanes take part is checked.
 static void matrix_access(Simdgroup *s, uint32_t active) {
   if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
 }
-extern "C" void mg_access_simdgroup_matrix(uint32_t) { collective(matrix_access, MG_CALLER()); }
+extern "C" MG_WAITS void mg_arrive_access_simdgroup_matrix() { collective(matrix_access); }
+MG_STUB(access_simdgroup_matrix);
 
 static void simdgroup_barrier(Simdgroup *s, uint32_t active) {
   report->simdgroup_barriers++;
@@ -224,7 +220,8 @@ static void simdgroup_barrier(Simdgroup *s, uint32_t active) {
   for (uint32_t m = active; m; m &= m - 1) flags &= s->argument[__builtin_ctz(m)];
   check_simdgroup_barrier(s, flags);
 }
-extern "C" void mg_simdgroup_barrier(uint32_t flags) {
+extern "C" MG_WAITS void mg_arrive_simdgroup_barrier(uint32_t flags) {
   current->simdgroup->argument[current->lane] = flags;
-  collective(simdgroup_barrier, MG_CALLER());
+  collective(simdgroup_barrier);
 }
+MG_STUB(simdgroup_barrier);

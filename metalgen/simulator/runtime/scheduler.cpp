@@ -3,7 +3,12 @@
 #include "checker.h"
 #include "memory.h"
 
-Lane *current;
+extern "C" {
+Lane *mg_current;
+uintptr_t mg_site;
+Fibre *mg_from, *mg_to;
+}
+MG_ENTER_STUB;
 Threadgroup group;
 const mg_launch *launch;
 mg_report *report;
@@ -28,10 +33,9 @@ static inline uint32_t choose(uint32_t mask, uint32_t after) {
 }
 
 static MG_ALWAYS_INLINE void switch_to(Lane *to) {
-  Lane *from = current;
-  if (to == from) return;
+  mg_from = &current->fibre;
+  mg_to = &to->fibre;
   current = to;
-  fibre_switch(&from->fibre, &to->fibre);
 }
 
 // The lanes that take part in the next collective of a simdgroup in which no lane can run.
@@ -101,7 +105,7 @@ static Lane *next_lane_elsewhere(uint32_t from) {
   return nullptr;
 }
 
-// The current lane has left the runnable lanes: run what can run. Returns when it may go on.
+// The current lane has left the runnable lanes: choose who runs now.
 static MG_ALWAYS_INLINE void leave(Simdgroup *s, uint32_t lane) {
   if (MG_LIKELY(s->runnable)) {
     switch_to(&s->lanes[choose(s->runnable, lane)]);
@@ -121,13 +125,14 @@ static MG_ALWAYS_INLINE void leave(Simdgroup *s, uint32_t lane) {
     switch_to(next);
     return;
   }
-  Lane *from = current;
-  fibre_switch(&from->fibre, &main_fibre);
+  mg_from = &current->fibre;
+  mg_to = &main_fibre;
 }
 
-void collective(Operation operation, uintptr_t site) {
+MG_ALWAYS_INLINE void collective(Operation operation) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
+  uintptr_t site = mg_site;
   me->site = site;
   if (s->at_collective == 0) {
     s->site = site;
@@ -140,26 +145,32 @@ void collective(Operation operation, uintptr_t site) {
   leave(s, me->lane);
 }
 
-extern "C" void mg_threadgroup_barrier(uint32_t flags) {
+extern "C" MG_WAITS void mg_arrive_threadgroup_barrier(uint32_t flags) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
-  me->site = MG_CALLER();
+  me->site = mg_site;
   barrier_flags &= flags;
   s->at_barrier |= me->bit;
   s->runnable &= ~me->bit;
   leave(s, me->lane);
 }
 
-static void fibre_main() {
-  mg_kernel(&current->identity);
+MG_STUB(threadgroup_barrier);
+
+extern "C" MG_WAITS void mg_finish() __attribute__((visibility("hidden")));
+extern "C" MG_WAITS void mg_arrive_finish() {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
   s->live &= ~me->bit;
   s->runnable &= ~me->bit;
-  if (s->live == 0) {
-    group.live_simdgroups--;
-  }
+  if (s->live == 0) group.live_simdgroups--;
   leave(s, me->lane);
+}
+MG_STUB(finish);
+
+static void fibre_main() {
+  mg_kernel(&current->identity);
+  mg_finish();
   __builtin_trap();
 }
 
@@ -194,6 +205,10 @@ static void prepare_threadgroup(uint64_t linear, const uint32_t groups[3]) {
         l->lane = i % kLanes;
         l->bit = 1u << l->lane;
         l->simdgroup = &simdgroups[i / kLanes];
+        uint32_t q = l->lane / 4;
+        l->element = ((q & 4) + (l->lane / 2) % 4) * 8 + (q & 2) * 2 + (l->lane % 2) * 2;
+        l->result = l->simdgroup->result[l->lane];
+        l->product = &l->simdgroup->d[0][0] + l->element;
         mg_thread &t = l->identity;
         const uint32_t *whole = launch->threadgroup, *grid = launch->grid;
         fill(t.thread_position_in_grid, base[0] + x, base[1] + y, base[2] + z);
@@ -251,7 +266,9 @@ extern "C" int mg_run(const mg_launch *l) {
     check_threadgroup_begin();
     Lane *first = next_lane_elsewhere(group.simdgroup_count - 1);
     current = first;
-    fibre_switch(&main_fibre, &first->fibre);
+    mg_from = &main_fibre;
+    mg_to = &first->fibre;
+    mg_enter();
     check_threadgroup_end();
     report->threadgroups++;
     report->threads += group.thread_count;

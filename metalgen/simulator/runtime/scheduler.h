@@ -13,10 +13,14 @@ enum { kLanes = 32, kMaxThreads = 4096, kSlotBytes = 64 };
 
 struct Simdgroup;
 
+// The first three members are known to compiler/include/metal_runtime.
 struct Lane {
   Fibre fibre;
+  char *result;    // of a shuffle, a reduction or a ballot
+  float *product;  // of a matrix product: this lane's two elements
   uint32_t lane, bit;
   Simdgroup *simdgroup;
+  uint32_t element;  // of this lane's first element in an 8x8 matrix
   uintptr_t site;  // return address of the collective or barrier it waits at
   mg_thread identity;
 };
@@ -43,13 +47,15 @@ struct Threadgroup {
   uint64_t linear;
 };
 
-extern Lane *current;
+extern "C" Lane *mg_current __attribute__((visibility("hidden")));
+#define current mg_current
 extern Threadgroup group;
 extern const mg_launch *launch;
 extern mg_report *report;
 
-// Waits until the lanes of this collective have come, and operation has run.
-void collective(Operation operation, uintptr_t site);
+// The current lane waits, at mg_site, until the lanes of this collective have come and operation has
+// run; chooses who runs now.
+void collective(Operation operation);
 
 // Checked mode (checker.cpp); the plain build has empty ones.
 void check_threadgroup_begin();
