@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import CHUNK_BYTES, Schedule, row_bytes
+from metalgen.schedule import CHUNK_BYTES, Schedule, padded, row_bytes
 from metalgen.targets import CUDA
 
 
@@ -17,31 +17,63 @@ class CudaStep:
 
 
 @dataclass(frozen=True)
+class CudaCopy:
+    """How the threads of a block copy rows of an input into a tile, a chunk each.
+
+    Args:
+        chunks: chunks of 16 bytes in a row.
+        row_bytes: bytes from one row of the tile to the next.
+        step: rows that all threads copy at once, where a thread keeps to one column of chunks and
+            the swizzle repeats; 0 where they do not fit so.
+    """
+
+    chunks: int
+    row_bytes: int
+    step: int
+
+
+@dataclass(frozen=True)
 class CudaPlan:
     """Everything that the forward template substitutes.
 
     Args:
         steps: K, then V.
         k_chunks, v_chunks: chunks of 16 bytes in a row of Q and K, and of V.
+        copies: how ``"q"``, ``"k"`` and ``"v"`` are copied into tiles.
         q_tile, kv_tile: bytes of the tile of Q, and of one tile of the ring.
     """
 
     steps: tuple[CudaStep, ...]
     k_chunks: int
     v_chunks: int
+    copies: dict[str, CudaCopy]
     q_tile: int
     kv_tile: int
 
 
 def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
     """The plan of a valid schedule (see `metalgen.schedule.check_schedule`)."""
-    widths = (config.head_dim, config.v_dim)
-    rows = [row_bytes(width, config.itemsize, CUDA) for width in widths]
-    chunks = [-(-w // CUDA.depth) * CUDA.depth * config.itemsize // CHUNK_BYTES for w in widths]
+    q, k, v = (
+        _copy(width, config.itemsize, schedule.threads)
+        for width in (config.head_dim, config.head_dim, config.v_dim)
+    )
     return CudaPlan(
         steps=(CudaStep("k"), CudaStep("v")),
-        k_chunks=chunks[0],
-        v_chunks=chunks[1],
-        q_tile=schedule.bq * rows[0],
-        kv_tile=schedule.bk * max(rows),
+        k_chunks=k.chunks,
+        v_chunks=v.chunks,
+        copies={"q": q, "k": k, "v": v},
+        q_tile=schedule.bq * q.row_bytes,
+        kv_tile=schedule.bk * max(k.row_bytes, v.row_bytes),
+    )
+
+
+def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:
+    chunks = padded(width, CUDA) * itemsize // CHUNK_BYTES
+    step, rest = divmod(threads, chunks)
+    whole = chunks * CHUNK_BYTES == width * itemsize
+    repeats = chunks % 8 != 0 or step % 8 == 0  # the swizzle has a period of 8 rows
+    return CudaCopy(
+        chunks,
+        row_bytes(width, itemsize, CUDA),
+        step if whole and rest == 0 and repeats else 0,
     )
