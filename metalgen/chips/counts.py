@@ -1,8 +1,8 @@
 """What a launch of the forward family does, in closed form: a few additions, no loop over tiles.
 
-The counts are those of `templates/families/forward.jinja`, to the last unit; a test executes the
-kernel in the simulator, which counts for itself, and compares. Bytes are what the source asks for,
-before any cache, summed over all threads; matrix products, barriers and shuffles count once a
+The counts are those of `templates/families/forward.jinja` for Metal, to the last unit; a test runs
+the kernel in the simulator, which counts for itself, and compares. Bytes are what the source asks
+for, before any cache, summed over all threads; matrix products, barriers and shuffles count once a
 simdgroup, exponentials once a lane.
 """
 

@@ -170,7 +170,7 @@ def test_limits_are_those_of_the_api() -> None:
     for chip in all_chips():
         if chip.kind == "apple":
             assert chip.limits == Limits(threadgroup_bytes=32768, threads=1024)
-    assert get_chip("H200").limits == Limits(threadgroup_bytes=232448, threads=1024)
+    assert get_chip("H200").limits == Limits(232448, 1024, "cuda")
 
 
 def test_a_chip_without_the_figures_that_are_needed_names_all_that_are_missing() -> None:
