@@ -113,10 +113,20 @@ static MG_ALWAYS_INLINE void leave(Simdgroup *s, uint32_t lane) {
   }
   if (MG_LIKELY(s->at_collective)) {
     uint32_t active = take_collective(s);
-    Lane *first = (active >> lane) & 1 ? &s->lanes[lane] : &s->lanes[__builtin_ctz(active)];
-    s->operations[first->lane](s, active);
+    s->operations[__builtin_ctz(active)](s, active);
     s->runnable = active;
-    switch_to(first);
+    // Simdgroups take turns, a collective each, as they do on hardware; a pseudo-random one when seeded.
+    uint32_t n = group.simdgroup_count;
+    uint32_t at = random_state ? (uint32_t)(next_random() % n) : s->index;
+    Simdgroup *t = s;
+    for (uint32_t k = 0; k < n; ++k) {
+      at = at + 1 == n ? 0 : at + 1;
+      if (simdgroups[at].runnable) {
+        t = &simdgroups[at];
+        break;
+      }
+    }
+    switch_to(&t->lanes[choose(t->runnable, 31)]);
     return;
   }
   if (s->live) group.waiting_simdgroups++;
