@@ -40,21 +40,25 @@ class Plan:
     device: Device | None
     checker: Device | None
     no_checker: str = ""
+    is_here: bool = False
 
     @property
     def headline(self) -> str:
         """The chip, and where its times come from."""
         if self.device:
             return f"{self.chip.name} ({self.chip}): measured on this machine's GPU."
+        if self.is_here:
+            return f"{self.chip.name} ({self.chip}), not measured as asked: {self._modelled}."
+        return f"{self.chip.name} ({self.chip}) is not this machine: {self._modelled}."
+
+    @property
+    def _modelled(self) -> str:
         checks = (
             f"kernels are checked on device {self.checker.name!r}"
             if self.checker
             else f"NOTHING CAN BE CHECKED: {self.no_checker}"
         )
-        return (
-            f"{self.chip.name} ({self.chip}) is not this machine: times are MODELLED by the chip "
-            f"model, not measured; {checks}."
-        )
+        return f"times are MODELLED by the chip model, not measured; {checks}"
 
 
 @click.command()
@@ -73,8 +77,8 @@ class Plan:
 @click.option(
     "--device",
     "device_name",
-    type=click.Choice(["metal", "simulator"]),
-    help="metal: measure here. simulator: predict, and check kernels on this CPU.",
+    type=click.Choice(["metal", "cuda", "simulator"]),
+    help="metal, cuda: measure here. simulator: predict, and check kernels on this CPU.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @json_option
@@ -97,20 +101,24 @@ def command(
     the float64 reference. Ctrl-C keeps everything; the same command goes on from there.
     """
     from metalgen.tuning.presets import preset
+    from metalgen.tuning.runner import check_arguments, tune
 
+    check_arguments(trials, budget, seed)
     plan = make_plan(chip, device_name)
     chosen = preset(preset_name)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)
         return
+    if not chosen.problems:
+        _nothing_to_do(chosen, as_json)
+        return
     from metalgen.cli.live import observer
     from metalgen.database.store import Store
-    from metalgen.tuning.runner import tune
 
-    if not as_json:
-        click.echo(plan.headline)
-        _print_skipped(chosen)
     with Store.open() as store:
+        if not as_json:
+            click.echo(plan.headline)
+            _print_skipped(chosen)
         with observer(chosen, as_json) as observe:
             report = tune(
                 chosen.problems,
@@ -150,31 +158,51 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
     from metalgen import chips
     from metalgen.devices import all_devices, get_device
 
-    here = chips.detect()
+    here, gpu = local_gpu()
     chip = chips.get_chip(chip_name) if chip_name else here
     if chip is None:
         raise ArgumentError(
             "chip",
             "--chip NAME (such as M3Max; `metalgen chips` lists all), because this machine has no "
-            "known Apple GPU",
+            "known GPU",
             None,
         )
-    devices = {device.name: device for device in all_devices()}
-    metal, simulator = devices["metal"], devices["simulator"]
-    is_here = here is not None and here.name == chip.name and metal.unavailable() is None
-    if device_name == "metal":
-        get_device("metal")
-        if not is_here:
+    is_here = here is not None and gpu is not None and here.name == chip.name
+    if device_name in ("metal", "cuda"):
+        get_device(device_name)
+        if not is_here or gpu is None or gpu.name != device_name:
             where = here.name if here else "unknown"
-            raise ArgumentError("device", f"simulator, for this machine's chip is {where}", "metal")
+            raise ArgumentError(
+                "device", f"simulator, for this machine's chip is {where}", device_name
+            )
     if is_here and device_name != "simulator":
-        return Plan(chip, metal, metal)
+        return Plan(chip, gpu, gpu, is_here=True)
     if device_name == "simulator":
-        return Plan(chip, None, get_device("simulator"))
-    usable = [device for device in (metal, simulator) if device.unavailable() is None]
+        return Plan(chip, None, get_device("simulator"), is_here=is_here)
+    devices = {device.name: device for device in all_devices()}
+    candidates = (devices["metal"], devices["simulator"]) if chip.kind == "apple" else ()
+    usable = [device for device in candidates if device.unavailable() is None]
     if usable:
         return Plan(chip, None, usable[0])
-    return Plan(chip, None, None, simulator.unavailable() or "")
+    reason = devices["simulator"].unavailable() or "no device here runs its kernels"
+    return Plan(chip, None, None, reason)
+
+
+def local_gpu() -> tuple[Chip | None, Device | None]:
+    """This machine's chip and the device that runs on it; None for what is not known."""
+    import mlx.core as mx
+
+    from metalgen import chips
+    from metalgen.devices import default_device
+
+    device = default_device()
+    gpu = device if device.is_gpu else None
+    here = chips.detect()
+    if here is None and gpu is not None and gpu.name == "cuda":
+        product = str(mx.device_info(mx.Device(mx.gpu, 0)).get("device_name", ""))
+        known = [c for c in chips.all_chips() if c.kind == "nvidia" and c.name in product]
+        here = known[0] if known else None
+    return here, gpu
 
 
 def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> None:
@@ -215,8 +243,15 @@ def _print_skipped(chosen: Preset) -> None:
         click.echo(f"Skipped, for features that are not there yet ({len(chosen.skipped)}):")
         for line in columns([(s.name, f"needs {s.needs}") for s in chosen.skipped]):
             click.echo("  " + line)
-    if not chosen.problems:
-        click.echo(f"Preset {chosen.name!r} has nothing else to tune.")
+
+
+def _nothing_to_do(chosen: Preset, as_json: bool) -> None:
+    skipped = [{"name": s.name, "needs": s.needs} for s in chosen.skipped]
+    if as_json:
+        print_json({"preset": chosen.name, "problems": [], "skipped": skipped})
+        return
+    _print_skipped(chosen)
+    click.echo(f"Preset {chosen.name!r} has nothing else to tune; nothing was written.")
 
 
 def _print_report(plan: Plan, report: Report, path: str) -> None:

@@ -64,12 +64,7 @@ def tune(
         IncompleteChip: the chip model does not know this chip, and there is no device.
         DatabaseError: the store can no longer be written.
     """
-    if trials is not None and (type(trials) is not int or trials < 1):
-        raise ArgumentError("trials", "a positive whole number", trials)
-    if budget is not None and not (isinstance(budget, int | float) and budget > 0):
-        raise ArgumentError("budget", "seconds above 0", budget)
-    if type(seed) is not int or not 0 <= seed < 1 << 31:
-        raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
+    check_arguments(trials, budget, seed)
     executing = checker or device
     versions = template_hash("forward", (executing.target if executing else None) or "metal")
     start = clock()
@@ -105,6 +100,16 @@ def tune(
         if ended != "failed":
             store.end_run(report.run, ended)
     return report
+
+
+def check_arguments(trials: int | None, budget: float | None, seed: int) -> None:
+    """Raise `ArgumentError` for what `tune` cannot take."""
+    if trials is not None and (type(trials) is not int or trials < 1):
+        raise ArgumentError("trials", "a positive whole number", trials)
+    if budget is not None and not (isinstance(budget, int | float) and budget > 0):
+        raise ArgumentError("budget", "seconds above 0", budget)
+    if type(seed) is not int or not 0 <= seed < 1 << 31:
+        raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
 
 
 def _session(device: Device | None, policy: Policy | None, **common: object) -> Session:

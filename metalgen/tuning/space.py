@@ -16,13 +16,13 @@ from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.schedule import (
     APPLE,
-    FRAGMENT,
     Limits,
     Schedule,
     check_schedule,
     default_schedule,
     padded,
 )
+from metalgen.targets import TARGETS
 
 Point = Mapping[str, Any]
 """Values of the parameters declared so far, by name."""
@@ -65,8 +65,8 @@ class Space:
 
     def schedule(self, point: Point) -> Schedule:
         """The schedule of a point; ``bq`` follows from the rows that the simdgroups own."""
-        bq = FRAGMENT * point["row_blocks"] * point["simdgroups"]
-        return Schedule(bq=bq, **point)
+        rows = TARGETS[self.limits.target].row_block
+        return Schedule(bq=rows * point["row_blocks"] * point["simdgroups"], **point)
 
     def point(self, schedule: Schedule) -> dict[str, Any] | None:
         """The values of the parameters that give a schedule, or None if no point does."""
@@ -107,13 +107,17 @@ def space(
 
     Args:
         config: what to compute.
-        limits: what a threadgroup may use.
+        limits: what a threadgroup may use, and the target.
         math_modes: Metal's math modes to try; others than ``"safe"`` change nothing that the chip
             model sees, so they are worth trying only where a device measures.
     """
-    widest = max(padded(config.head_dim), padded(config.v_dim))
+    target = TARGETS[limits.target]
+    only = dict(target.choices)
+    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
     # The default schedule's slice is among the choices, so that it is a point of every space.
     slices = {w for w in (32, 64, 128, default_schedule(config, limits).bd) if w <= widest}
+    if target.name == "cuda":  # stages whole rows
+        slices = {widest}
     staging = ("threadgroup", "device")
     fragments = ("input", "float32") if config.dtype == "bfloat16" else ("input",)
 
@@ -126,15 +130,15 @@ def space(
         (
             Parameter("row_blocks", (1, 2, 4)),
             Parameter("simdgroups", (1, 2, 4, 8, 16)),
-            Parameter("bk", (8, 16, 32, 64)),
+            Parameter("bk", tuple(bk for bk in (8, 16, 32, 64) if bk % target.depth == 0)),
             Parameter("q_source", ("registers", "threadgroup")),
-            Parameter("k_source", staging),
-            Parameter("v_source", staging),
+            Parameter("k_source", only.get("k_source", staging)),
+            Parameter("v_source", only.get("v_source", staging)),
             Parameter("bd", tuple(sorted(slices | {widest})), staged, widest),
-            Parameter("buffers", (1, 2), staged, 1),
-            Parameter("load_width", (2, 4, 8)),
-            Parameter("fragment", fragments),
-            Parameter("math_mode", math_modes),
+            Parameter("buffers", tuple(range(1, target.buffers + 1)), staged, 1),
+            Parameter("load_width", only.get("load_width", (2, 4, 8))),
+            Parameter("fragment", only.get("fragment", fragments)),
+            Parameter("math_mode", only.get("math_mode", math_modes)),
         ),
     )
 

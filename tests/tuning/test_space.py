@@ -8,6 +8,7 @@ import pytest
 
 from metalgen.config import AttentionConfig
 from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid, padded
+from metalgen.targets import TARGETS
 from metalgen.tuning.space import enumerate_valid, space
 
 CONFIGS = [
@@ -21,7 +22,8 @@ CONFIGS = [
 
 def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
     """Every valid schedule of the documented choices, by trying all combinations."""
-    widest = max(padded(config.head_dim), padded(config.v_dim))
+    target = TARGETS[limits.target]
+    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
     found = set()
     for blocks, groups, bk, q, k, v, bd, buffers, width, fragment in itertools.product(
         (1, 2, 4),
@@ -31,12 +33,12 @@ def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
         CHOICES["k_source"],
         CHOICES["v_source"],
         {32, 64, 128, widest, default_schedule(config, limits).bd},
-        (1, 2),
+        range(1, target.buffers + 1),
         (2, 4, 8),
         CHOICES["fragment"] if config.dtype == "bfloat16" else ("input",),
     ):
         schedule = Schedule(
-            bq=8 * blocks * groups,
+            bq=target.row_block * blocks * groups,
             bk=bk,
             bd=bd,
             simdgroups=groups,
@@ -53,12 +55,29 @@ def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
     return found
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("limits", [Limits(), Limits(threadgroup_bytes=8192, threads=256)])
+@pytest.mark.parametrize(
+    ("config", "limits"),
+    [
+        (CONFIGS[0], Limits()),
+        (CONFIGS[1], Limits(threadgroup_bytes=8192, threads=256)),
+        (CONFIGS[2], Limits(threadgroup_bytes=16384)),
+        (CONFIGS[3], Limits()),
+        (CONFIGS[4], Limits()),
+    ],
+)
 def test_the_space_is_every_valid_combination_once_with_the_default_first(
     config: AttentionConfig, limits: Limits
 ) -> None:
     valid = enumerate_valid(config, limits)
+    assert valid[0] == default_schedule(config, limits)
+    assert len(valid) == len(set(valid))
+    assert set(valid) == brute_force(config, limits)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]], ids=str)
+def test_the_space_of_another_target_keeps_that_targets_rules(config: AttentionConfig) -> None:
+    limits = Limits(232448, 1024, "cuda")
+    valid = enumerate_valid(config, limits, ("safe", "fast"))
     assert valid[0] == default_schedule(config, limits)
     assert len(valid) == len(set(valid))
     assert set(valid) == brute_force(config, limits)
