@@ -45,7 +45,8 @@ def command(
     problem = sizes.problem(config)
     found, how = _chip(chip)
     path: list[str] = []
-    hit = lookup(problem, found, template_hash(), trace=path)
+    target = found.limits.target if found else "metal"
+    hit = lookup(problem, found, template_hash("forward", target), trace=path)
     kernel = get_kernel(
         config,
         batch=sizes.batch,

@@ -12,12 +12,12 @@ from metalgen.config import AttentionConfig
 from metalgen.schedule import (
     APPLE,
     CHOICES,
-    FRAGMENT,
     Schedule,
     check_schedule,
     default_schedule,
     padded,
 )
+from metalgen.targets import METAL, TARGETS, Target
 
 
 def schedule_options(function: Any) -> Any:
@@ -50,21 +50,23 @@ def command(
     limits = found.limits if found else APPLE
     schedule, place = default_schedule(config, limits), "default"
     if found:
-        hit = lookup(sizes.problem(config), found, template_hash())
+        hit = lookup(sizes.problem(config), found, template_hash("forward", limits.target))
         if hit:
             schedule, place = hit.schedule, f"{hit.place}, {hit.provenance}"
     given = {name: value for name, value in changes.items() if value is not None}
     if given:
-        schedule, place = change(config, schedule, given), place + ", changed"
+        schedule = change(config, schedule, given, TARGETS[limits.target])
+        place += ", changed"
     check_schedule(config, schedule, limits)
-    source = render(config, schedule)
+    source = render(config, schedule, limits.target)
     if as_json:
         print_json(
             {
                 "config": config.to_dict(),
                 "schedule": schedule.to_dict(),
                 "place": place,
-                "template_hash": template_hash(),
+                "template_hash": template_hash("forward", limits.target),
+                "target": limits.target,
                 "name": source.name,
                 "inputs": list(source.inputs),
                 "outputs": list(source.outputs),
@@ -78,7 +80,9 @@ def command(
     click.echo(f"// {config}\n// schedule ({place}): {schedule}\n{source.text}")
 
 
-def change(config: AttentionConfig, schedule: Schedule, given: dict[str, Any]) -> Schedule:
+def change(
+    config: AttentionConfig, schedule: Schedule, given: dict[str, Any], target: Target = METAL
+) -> Schedule:
     """A schedule with some fields changed; those that follow from them follow unless given too.
 
     ``bq`` follows from the rows that the simdgroups own; without anything staged there is one
@@ -87,9 +91,9 @@ def change(config: AttentionConfig, schedule: Schedule, given: dict[str, Any]) -
     changed = dataclasses.replace(schedule, **given)
     follow: dict[str, Any] = {}
     if "bq" not in given:
-        follow["bq"] = FRAGMENT * changed.row_blocks * changed.simdgroups
+        follow["bq"] = target.row_block * changed.row_blocks * changed.simdgroups
     if not changed.staged:
-        follow["bd"] = max(padded(config.head_dim), padded(config.v_dim))
+        follow["bd"] = max(padded(config.head_dim, target), padded(config.v_dim, target))
         follow["buffers"] = 1
     return dataclasses.replace(
         changed, **{name: value for name, value in follow.items() if name not in given}

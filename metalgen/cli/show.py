@@ -33,22 +33,23 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
     from metalgen.render import template_hash
+    from metalgen.targets import TARGETS
 
     name = get_chip(chip).name if chip else None
-    current = template_hash()
+    current = {target: template_hash("forward", target) for target in TARGETS}
     try:
         with Store.open(read_only=True) as store:
             rows = store.measurements(chip=name)
             path = store.path
     except MissingDatabase:
         rows, path = [], user_database()
-    best = winners([m for m in rows if m.template_hash == current])
-    others = sum(m.template_hash != current for m in rows)
+    best = winners([m for m in rows if m.template_hash in current.values()])
+    others = sum(m.template_hash not in current.values() for m in rows)
     if as_json:
         print_json(
             {
                 "database": str(path),
-                "template_hash": current,
+                "template_hashes": current,
                 "rows": len(rows),
                 "rows_by_kind": _kinds(rows),
                 "rows_of_other_templates": others,

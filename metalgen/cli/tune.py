@@ -177,6 +177,7 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
             )
     if is_here and device_name != "simulator":
         return Plan(chip, gpu, gpu, is_here=True)
+    _require_model(chip)
     if device_name == "simulator":
         return Plan(chip, None, get_device("simulator"), is_here=is_here)
     devices = {device.name: device for device in all_devices()}
@@ -186,6 +187,17 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
         return Plan(chip, None, usable[0])
     reason = devices["simulator"].unavailable() or "no device here runs its kernels"
     return Plan(chip, None, None, reason)
+
+
+def _require_model(chip: Chip) -> None:
+    """Raise `IncompleteChip` where the chip model cannot predict for a chip."""
+    from metalgen.chips.model import predict
+    from metalgen.config import AttentionConfig
+    from metalgen.problem import Problem
+    from metalgen.schedule import default_schedule
+
+    config = AttentionConfig(head_dim=64)
+    predict(Problem(config, 1, 1, 1), default_schedule(config), chip)
 
 
 def local_gpu() -> tuple[Chip | None, Device | None]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from metalgen.database.errors import DatabaseError
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
@@ -97,8 +98,11 @@ def tune(
     finally:
         report.seconds = clock() - start
         report.checks = session.checker.checked
-        if ended != "failed":
+        try:
             store.end_run(report.run, ended)
+        except DatabaseError:
+            if ended != "failed":  # else it may be what failed, and is heard about already
+                raise
     return report
 
 

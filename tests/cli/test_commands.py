@@ -146,6 +146,14 @@ def test_tune_needs_a_chip_where_the_machines_is_unknown(
     assert complaint(capsys, "tune").startswith("chip: expected --chip NAME (such as M3Max")
 
 
+def test_a_chip_without_a_model_that_is_not_here_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], database: Path
+) -> None:
+    line = complaint(capsys, "tune", "--chip", "H200")
+    assert line.startswith("chip: expected a chip whose model of an Apple GPU core is on record")
+    assert not database.exists()
+
+
 def on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make this machine look like one with an M1."""
     from metalgen.devices import all_devices

@@ -237,6 +237,16 @@ def test_a_spent_budget_stops_the_run_and_keeps_what_was_done(store: Store) -> N
     assert [o.problem for o in report.outcomes] == [SMALL]
 
 
+def test_a_run_that_breaks_is_recorded_as_failed(store: Store) -> None:
+    def broken(p: Progress) -> None:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        model(store, FakeVerify(), PROBLEMS, observe=broken)
+    (run,) = store.db.query("SELECT outcome FROM runs")
+    assert run == {"outcome": "failed"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
