@@ -89,8 +89,11 @@ def test_a_look_up_takes_it_for_a_miss_and_says_why(case: str, tmp_path: Path) -
 def test_damaged_pages_are_an_error_to_a_reader_and_a_miss_to_a_look_up(tmp_path: Path) -> None:
     path = tmp_path / "t.db"
     _damaged(path)
-    with pytest.raises(errors.UnreadableDatabase, match="damaged"):
-        Store.open(path, read_only=True).measurements()
+    with (
+        pytest.raises(errors.UnreadableDatabase, match="damaged"),
+        Store.open(path, read_only=True) as store,
+    ):
+        store.measurements()
     trace: list[str] = []
     found = lookup(PROBLEM, CHIP, HASH, database=path, shipped=tmp_path, neighbours=(), trace=trace)
     assert found is None

@@ -12,10 +12,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import platformdirs
 import pytest
 from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, modelled, row
 
-from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION
+from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION, user_database
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
@@ -259,3 +260,15 @@ def test_two_writers_that_start_together_lose_no_row(tmp_path: Path) -> None:
         assert sorted(m.policy for m in store.measurements()) == sorted(
             f"{name}{i}" for name in "ab" for i in range(100)
         )
+
+
+@pytest.mark.parametrize("configured", ["", "/somewhere/else"])
+def test_the_users_database_is_where_platformdirs_puts_it(
+    configured: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("METALGEN_DB", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", configured)
+    expected = Path(platformdirs.user_data_dir("metalgen", appauthor=False)) / "tuning.db"
+    assert user_database() == expected
+    monkeypatch.setenv("METALGEN_DB", "~/elsewhere.db")
+    assert user_database() == Path.home() / "elsewhere.db"
