@@ -39,9 +39,10 @@ def _data_directory() -> Path:
     Importing platformdirs takes 20 ms, ten times a look-up, so the two systems that MLX runs on
     are spelled out.
     """
-    if sys.platform == "darwin":
+    system: str = sys.platform  # a plain string, or mypy drops what it believes unreachable
+    if system == "darwin":
         return Path.home() / "Library" / "Application Support" / "metalgen"
-    if sys.platform == "linux":
+    if system == "linux":
         configured = os.environ.get("XDG_DATA_HOME", "").strip()
         return Path(configured or Path.home() / ".local" / "share") / "metalgen"
     import platformdirs
