@@ -1,0 +1,41 @@
+"""What the README says to type works."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom():
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == (1, 8, 100, 64)
+    assert names["lse"].shape == (1, 8, 100)
+    assert names["kernel"].backend == "metalgen"
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`metalgen (\w+)`", README))))
+def test_every_command_that_the_readme_names_exists(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "metalgen", command, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).is_file()] == []
