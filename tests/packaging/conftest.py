@@ -78,7 +78,7 @@ def install(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Each way to have metalgen in turn, in a virtual environment of its own."""
     folder = tmp_path_factory.mktemp(request.param)
     python = _new_environment(folder / "venv")
-    environment = _clean_environment()
+    environment = _clean_environment() | {"METALGEN_DB": str(folder / "tuning.db")}
     if request.param == "checkout":
         environment["PYTHONPATH"] = str(CHECKOUT)
     else:

@@ -51,6 +51,20 @@ def test_the_command_runs_in_every_install(install):
     assert install.run("-m", "metalgen", "--version").split()[-1] == __version__
 
 
+ATTENTION = """
+import mlx.core as mx, metalgen
+x = mx.random.normal((1, 1, 20, 16), key=mx.random.key(0))
+config = metalgen.AttentionConfig(16, "float32", causal=True)
+kernel = metalgen.get_kernel(config, heads=1, q_len=20, device="simulator")
+own = mx.fast.scaled_dot_product_attention(x, x, x, scale=0.25, mask="causal")
+print(kernel.backend, mx.abs(kernel(x, x, x) - own).max().item() < 1e-5)
+"""
+
+
+def test_every_install_renders_compiles_and_executes_a_kernel(install):
+    assert install.run("-c", ATTENTION).split() == ["metalgen", "True"]
+
+
 def test_an_installed_package_brings_the_console_script(install):
     script = install.python.with_name("metalgen")
     assert script.exists() == (install.name != "checkout")
