@@ -15,6 +15,7 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
 MAX_HEADS_PER_KV = 1024
+MAX_WINDOW = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class AttentionConfig:
         value_head_dim: width of a value and output row; None means ``head_dim``.
         heads_per_kv: query heads that share one key/value head (1: MHA, H: MQA, between: GQA).
         causal: query i sees key j when ``j <= i + kv_len - q_len`` (aligned at the lower right).
+        window_left, window_right: a sliding window; query i sees key j only when
+            ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
+            None: no bound. (A window of W keys up to the own one is causal, window_left W - 1.)
+        softcap: C > 0; a scaled score x becomes ``C * tanh(x / C)`` before the mask.
         return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
             ``(B, H, L)``, -inf for a row that sees no key).
 
@@ -43,6 +48,9 @@ class AttentionConfig:
     heads_per_kv: int = 1
     causal: bool = False
     return_lse: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -52,6 +60,14 @@ class AttentionConfig:
         if self.value_head_dim is not None:
             _check_int("value_head_dim", self.value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
         _check_int("heads_per_kv", self.heads_per_kv, 1, MAX_HEADS_PER_KV)
+        for name in ("window_left", "window_right"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_WINDOW)
+        if self.softcap is not None:
+            number = isinstance(self.softcap, (int, float)) and not isinstance(self.softcap, bool)
+            if not number or not 1e-3 <= self.softcap <= 1e6:
+                raise ArgumentError("softcap", "a number from 0.001 to 1000000", self.softcap)
+            object.__setattr__(self, "softcap", float(self.softcap))
         for name in ("causal", "return_lse"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(name, "True or False", getattr(self, name))
@@ -114,6 +130,11 @@ class AttentionConfig:
         words = [width, self.dtype]
         if self.causal:
             words.append("causal")
+        if self.window_left is not None or self.window_right is not None:
+            ends = ("" if x is None else str(x) for x in (self.window_left, self.window_right))
+            words.append("window" + ":".join(ends))
+        if self.softcap is not None:
+            words.append(f"softcap{self.softcap:g}")
         if self.heads_per_kv > 1:
             words.append(f"gqa{self.heads_per_kv}")
         if self.return_lse:

@@ -15,7 +15,7 @@ from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.problem import Problem
-from metalgen.reference import attention_mlx
+from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
 
@@ -308,14 +308,16 @@ def _passes(
 
 
 def _mlx_is_fused(config: AttentionConfig) -> bool:
-    return not config.return_lse and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
+    windows = config.window_left is not None or config.window_right is not None
+    ours_alone = config.return_lse or windows or config.softcap is not None
+    return not ours_alone and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
 
 
 def _mlx(config: AttentionConfig) -> Runner:
     def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
         if (config.causal and q.shape[2] > k.shape[2]) or 0 in k.shape:
             # Rows that see no key: MLX's kernel gives NaN there, the definition zeros.
-            return attention_mlx(q, k, v, scale=scale, causal=config.causal)[0], None
+            return attention_mlx(q, k, v, scale=scale, **config_features(config))[0], None
         mask = "causal" if config.causal else None
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
 
@@ -339,7 +341,7 @@ def _differentiable(
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         def plain(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            out, lse = attention_mlx(q, k, v, scale=scale, **config_features(config))
             return [out, lse] if config.return_lse else [out]
 
         return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])

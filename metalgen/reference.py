@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from metalgen.config import AttentionConfig
+
 
 def attention_float64(
-    q: Any, k: Any, v: Any, *, scale: float, causal: bool = False
+    q: Any, k: Any, v: Any, *, scale: float, causal: bool = False, **features: Any
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Attention and its log-sum-exp in NumPy float64: what every kernel is checked against.
 
@@ -21,6 +23,7 @@ def attention_float64(
             converts to float64.
         scale: factor of the scores.
         causal: aligned at the lower right.
+        features: ``window_left``, ``window_right``, ``softcap`` as in `AttentionConfig`.
 
     Returns:
         ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there.
@@ -31,9 +34,11 @@ def attention_float64(
     repeats = q.shape[1] // k.shape[1]
     k, v = (np.repeat(x, repeats, axis=1) for x in (k, v))
     scores = scale * (q @ np.swapaxes(k, -1, -2))
-    if causal:
-        i, j = np.arange(q.shape[2])[:, None], np.arange(k.shape[2])[None, :]
-        scores = np.where(j <= i + k.shape[2] - q.shape[2], scores, -np.inf)
+    if (cap := features.get("softcap")) is not None:
+        scores = cap * np.tanh(scores / cap)
+    i = np.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+    seen = _seen(i, np.arange(k.shape[2])[None, :], causal, features)
+    scores = np.where(seen, scores, -np.inf)
     peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
     total = weights.sum(axis=-1, keepdims=True)
@@ -44,7 +49,13 @@ def attention_float64(
 
 
 def attention_mlx(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float | mx.array, causal: bool = False
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float | mx.array,
+    causal: bool = False,
+    **features: Any,
 ) -> tuple[mx.array, mx.array]:
     """The same in plain MLX operations, in float32; lazy and differentiable.
 
@@ -57,9 +68,12 @@ def attention_mlx(
     grouped = q.astype(mx.float32).reshape(groups)
     k, values = (x.astype(mx.float32)[:, :, None] for x in (k, v))
     scores = (grouped * scale) @ k.swapaxes(-1, -2)
-    if causal:
-        i, j = mx.arange(q_len)[:, None], mx.arange(kv_len)[None, :]
-        scores = mx.where(j <= i + (kv_len - q_len), scores, -mx.inf)
+    if (cap := features.get("softcap")) is not None:
+        scores = cap * mx.tanh(scores / cap)
+    if causal or any(features.get(name) is not None for name in ("window_left", "window_right")):
+        i = mx.arange(q_len)[:, None] + (kv_len - q_len)
+        seen = _seen(i, mx.arange(kv_len)[None, :], causal, features)
+        scores = mx.where(seen, scores, -mx.inf)
     if kv_len:
         peak = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
         peak = mx.where(peak == -mx.inf, 0.0, peak)
@@ -74,3 +88,21 @@ def attention_mlx(
         out.reshape(batch, heads, q_len, v.shape[3]).astype(q.dtype),
         lse.reshape(batch, heads, q_len),
     )
+
+
+def config_features(config: AttentionConfig) -> dict[str, Any]:
+    """The keyword arguments of both functions for a config."""
+    names = ("causal", "window_left", "window_right", "softcap")
+    return {name: getattr(config, name) for name in names}
+
+
+def _seen(i: Any, j: Any, causal: bool, features: dict[str, Any]) -> Any:
+    """Which of the keys j query i sees; both in positions of keys, arrays of NumPy or MLX."""
+    seen = (i == i) & (j == j)
+    if causal:
+        seen = seen & (j <= i)
+    if (left := features.get("window_left")) is not None:
+        seen = seen & (j >= i - left)
+    if (right := features.get("window_right")) is not None:
+        seen = seen & (j <= i + right)
+    return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -125,6 +126,9 @@ def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[s
         "V_FRAGMENTS": padded(config.v_dim, facts) // FRAGMENT,
         "HEADS_PER_KV": config.heads_per_kv,
     }
+    for name in ("window_left", "window_right"):
+        if (bound := getattr(config, name)) is not None:
+            constants[name.upper()] = bound
     own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
     steps = own["plan"].steps
     return own | {
@@ -133,9 +137,39 @@ def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[s
         "schedule": schedule,
         "k_steps": [step for step in steps if step.operand == "k"],
         "v_steps": [step for step in steps if step.operand == "v"],
-        "masks": [_feature("causal")] if config.causal else [],
+        "masks": [_feature(name) for name in _masks(config)],
         "longest_first": config.causal,
         "lse": config.return_lse,
+        **_score(config, target),
+    }
+
+
+def _masks(config: AttentionConfig) -> list[str]:
+    found = {
+        "causal": config.causal,
+        "window_left": config.window_left is not None,
+        "window_right": config.window_right is not None,
+    }
+    return [name for name, used in found.items() if used]
+
+
+def _score(config: AttentionConfig, target: str) -> dict[str, Any]:
+    """What fills the score hook: features, and how their scores become exponents of 2."""
+    if config.softcap is None:
+        return {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": ""}
+    cap, ln2 = config.softcap, math.log(2)
+    exact = config.dtype == "float32"
+    exp2 = {"metal": "fast::exp2({})", "cuda": "mg_exp2({})"}[target]
+    # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of 2 x / C.
+    inner, unit = (ln2 / cap, cap / ln2) if exact else (2 / cap, 2 * cap / ln2)
+    return {
+        "scores": [_feature("softcap", exact=exact, exp2=exp2.format)],
+        "score_constants": [
+            f"const float cap_in = scale2 * {inner:.9e}f;",
+            f"constexpr float UNIT = {unit:.9e}f;",
+        ],
+        "unit": "UNIT",
+        "lse_shift": "" if exact else f" + {cap:.9e}f",
     }
 
 
@@ -181,9 +215,9 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _feature(name: str) -> Any:
+def _feature(name: str, **variables: Any) -> Any:
     """The macros of a feature file."""
-    return _environment().get_template(f"features/{name}.jinja").module
+    return _environment().get_template(f"features/{name}.jinja").make_module(variables)
 
 
 def _tidy(text: str) -> str:

@@ -17,6 +17,8 @@ FRAGMENT = 8
 SIMD_WIDTH = 32
 ROW_PAD_BYTES = 16
 """Bytes added to a row in threadgroup memory, so that rows start in different banks (Metal)."""
+REGISTERS = 250
+"""Estimated 16-bit registers a thread up to which a kernel is likely not to spill (of 256)."""
 CHUNK_BYTES = 16
 """Bytes that are moved at once (CUDA)."""
 
@@ -257,29 +259,36 @@ def default_schedule(config: AttentionConfig, limits: Limits = APPLE) -> Schedul
     """The schedule that runs a config before anything was tuned, and that races in every search.
 
     Four simdgroups; two row blocks each where the accumulator leaves room, else one; K and V
-    staged; the longest pass and the widest slice that fit the limits.
+    staged; the longest pass and the widest slice that fit the limits; Q in registers where they
+    are likely to suffice.
     """
     target = TARGETS[limits.target]
     widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
     if limits.target == "cuda":
         sizes = [(bk, widest) for bk in (64, 32, 16)]
-        roomy, fixed = 128, {"buffers": 2, "q_source": "threadgroup"}
+        roomy, buffers, sources = 128, 2, ("threadgroup",)
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
-        roomy, fixed = 64, {}
-    for row_blocks in (2, 1) if config.v_dim <= roomy else (1,):
-        for bk, bd in sizes:
-            schedule = Schedule(
-                bq=target.row_block * row_blocks * 4,
-                bk=bk,
-                bd=bd,
-                simdgroups=4,
-                row_blocks=row_blocks,
-                **fixed,  # type: ignore[arg-type]
-            )
-            if is_valid(config, schedule, limits):
-                return schedule
-    raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
+        roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
+    candidates = [
+        Schedule(
+            bq=target.row_block * row_blocks * 4,
+            bk=bk,
+            bd=bd,
+            simdgroups=4,
+            row_blocks=row_blocks,
+            q_source=source,
+            buffers=buffers,
+        )
+        for row_blocks in ((2, 1) if config.v_dim <= roomy else (1,))
+        for bk, bd in sizes
+        for source in sources
+    ]
+    valid = [s for s in candidates if is_valid(config, s, limits)]
+    if not valid:
+        raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
+    spare = [s for s in valid if register_estimate(config, s) <= REGISTERS]
+    return (spare or valid)[0]
 
 
 def _check_choice(name: str, value: object) -> None:

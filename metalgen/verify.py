@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
-from metalgen.reference import attention_float64
+from metalgen.reference import attention_float64, config_features
 from metalgen.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def verify(
     run = device.build(config, schedule)
     q_len, kv_len = schedule.bq + 5, 2 * schedule.bk + 3
     shapes = [(q_len, kv_len)]
-    if config.causal:
+    if config.causal or config.window_right is not None:
         shapes.append((schedule.bk + 9, schedule.bk + 1))
     tolerance = TOLERANCE[config.dtype]
     worst, faults = 0.0, []
@@ -66,7 +66,7 @@ def verify(
         out, lse = run(q, k, v, scale)
         mx.eval(out)
         expected, expected_lse = attention_float64(
-            *(x.astype(mx.float32) for x in (q, k, v)), scale=scale, causal=config.causal
+            *(x.astype(mx.float32) for x in (q, k, v)), scale=scale, **config_features(config)
         )
         error = relative_error(out, expected)
         worst = max(worst, error)

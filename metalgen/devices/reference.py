@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
-from metalgen.reference import attention_mlx
+from metalgen.reference import attention_mlx, config_features
 from metalgen.schedule import Schedule
 
 
@@ -22,7 +22,7 @@ class ReferenceDevice(Device):
         def run(
             q: mx.array, k: mx.array, v: mx.array, scale: float
         ) -> tuple[mx.array, mx.array | None]:
-            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            out, lse = attention_mlx(q, k, v, scale=scale, **config_features(config))
             return out, lse if config.return_lse else None
 
         return run

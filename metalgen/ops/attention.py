@@ -60,6 +60,9 @@ def attention(
     *,
     scale: float | None = None,
     causal: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     device: str | None = None,
     chip: str | None = None,
@@ -71,6 +74,8 @@ def attention(
             or bfloat16; Hkv divides H; any strides.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         causal: query i sees key j when ``j <= i + Lk - Lq``.
+        window_left, window_right: a sliding window, as in `AttentionConfig`.
+        softcap: C; a scaled score x becomes ``C * tanh(x / C)``.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.
         device: ``"metal"``, ``"simulator"``, ``"reference"``; None: this machine's GPU, and plain
             MLX where there is none.
@@ -100,6 +105,9 @@ def attention(
         heads_per_kv=heads // kv_heads,
         causal=causal,
         return_lse=return_lse,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
     )
     kernel = get_kernel(
         config,

@@ -18,8 +18,9 @@ import pytest
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, all_devices
-from metalgen.reference import attention_float64
+from metalgen.reference import attention_float64, config_features
 from metalgen.schedule import Schedule, default_schedule, padded
+from metalgen.targets import CUDA, TARGETS
 from metalgen.verify import TOLERANCE, relative_error, verify
 
 
@@ -52,7 +53,24 @@ def schedules_of(config: AttentionConfig) -> dict[str, Schedule]:
     return found
 
 
-PATHS = tuple(schedules_of(AttentionConfig(64)))
+def cuda_schedules(config: AttentionConfig) -> dict[str, Schedule]:
+    """The same for CUDA."""
+    whole = max(padded(config.head_dim, CUDA), padded(config.v_dim, CUDA))
+    plain = Schedule(32, 32, whole, simdgroups=2, q_source="threadgroup")
+    return {
+        "one simdgroup": Schedule(16, 16, whole, simdgroups=1),
+        "rows of four blocks": replace(plain, bq=128, row_blocks=4),
+        "two buffers": replace(plain, buffers=2),
+        "three buffers": replace(plain, buffers=3),
+        "four buffers": replace(plain, buffers=4, bk=16, q_source="registers"),
+        "Q re-read": plain,
+        "five simdgroups": replace(plain, bq=80, simdgroups=5),
+    }
+
+
+PATHS = tuple(
+    dict.fromkeys([*schedules_of(AttentionConfig(64)), *cuda_schedules(AttentionConfig(64))])
+)
 DIMS = ((8, 8), (20, 20), (64, 64), (72, 72), (96, 96), (128, 128), (64, 24), (9, 40), (256, 256))
 LENGTHS = ((1, 1), (1, 77), (33, 33), (70, 131), (9, 3), (40, 8))
 
@@ -80,8 +98,15 @@ class DeviceConformance:
         scale: float = 0.25,
         schedule: Schedule | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        runner = self.device.build(config, schedule or default_schedule(config))
+        limits = self.device.limits
+        if config.dtype not in TARGETS[limits.target].dtypes:
+            pytest.skip(f"{limits.target} has no {config.dtype} kernels")
+        runner = self.device.build(config, schedule or default_schedule(config, limits))
         return runner(q, k, v, scale)
+
+    def schedules(self, config: AttentionConfig) -> dict[str, Schedule]:
+        """Schedules that together take every path of the forward template here."""
+        return schedules_of(config) if self.device.target != "cuda" else cuda_schedules(config)
 
     def check(
         self, config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, **options: Any
@@ -90,7 +115,7 @@ class DeviceConformance:
         out, lse = self.run(config, q, k, v, **options)
         exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (q, k, v)]
         expected, expected_lse = attention_float64(
-            *exact, scale=options.get("scale", 0.25), causal=config.causal
+            *exact, scale=options.get("scale", 0.25), **config_features(config)
         )
         assert out.dtype == q.dtype
         assert relative_error(out, expected) <= TOLERANCE[config.dtype]
@@ -122,9 +147,9 @@ class DeviceConformance:
     )
     def test_schedules(self, path: str, dtype: str, dim: int, v_dim: int) -> None:
         config = AttentionConfig(dim, dtype, value_head_dim=v_dim, causal=True, return_lse=True)
-        schedule = schedules_of(config).get(path)
+        schedule = self.schedules(config).get(path)
         if schedule is None:
-            pytest.skip("float32 has no other fragments than float32")
+            pytest.skip(f"{self.name} has no such path for {dtype}")
         q = normal((1, 1, 75, dim), dtype, 4)
         k, v = normal((1, 1, 83, dim), dtype, 5), normal((1, 1, 83, v_dim), dtype, 6)
         self.check(config, q, k, v, schedule=schedule, scale=dim**-0.5)
@@ -197,6 +222,31 @@ class DeviceConformance:
         expected, _ = attention_float64(*exact, scale=1.0, causal=True)
         assert relative_error(out, expected) <= 10 * TOLERANCE[dtype]
 
+    @pytest.mark.parametrize("left", [None, 0, 5, 200])
+    @pytest.mark.parametrize("right", [None, 0, 7])
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("schedule", ["two buffers", "V from device in two buffers"])
+    def test_windows(
+        self, left: int | None, right: int | None, causal: bool, schedule: str
+    ) -> None:
+        config = AttentionConfig(
+            16, causal=causal, window_left=left, window_right=right, return_lse=True
+        )
+        own = self.schedules(config).get(schedule)
+        q = normal((1, 2, 70, 16), "float16", 1)
+        for kv_len in (100, 40):
+            k, v = (normal((1, 2, kv_len, 16), "float16", s) for s in (2, 3))
+            self.check(config, q, k, v, schedule=own)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize(("cap", "size"), [(50.0, 1.0), (30.0, 10.0), (5.0, 10.0)])
+    def test_softcap(self, dtype: str, cap: float, size: float) -> None:
+        """At scores of magnitude 100 and more, where a rough hyperbolic tangent would show."""
+        config = AttentionConfig(64, dtype, causal=True, softcap=cap, return_lse=True)
+        q = normal((1, 2, 45, 64), dtype, 1) * size
+        k, v = (normal((1, 2, 52, 64), dtype, s) for s in (2, 3))
+        self.check(config, q, k, v, scale=1.0)
+
     def test_nan_stays_in_the_rows_that_see_it(self) -> None:
         config = AttentionConfig(16, "float32", causal=True)
         q, k, v = (normal((1, 1, 24, 16), seed=s) for s in (1, 2, 3))
@@ -207,6 +257,6 @@ class DeviceConformance:
 
     def test_the_default_schedule_passes_the_check(self) -> None:
         config = AttentionConfig(64, "float16", causal=True, return_lse=True)
-        result = verify(self.device, config, default_schedule(config))
+        result = verify(self.device, config, default_schedule(config, self.device.limits))
         assert result.ok, result.detail
         assert 0 < result.error <= result.tolerance

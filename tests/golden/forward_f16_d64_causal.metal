@@ -61,6 +61,10 @@ METAL_FUNC void mg_store_part(device T* to, const thread T* x, int count) {
   }
 }
 
+METAL_FUNC float mg_reciprocal(float x) {
+  return 1.0f / x;
+}
+
 // Reductions over a row of 8x8 matrices: it lies in the lanes that differ in bits 0 and 3.
 METAL_FUNC float mg_row_max(float x) {
   x = max(x, simd_shuffle_xor(x, 1));
@@ -79,7 +83,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_cbcc450627(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_44578683ae(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half F;
   constexpr int D = 64;
@@ -157,10 +161,13 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) l[r] = 0.0f;
 
+  // The keys that some row of the group sees, from a whole tile on.
+  int k_begin = 0;
   int k_end = kv_len;
   k_end = min(k_end, group_last + offset + 1);
+  k_begin = k_begin / BK * BK;
 
-  for (int k0 = 0; k0 < k_end; k0 += BK) {
+  for (int k0 = k_begin; k0 < k_end; k0 += BK) {
     // Does any row here see a key of this pass; does each row see all of them?
     const bool live = first < q_len && k0 <= last + offset;
     const bool whole = k0 + BK <= kv_len && (k0 + BK - 1) <= first + offset;
