@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-DEVICES = ("simulator", "metal")
+DEVICES = ("simulator", "metal", "cuda")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,11 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") == "metal":
-        import mlx.core as mx
+    name = config.getoption("--device")
+    if name != "simulator":
+        from metalgen.devices import all_devices
 
-        if not mx.metal.is_available():
-            raise pytest.UsageError("--device metal: MLX finds no Apple GPU on this machine")
+        reason = {device.name: device for device in all_devices()}[name].unavailable()
+        if reason:
+            raise pytest.UsageError(f"--device {name}: {reason}")
 
 
 @pytest.fixture(scope="session")

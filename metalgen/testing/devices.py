@@ -33,7 +33,7 @@ def schedules_of(config: AttentionConfig) -> dict[str, Schedule]:
     """Schedules that together take every path of the forward template, by what they show."""
     whole = max(padded(config.head_dim), padded(config.v_dim))
     plain = Schedule(bq=32, bk=16, bd=whole, simdgroups=2, row_blocks=2)
-    direct = {"k_source": "device", "v_source": "device"}
+    direct: dict[str, Any] = {"k_source": "device", "v_source": "device"}
     found = {
         "one simdgroup": Schedule(bq=8, bk=8, bd=whole, simdgroups=1),
         "rows of four blocks": replace(plain, bq=64, row_blocks=4),
