@@ -25,25 +25,28 @@ def _once(name: str, arguments: list[str], key: str) -> Path:
     return final
 
 
-def _key(mode: str) -> str:
-    return cache.digest([cache.own_sources(), mode, str(toolchain.zig()), *toolchain.machine_flags()])[:20]
+Machine = tuple[str, ...]  # flags for the processor; see toolchain.machine_flags
 
 
-def language_flags(mode: str) -> list[str]:
+def _key(mode: str, machine: Machine) -> str:
+    return cache.digest([cache.own_sources(), mode, str(toolchain.zig()), *machine])[:20]
+
+
+def language_flags(mode: str, machine: Machine) -> list[str]:
     """The flags that the headers and every kernel of a `mode` are compiled with."""
-    return [*toolchain.LANGUAGE, *MODES[mode], *toolchain.machine_flags()]
+    return [*toolchain.LANGUAGE, *MODES[mode], *machine]
 
 
-def headers(mode: str) -> Path:
+def headers(mode: str, machine: Machine) -> Path:
     """The precompiled Metal headers."""
     source = toolchain.INCLUDE / "mg_all.h"
-    arguments = ["clang", *language_flags(mode), "-c", "-Xclang", "-emit-pch"]
+    arguments = ["clang", *language_flags(mode, machine), "-c", "-Xclang", "-emit-pch"]
     arguments += ["-Xclang", "-fno-pch-timestamp", "-I", str(toolchain.INCLUDE), str(source)]
-    return _once(f"headers-{mode}.pch", arguments, _key(mode))
+    return _once(f"headers-{mode}.pch", arguments, _key(mode, machine))
 
 
-def runtime(mode: str) -> Path:
+def runtime(mode: str, machine: Machine) -> Path:
     """The runtime's object file."""
-    arguments = ["clang", *toolchain.RUNTIME_FLAGS, *toolchain.machine_flags()]
-    arguments += [f"-DMG_CHECKED={int(mode == 'checked')}", "-c", str(toolchain.RUNTIME / "runtime.cpp")]
-    return _once(f"runtime-{mode}.o", arguments, _key(mode))
+    arguments = ["clang", *toolchain.RUNTIME_FLAGS, *machine, f"-DMG_CHECKED={int(mode == 'checked')}"]
+    arguments += ["-c", str(toolchain.RUNTIME / "runtime.cpp")]
+    return _once(f"runtime-{mode}.o", arguments, _key(mode, machine))

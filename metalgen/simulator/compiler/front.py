@@ -13,6 +13,7 @@ from typing import Literal
 
 from ..errors import CompileError
 from . import bitcasts, build, cache, toolchain
+from .instrument import instrument
 from .kernels import Kernel
 from .lines import LineTable
 from .transform import Transformed, TransformError, transform
@@ -114,20 +115,35 @@ def _load(base: Path) -> CompiledKernel | None:
                           tuple((name, size) for name, size in note["variables"]))
 
 
-def _compile(
-    folder: Path, base: Path, source: str, kernel: str, mode: Mode,
-    constants: Mapping[str | int, object], folders: list[str],
-) -> CompiledKernel:
-    preprocessed = preprocess(source, folder, folders)
+@dataclass(frozen=True)
+class Unit:
+    """A kernel's code as an object file, before it is linked with the runtime."""
+
+    object: Path
+    kernel: Kernel
+    variables: tuple[tuple[str, int], ...]
+    files: tuple[tuple[str, int, int], ...]
+
+
+def compile_unit(
+    source: str, kernel: str, folder: Path, *, mode: Mode, constants: Mapping[str | int, object],
+    include_dirs: Iterable[str] = (), machine: build.Machine | None = None,
+) -> Unit:
+    """Compiles `kernel` to an object file in `folder`, for this machine or for the given one.
+
+    Raises CompileError and MissingToolchain.
+    """
+    machine = toolchain.machine_flags() if machine is None else machine
+    preprocessed = preprocess(source, folder, include_dirs)
     try:
         unit = transform(preprocessed, constants)
         chosen, expression = choose(unit, kernel)
     except TransformError as error:
         raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
     (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
-    headers = build.headers(mode)
+    headers = build.headers(mode, machine)
     done = toolchain.run(
-        ["clang", *build.language_flags(mode), "-include-pch", str(headers), "-S", "-emit-llvm",
+        ["clang", *build.language_flags(mode, machine), "-include-pch", str(headers), "-S", "-emit-llvm",
          "-o", "unit.ll", "unit.cl"], folder)
     if done.returncode != 0:
         raise _compile_error(done.stderr)
@@ -136,26 +152,34 @@ def _compile(
     if bad is not None:
         raise CompileError(f"{SOURCE_NAME}:{bad[0]}: {bad[1]}", file=SOURCE_NAME, line=bad[0] or None)
     if mode == "checked":
-        from .instrument import instrument
-
         (folder / "unit.ll").write_text(instrument(code))
-    object_file = ["clang", "-x", "ir", *toolchain.CODE, *toolchain.machine_flags(), "-c", "unit.ll",
-                   "-o", "unit.o"]
-    link = ["ld.lld", "-shared", "-o", "unit.so", "unit.o", str(build.runtime(mode))]
-    for arguments in (object_file, link):
-        done = toolchain.run(arguments, folder)
-        if done.returncode != 0:
-            raise CompileError(f"the compiler failed on {kernel!r}:\n{done.stderr.strip()}")
+    done = toolchain.run(
+        ["clang", "-x", "ir", *toolchain.CODE, *machine, "-c", "unit.ll", "-o", "unit.o"], folder)
+    if done.returncode != 0:
+        raise CompileError(f"the compiler failed on {kernel!r}:\n{_shorten(done.stderr)}")
     sizes = re.findall(r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)", code)
     by_number = {int(i): int(n) for i, n in sizes}
-    total = sum((n + 15) // 16 * 16 for n in by_number.values())
     names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
     variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
-    result = CompiledKernel(base.with_suffix(".so"), kernel, mode, _buffers(chosen), total, variables)
-    (folder / "unit.so").replace(result.path)
+    return Unit(folder / "unit.o", chosen, variables, tuple(_files(preprocessed)))
+
+
+def _compile(
+    folder: Path, base: Path, source: str, kernel: str, mode: Mode,
+    constants: Mapping[str | int, object], folders: list[str],
+) -> CompiledKernel:
+    unit = compile_unit(source, kernel, folder, mode=mode, constants=constants, include_dirs=folders)
+    runtime = build.runtime(mode, toolchain.machine_flags())
+    done = toolchain.run(["ld.lld", "-shared", "-o", "unit.so", unit.object.name, str(runtime)], folder)
+    if done.returncode != 0:
+        raise CompileError(f"the linker failed on {kernel!r}:\n{_shorten(done.stderr)}")
+    total = sum((n + 15) // 16 * 16 for _, n in unit.variables)
+    path = base.with_suffix(".so")
+    result = CompiledKernel(path, kernel, mode, _buffers(unit.kernel), total, unit.variables)
+    (folder / "unit.so").replace(path)
     note = {
-        "kernel": kernel, "mode": mode, "threadgroup_bytes": total, "variables": variables,
-        "buffers": [asdict(b) for b in result.buffers], "files": _files(preprocessed),
+        "kernel": kernel, "mode": mode, "threadgroup_bytes": total, "variables": unit.variables,
+        "buffers": [asdict(b) for b in result.buffers], "files": unit.files,
     }
     cache.replace(base.with_suffix(".json"), json.dumps(note).encode())
     return result

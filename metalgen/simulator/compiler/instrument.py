@@ -45,8 +45,8 @@ _DECLARATIONS = "\n".join(
     for what in ("read", "write")
     for space in _SPACES.values()
 ) + """
-declare ptr @mg_read_range(ptr, i64) #9990
-declare ptr @mg_write_range(ptr, i64) #9990
+declare ptr @mg_read_range(ptr, i64, i32) #9990
+declare ptr @mg_write_range(ptr, i64, i32) #9990
 declare i64 @mg_divisor(i64, i64, i32) #9990
 declare void @mg_shift(i64, i32) #9990
 attributes #9990 = { nounwind willreturn memory(inaccessiblemem: readwrite) }
@@ -132,17 +132,25 @@ def _copy(match: re.Match[str], out: list[str], counter: int, line: str) -> int:
     debug = _debug(line)
     if from_space and source.startswith("%"):
         counter += 1
-        out.append(f"  %mg.{counter} = call ptr @mg_read_range(ptr {source}, {size}){debug}")
+        out.append(f"  %mg.{counter} = call ptr @mg_read_range(ptr {source}, {size}, "
+                   f"i32 {_alignment(from_attr)}){debug}")
         source, from_attr = f"%mg.{counter}", " "
     if to_space and to.startswith("%"):
         counter += 1
-        out.append(f"  %mg.{counter} = call ptr @mg_write_range(ptr {to}, {size}){debug}")
+        out.append(f"  %mg.{counter} = call ptr @mg_write_range(ptr {to}, {size}, "
+                   f"i32 {_alignment(to_attr)}){debug}")
         to, to_attr = f"%mg.{counter}", " "
     if value:
         out.append(f"{head}p0.i64(ptr{to_attr}{to}, {value}, {size}, {tail}")
     else:
         out.append(f"{head}p0.p0.i64(ptr{to_attr}{to}, ptr{from_attr}{source}, {size}, {tail}")
     return counter
+
+
+def _alignment(attributes: str) -> str:
+    """The alignment among a pointer operand's attributes."""
+    found = re.search(r"align (\d+)", attributes)
+    return found[1] if found else "1"
 
 
 def _division(match: re.Match[str], out: list[str], counter: int, line: str) -> int:

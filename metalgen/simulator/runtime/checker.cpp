@@ -84,15 +84,12 @@ __attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, 
 }
 
 __attribute__((noinline, cold)) static void report_race(const Access &a, const Record &mine,
-                                                        const Record &other, bool other_writes,
-                                                        uint32_t granule_offset) {
+                                                        const Record &other, bool other_writes) {
   bool atomic = ((mine.what ^ other.what) & kAtomic) != 0;
   uint32_t kind = atomic ? MG_RACE_ATOMIC
                          : mine.group != other.group ? MG_RACE_THREADGROUPS : MG_RACE;
   mg_finding *f = report_access(kind, a, mine.code, other.code);
   if (!f) return;
-  f->offset = a.offset;
-  (void)granule_offset;
   thread_position(other.what & kThread, f->other_thread);
   group_position(other.group - 1, f->other_threadgroup);
   bool other_atomic = (other.what & kAtomic) != 0;
@@ -233,7 +230,7 @@ static MG_ALWAYS_INLINE bool conflicts(const Record &r, const Record &mine, uint
 
 static MG_ALWAYS_INLINE void check_read(Cell *c, const Access &a, const Record &mine, uint64_t mask,
                                         bool device, bool initialised) {
-  if (MG_UNLIKELY(conflicts(c->writer, mine, mask, device))) report_race(a, mine, c->writer, true, 0);
+  if (MG_UNLIKELY(conflicts(c->writer, mine, mask, device))) report_race(a, mine, c->writer, true);
   if (!initialised) {
     uint64_t need = mask << (kWrittenShift - kMaskShift);
     bool written = (c->writer.what & need) == need && (device || c->writer.group == mine.group);
@@ -262,10 +259,10 @@ static MG_ALWAYS_INLINE void check_read(Cell *c, const Access &a, const Record &
 
 static MG_ALWAYS_INLINE void check_write(Cell *c, const Access &a, const Record &mine, uint64_t mask,
                                          bool device) {
-  if (MG_UNLIKELY(conflicts(c->writer, mine, mask, device))) report_race(a, mine, c->writer, true, 0);
-  if (MG_UNLIKELY(conflicts(c->reader, mine, mask, device))) report_race(a, mine, c->reader, false, 0);
-  if (MG_UNLIKELY(conflicts(c->same, mine, mask, device))) report_race(a, mine, c->same, false, 0);
-  if (MG_UNLIKELY(conflicts(c->other, mine, mask, device))) report_race(a, mine, c->other, false, 0);
+  if (MG_UNLIKELY(conflicts(c->writer, mine, mask, device))) report_race(a, mine, c->writer, true);
+  if (MG_UNLIKELY(conflicts(c->reader, mine, mask, device))) report_race(a, mine, c->reader, false);
+  if (MG_UNLIKELY(conflicts(c->same, mine, mask, device))) report_race(a, mine, c->same, false);
+  if (MG_UNLIKELY(conflicts(c->other, mine, mask, device))) report_race(a, mine, c->other, false);
   uint64_t written = device || c->writer.group == mine.group ? c->writer.what & kWritten : 0;
   c->writer = mine;
   c->writer.what |= mask | written | (mask << (kWrittenShift - kMaskShift));
@@ -330,7 +327,8 @@ __attribute__((noinline, cold)) static char *out_of_bounds(Access a, uint32_t co
   }
   report_access(best <= (1ull << 30) ? MG_OUT_OF_BOUNDS : MG_WILD_ACCESS, a, code, 0);
   bool writes = a.access != MG_READ && a.access != MG_ATOMIC_READ;
-  if (!writes) memset(scratch_zero, 0, a.bytes <= sizeof scratch_zero ? a.bytes : sizeof scratch_zero);
+  if (a.bytes > sizeof scratch) return (char *)a.address;  // no structure is that large
+  if (!writes) memset(scratch_zero, 0, a.bytes);
   return writes ? scratch : scratch_zero;
 }
 
@@ -423,8 +421,8 @@ extern "C" {
   char *mg_##name##_any(uintptr_t p, uint32_t info) {                                                \
     return access_any(p, info & 0xffff, info >> 16, access, code_of(MG_CALLER()));                   \
   }                                                                                                  \
-  char *mg_##name##_range(uintptr_t p, uint64_t bytes) {                                             \
-    return access_any(p, (uint32_t)bytes, 1, access, code_of(MG_CALLER()));                          \
+  char *mg_##name##_range(uintptr_t p, uint64_t bytes, uint32_t alignment) {                         \
+    return access_any(p, (uint32_t)bytes, alignment, access, code_of(MG_CALLER()));                  \
   }
 MG_HOOKS(read, MG_READ)
 MG_HOOKS(write, MG_WRITE)
