@@ -27,6 +27,7 @@ from metalgen.simulator.launch import POISON, check_launch, current_recorder, ru
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
+    from metalgen.simulator.findings import Finding
 
 SOURCE_NAME = "program.metal"
 """What the generated text is called in diagnostics and findings."""
@@ -182,6 +183,7 @@ class MetalKernel:
             group,
             source=generated.text,
             sources={SOURCE_NAME: generated.text},
+            lints=self._lints(generated) if compiled.mode == "checked" else (),
         ) as memory:
             first = len(segments) - len(shapes)
             return [
@@ -264,14 +266,25 @@ class MetalKernel:
         if key not in self._compiled:
             from metalgen.simulator.compiler import compile_metal
 
-            fast = "#define __FAST_MATH__ 1\n" if self.math_mode == "fast" else ""
             self._compiled[key] = compile_metal(
-                f'{fast}#include "{PREAMBLE}"\n#line 1 "{SOURCE_NAME}"\n{generated.text}',
+                self._unit(generated),
                 generated.kernel_name,
                 mode=mode,
                 include_dirs=(mlx_include_dir(),),
             )
         return self._compiled[key]
+
+    def _unit(self, generated: GeneratedSource) -> str:
+        """Return the complete translation unit; lines count in the generated text."""
+        fast = "#define __FAST_MATH__ 1\n" if self.math_mode == "fast" else ""
+        return f'{fast}#include "{PREAMBLE}"\n#line 1 "{SOURCE_NAME}"\n{generated.text}'
+
+    def _lints(self, generated: GeneratedSource) -> tuple[Finding, ...]:
+        from metalgen.simulator.lints import lint
+
+        return lint(
+            self._unit(generated), generated.kernel_name, include_dirs=(mlx_include_dir(),)
+        )
 
 
 def _triple(extents: Sequence[int]) -> tuple[int, int, int]:

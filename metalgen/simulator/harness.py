@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from metalgen.simulator import arrays, errors
 from metalgen.simulator.executor import LaunchMemory, Segment
+from metalgen.simulator.findings import Finding
 from metalgen.simulator.generator import METAL_TYPES
 from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
 
@@ -79,13 +80,21 @@ def run_metal(
                 f"buffers[{index}]: expected an array, Output, InOut, Constant or bytes, got "
                 f"{type(value).__name__}"
             )
+    checked = current_recorder().checked
+    given = dict(constants or {})
+    folders = tuple(include_dirs) if include_dirs is not None else (mlx_include_dir(),)
     compiled = compile_metal(
         source,
         kernel,
-        mode="checked" if current_recorder().checked else "plain",
-        constants=dict(constants or {}),
-        include_dirs=tuple(include_dirs) if include_dirs is not None else (mlx_include_dir(),),
+        mode="checked" if checked else "plain",
+        constants=given,
+        include_dirs=folders,
     )
+    lints: tuple[Finding, ...] = ()
+    if checked:
+        from metalgen.simulator.lints import lint
+
+        lints = lint(source, kernel, constants=given, include_dirs=folders)
     group = check_launch(grid, threadgroup, len(buffers))
     names = {parameter.index: parameter.name for parameter in compiled.buffers}
     last = max([*buffers, *names], default=-1)
@@ -99,7 +108,16 @@ def run_metal(
             each.write(memory.view(index))
 
     segments = [each.segment for each in bound.values()]
-    with run(compiled, segments, write, grid, group, source=source, sources={SOURCE_NAME: source}) as memory:
+    with run(
+        compiled,
+        segments,
+        write,
+        grid,
+        group,
+        source=source,
+        sources={SOURCE_NAME: source},
+        lints=lints,
+    ) as memory:
         return {
             index: arrays.to_array(memory.view(index), tuple(each.value.shape), each.value.dtype)
             for index, each in bound.items()

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from metalgen.simulator import errors, executor, report
 from metalgen.simulator.counters import Counters
 from metalgen.simulator.executor import Job, LaunchMemory, ProcessFailed, Segment
-from metalgen.simulator.findings import Findings
+from metalgen.simulator.findings import Finding, Findings
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
 
 MAX_THREADS = 1024
 MAX_BUFFERS = 31
+THREADGROUP_MEMORY = 32768
 POISON = 0xFF
 """Byte that fills outputs before a launch: NaN in every floating-point type, -1 in integers."""
 
@@ -126,15 +127,23 @@ def run(
     *,
     source: str,
     sources: dict[str, str] | None = None,
+    lints: tuple[Finding, ...] = (),
 ) -> LaunchMemory:
     """Execute ``compiled`` over ``grid`` threads and return the memory, outputs written.
 
-    ``write`` fills the buffers before the launch. The caller closes the memory. The launch is
+    ``write`` fills the buffers before the launch. The caller closes the memory. ``lints`` are
+    what the source's text gave away; a checked launch has them among its findings. The launch is
     added to the recorders of this thread. Raises ``ExecutionError`` and its kin, ``MemoryLimit``,
-    and ``CheckFailed`` when the innermost recorder asks for it.
+    ``CompileError`` for more threadgroup memory than Metal has (a finding when checked), and
+    ``CheckFailed`` when the innermost recorder asks for it.
     """
     recorder = current_recorder()
     checked = compiled.mode == "checked"
+    if compiled.threadgroup_bytes > THREADGROUP_MEMORY and not checked:
+        raise errors.CompileError(
+            f"kernel {compiled.kernel}: {compiled.threadgroup_bytes:,} bytes of threadgroup "
+            f"memory, and a threadgroup has {THREADGROUP_MEMORY:,}"
+        )
     job = Job(str(compiled.path), compiled.kernel, grid, threadgroup, checked, recorder.seed)
     processes = executor.processes_for(job)
     memory = LaunchMemory(segments, report.size(checked), processes)
@@ -151,7 +160,7 @@ def run(
         findings = counters = None
         if checked:
             reports = [outcome.report for outcome in outcomes]
-            findings = report.findings(reports, compiled, segments, sources or {})
+            findings = report.findings(reports, compiled, segments, sources or {}, lints)
             counters = report.counters(reports, compiled, segments)
         seconds = max(outcome.seconds for outcome in outcomes)
         launch = Launch(

@@ -193,8 +193,12 @@ def findings(
     compiled: CompiledKernel,
     segments: Sequence[Segment],
     sources: Mapping[str, str],
+    lints: Sequence[Finding] = (),
 ) -> Findings:
-    """Return the findings of all processes; equal places are merged and their counts added."""
+    """Return the findings of all processes; equal places are merged and their counts added.
+
+    ``lints`` come first, as they are.
+    """
     merged: dict[tuple[Any, ...], Finding] = {}
     dropped = 0
     for data in reports:
@@ -216,7 +220,7 @@ def findings(
                     **{**vars(before), "count": before.count + finding.count}
                 )
             merged[key] = finding
-    return Findings(tuple(merged.values()), dict(sources), dropped)
+    return Findings((*lints, *merged.values()), dict(sources), dropped)
 
 
 def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
