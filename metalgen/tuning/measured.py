@@ -5,11 +5,12 @@ Never run on an Apple GPU by its authors; tested with a device and a clock made 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from metalgen.database.measurement import Measurement
+from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.schedule import Limits, Schedule
@@ -50,10 +51,8 @@ class MeasuredSession(Session):
 
     def work(self) -> Outcome:
         """Search until the goal, then the finals."""
-        search = Search(
-            self.space, self.valid, self.seed, first=self._model_starts(), small=self.goal()
-        )
-        for row in self.rows(self.policy.key):
+        search = Search(self.space, self.valid, self.seed, first=self._starts(), small=self.goal())
+        for row in self.rows(self.policy_key):
             search.tell(row.schedule, row.seconds if row.status == "ok" else None)
         bench = Bench(self.problem, self.policy, self.clock)
         known = len(search.times)
@@ -76,12 +75,30 @@ class MeasuredSession(Session):
             note,
         )
 
-    def _model_starts(self) -> tuple[Schedule, ...]:
+    @property
+    def policy_key(self) -> str:
+        """The policy, and the software that it measured: another MLX or system measures anew."""
+        here = host()
+        software = {"mlx": here["mlx_version"], "os": here["os"].partition(".")[0]}
+        fields = json.loads(self.policy.key) | software
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    def _starts(self) -> tuple[Schedule, ...]:
+        """What a search begins with: the best of earlier software, then of the chip model."""
+        earlier = self.store.measurements(
+            self.problem,
+            chip=self.chip.name,
+            template_hash=self.report.template_hash,
+            provenance="measured",
+            verified=True,
+        )
+        stale = [m for m in by_time(earlier) if m.policy != self.policy_key]
         try:
             ranked = rank(self.problem, self.valid, self.chip)
         except MetalgenError:  # a chip that the model does not know
-            return ()
-        return tuple(schedule for _, schedule in ranked[:MODEL_STARTS])
+            ranked = []
+        starts = [m.schedule for m in stale] + [s for _, s in ranked[:MODEL_STARTS]]
+        return tuple(dict.fromkeys(starts))[: FINALISTS + MODEL_STARTS]
 
     def _show_search(self, search: Search) -> None:
         times = {s: t for s, t in search.times.items() if t < math.inf}
@@ -98,7 +115,7 @@ class MeasuredSession(Session):
         self, bench: Bench, schedule: Schedule, search: Search, *, cold: bool
     ) -> Measurement:
         """Build and time one schedule, whatever comes of it."""
-        name, policy = self.device.name, self.policy.key
+        name, policy = self.device.name, self.policy_key
         best = min(search.times.values(), default=math.inf)
         try:
             runner = self.device.build(self.problem.config, schedule)
@@ -123,7 +140,7 @@ class MeasuredSession(Session):
 
     def _finals(self, bench: Bench) -> tuple[Measurement | None, list[Rejected], str]:
         """Race the best that pass their check; the quickest of them wins."""
-        policy = self.policy.key
+        policy = self.policy_key
         self.show(phase="checking")
         ran = by_time(self.rows(policy))
         finalists: list[Schedule] = []
@@ -158,7 +175,7 @@ class MeasuredSession(Session):
             self.row(
                 schedule,
                 self.device.name,
-                self.policy.key,
+                self.policy_key,
                 phase="final",
                 seconds=timings[schedule.key].median,
                 spread=timings[schedule.key].spread,

@@ -14,6 +14,7 @@ from metalgen.chips import get_chip
 from metalgen.chips.model import predict
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
+from metalgen.database.measurement import host
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
@@ -278,7 +279,11 @@ def test_a_measured_search_races_the_best_against_the_default_and_mlx(store: Sto
         assert m.seconds == pytest.approx(cost(m.schedule), rel=0.01)
         assert m.default_seconds == pytest.approx(cost(search[0].schedule), rel=0.01)
         assert len(m.samples) == 3
-        assert (m.provenance, m.device, m.policy) == ("measured", "metal", POLICY.key)
+        assert (m.provenance, m.device) == ("measured", "metal")
+        assert json.loads(m.policy) == json.loads(POLICY.key) | {
+            "mlx": host()["mlx_version"],
+            "os": host()["os"].partition(".")[0],
+        }
     best = sorted((m.schedule for m in search), key=cost)[:5]
     finals = store.measurements(SMALL, phase="final")
     assert {m.schedule for m in finals} == {*best, default_schedule(SMALL.config)}
@@ -351,6 +356,25 @@ def test_a_finished_measured_run_measures_nothing_again(store: Store) -> None:
     assert (gpu.built, verify.asked) == ([], [])
     assert store.measurements() == before
     assert report.outcomes[0].winner is not None
+
+
+def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = on_gpu(store, FakeGpu(Clock()), FakeVerify()).outcomes[0].winner
+    later = host() | {"mlx_version": "99.0"}
+    for module in ("session", "measured"):
+        monkeypatch.setattr(f"metalgen.tuning.{module}.host", lambda: later)
+    monkeypatch.setattr("metalgen.database.lookup.host", lambda: later)
+    stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert stale is not None and stale.stale
+    gpu = FakeGpu(Clock())
+    report = on_gpu(store, gpu, FakeVerify(), trials=12)
+    assert report.outcomes[0].new == 12
+    assert before is not None
+    assert gpu.built[:2] == [default_schedule(SMALL.config), before.schedule]
+    fresh = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert fresh is not None and fresh.exact and not fresh.stale
 
 
 def test_measured_rows_outrank_modelled_ones_of_the_same_chip(store: Store) -> None:
