@@ -287,8 +287,9 @@ def default_schedule(config: AttentionConfig, limits: Limits = APPLE) -> Schedul
     valid = [s for s in candidates if is_valid(config, s, limits)]
     if not valid:
         raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
-    spare = [s for s in valid if register_estimate(config, s) <= REGISTERS]
-    return (spare or valid)[0]
+    if limits.target == "metal":
+        valid = [s for s in valid if register_estimate(config, s) <= REGISTERS] or valid
+    return valid[0]
 
 
 def _check_choice(name: str, value: object) -> None:
