@@ -48,6 +48,9 @@ def config_options(function: Function) -> Function:
         help="Query heads that share one KV head.",
     )
     @click.option("--causal", is_flag=True, help="Mask aligned at the lower right.")
+    @click.option("--window-left", type=int, metavar="N", help="Keys seen before the own one.")
+    @click.option("--window-right", type=int, metavar="N", help="Keys seen after the own one.")
+    @click.option("--softcap", type=float, metavar="C", help="Scores x become C tanh(x / C).")
     @click.option("--lse", is_flag=True, help="Also return the log-sum-exp.")
     @click.option("--batch", type=int, default=1, show_default=True, metavar="B")
     @click.option("--heads", type=int, metavar="H", help="Query heads. Default: about 32.")
@@ -61,6 +64,9 @@ def config_options(function: Function) -> Function:
         dtype: str,
         heads_per_kv: int,
         causal: bool,
+        window_left: int | None,
+        window_right: int | None,
+        softcap: float | None,
         lse: bool,
         batch: int,
         heads: int | None,
@@ -74,6 +80,9 @@ def config_options(function: Function) -> Function:
             value_head_dim=value_head_dim,
             heads_per_kv=heads_per_kv,
             causal=causal,
+            window_left=window_left,
+            window_right=window_right,
+            softcap=softcap,
             return_lse=lse,
         )
         if heads is None:

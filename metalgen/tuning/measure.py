@@ -159,7 +159,10 @@ def arrays(problem: Problem, seed: int) -> tuple[mx.array, mx.array, mx.array]:
 def mlx_runner(problem: Problem) -> Runner | None:
     """MLX's own fused attention, where it computes the same thing; None where it does not."""
     config = problem.config
-    if config.return_lse or (config.causal and problem.q_len > problem.kv_len):
+    windows = config.window_left is not None or config.window_right is not None
+    if config.return_lse or windows or config.softcap is not None:
+        return None
+    if config.causal and problem.q_len > problem.kv_len:  # rows that see no key: NaN there
         return None
     mask = "causal" if config.causal else None
 

@@ -29,6 +29,8 @@ class Layer:
         heads, kv_heads: query heads, and the key/value heads that they share.
         head_dim: width of a query and key row.
         value_head_dim: of a value row; None means the same.
+        window: keys that a query sees, its own the last of them; None: all up to its own.
+        softcap: of the scores; None: none.
         needs: the feature that is missing, or None where the layer can be tuned.
         label: what tells it from the model's other layers.
         decode_only, prefill_only: whether the layer has this shape in one of the two only.
@@ -38,6 +40,8 @@ class Layer:
     kv_heads: int
     head_dim: int
     value_head_dim: int | None = None
+    window: int | None = None
+    softcap: float | None = None
     needs: str | None = None
     label: str = ""
     decode_only: bool = False
@@ -85,18 +89,18 @@ def _gemma_2(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
     return Model(
         name,
         (
-            Layer(heads, kv_heads, head_dim, needs="softcap", label="global"),
-            Layer(heads, kv_heads, head_dim, needs="softcap and sliding window", label="local"),
+            Layer(heads, kv_heads, head_dim, softcap=50.0, label="global"),
+            Layer(heads, kv_heads, head_dim, window=4096, softcap=50.0, label="local"),
         ),
     )
 
 
-def _gemma_3(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
+def _gemma_3(name: str, heads: int, kv_heads: int, head_dim: int, window: int) -> Model:
     return Model(
         name,
         (
             Layer(heads, kv_heads, head_dim, label="global"),
-            Layer(heads, kv_heads, head_dim, needs="sliding window", label="local"),
+            Layer(heads, kv_heads, head_dim, window=window, label="local"),
         ),
     )
 
@@ -106,7 +110,7 @@ def _gpt_oss(name: str) -> Model:
         name,
         (
             Layer(64, 8, 64, needs="attention sinks", label="full"),
-            Layer(64, 8, 64, needs="attention sinks and sliding window", label="banded"),
+            Layer(64, 8, 64, window=128, needs="attention sinks", label="banded"),
         ),
     )
 
@@ -131,17 +135,17 @@ MODELS = (
     _model("qwen3-32b", 64, 8, 128),
     _model("qwen3-30b-a3b", 32, 4, 128),
     _model("qwen3-235b-a22b", 64, 4, 128),
-    Model("mistral-7b-v0.1", (Layer(32, 8, 128, needs="sliding window"),)),
+    Model("mistral-7b-v0.1", (Layer(32, 8, 128, window=4096),)),
     _model("mistral-7b-v0.3", 32, 8, 128),
     _gemma_2("gemma-2-2b", 8, 4, 256),
     _gemma_2("gemma-2-9b", 16, 8, 256),
     _gemma_2("gemma-2-27b", 32, 16, 128),
-    _gemma_3("gemma-3-270m", 4, 1, 256),
-    _gemma_3("gemma-3-1b", 4, 1, 256),
-    _gemma_3("gemma-3-4b", 8, 4, 256),
-    _gemma_3("gemma-3-12b", 16, 8, 256),
-    _gemma_3("gemma-3-27b", 32, 16, 128),
-    Model("phi-3-mini-4k", (Layer(32, 32, 96, needs="sliding window"),)),
+    _gemma_3("gemma-3-270m", 4, 1, 256, 512),
+    _gemma_3("gemma-3-1b", 4, 1, 256, 512),
+    _gemma_3("gemma-3-4b", 8, 4, 256, 1024),
+    _gemma_3("gemma-3-12b", 16, 8, 256, 1024),
+    _gemma_3("gemma-3-27b", 32, 16, 128, 1024),
+    Model("phi-3-mini-4k", (Layer(32, 32, 96, window=2047),)),
     _model("phi-3.5-mini", 32, 32, 96),
     _model("phi-3-medium-128k", 40, 10, 128),
     _model("phi-4", 40, 10, 128),
@@ -239,6 +243,8 @@ def _problems(layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...]) -
             value_head_dim=layer.value_head_dim,
             heads_per_kv=layer.heads // layer.kv_heads,
             causal=True,
+            window_left=None if layer.window is None else layer.window - 1,
+            softcap=layer.softcap,
         )
         if not layer.decode_only:
             for n in prefill:

@@ -260,6 +260,29 @@ def test_render_prints_the_source_of_the_default_schedule(
     assert found["template_hash"] == template_hash()
 
 
+def test_features_of_a_config_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--causal --window-left 127 --softcap 50 --lse --value-head-dim 32"
+    found = document(capsys, "render", *options.split())
+    assert found["config"] == {
+        "head_dim": 64,
+        "dtype": "float16",
+        "value_head_dim": 32,
+        "causal": True,
+        "return_lse": True,
+        "window_left": 127,
+        "softcap": 50.0,
+    }
+
+
+def test_a_preset_with_nothing_to_tune_says_so_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], database: Path
+) -> None:
+    printed = text(capsys, "tune", "--chip", "M3Max", "--preset", "gpt-oss")
+    assert "gpt-oss-20b full     needs attention sinks" in printed
+    assert "nothing else to tune; nothing was written." in printed
+    assert not database.exists()
+
+
 def test_render_changes_the_fields_that_are_named_and_what_follows_from_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -406,13 +429,14 @@ def test_chips_lists_all_and_shows_one_with_its_sources(
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], database: Path
 ) -> None:
-    found = document(capsys, "tune", "--chip", "M3Max", "--preset", "gemma-3-1b", "--dry-run")
+    found = document(capsys, "tune", "--chip", "M3Max", "--preset", "deepseek", "--dry-run")
     assert found["provenance"] == "modelled"
-    assert [p["kv_len"] for p in found["problems"]] == [512, 2048, 8192, 1024, 4096, 16384] * 2
-    assert found["skipped"] == [{"name": "gemma-3-1b local", "needs": "sliding window"}]
-    printed = text(capsys, "tune", "--chip", "M3Max", "--preset", "gemma-3-1b", "--dry-run")
-    assert "gemma-3-1b local  needs sliding window" in printed
-    assert f"Would tune 12 problems into {database}; nothing was written:" in printed
+    assert [p["kv_len"] for p in found["problems"]] == [512, 2048, 8192] * 2
+    needs = "MLA (head_dim 576, above 256)"
+    assert found["skipped"] == [{"name": "deepseek-v3 absorbed", "needs": needs}]
+    printed = text(capsys, "tune", "--chip", "M3Max", "--preset", "deepseek", "--dry-run")
+    assert f"deepseek-v3 absorbed  needs {needs}" in printed
+    assert f"Would tune 6 problems into {database}; nothing was written:" in printed
     assert not database.exists()
 
 

@@ -106,6 +106,8 @@ def test_mlx_races_where_it_computes_the_same() -> None:
     "problem",
     [
         Problem(AttentionConfig(64, return_lse=True), 1, 16, 16),
+        Problem(AttentionConfig(64, causal=True, window_left=7), 1, 16, 16),
+        Problem(AttentionConfig(64, softcap=30.0), 1, 16, 16),
         Problem(AttentionConfig(64, causal=True), 1, 32, 16),  # rows that see no key
     ],
 )

@@ -42,10 +42,9 @@ def test_deepseek_is_expanded_in_prefill_and_skipped_where_it_is_absorbed() -> N
 @pytest.mark.parametrize(
     ("name", "skipped"),
     [
-        ("gemma-2-9b", {"softcap", "softcap and sliding window"}),
-        ("gemma-3-4b", {"sliding window"}),
-        ("gpt-oss-20b", {"attention sinks", "attention sinks and sliding window"}),
-        ("mistral-7b-v0.1", {"sliding window"}),
+        ("gemma-2-9b", set()),
+        ("gpt-oss-20b", {"attention sinks"}),
+        ("deepseek", {"MLA (head_dim 576, above 256)"}),
         ("llama-3-8b", set()),
     ],
 )
@@ -53,6 +52,25 @@ def test_shapes_are_skipped_by_the_feature_that_they_need(name: str, skipped: se
     chosen = preset(name)
     assert {s.needs for s in chosen.skipped} == skipped
     assert all(s.name.startswith(name) for s in chosen.skipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("gemma-2-27b", {(128, None, 50.0), (128, 4095, 50.0)}),
+        ("gemma-3-1b", {(256, None, None), (256, 511, None)}),
+        ("gemma-3-27b", {(128, None, None), (128, 1023, None)}),
+        ("mistral-7b-v0.1", {(128, 4095, None)}),
+        ("mistral-7b-v0.3", {(128, None, None)}),
+        ("phi-3-mini-4k", {(96, 2046, None)}),
+    ],
+)
+def test_windows_and_softcaps_are_those_of_the_models(
+    name: str, layers: set[tuple[int, int | None, float | None]]
+) -> None:
+    configs = {p.config for p in preset(name).problems}
+    assert {(c.head_dim, c.window_left, c.softcap) for c in configs} == layers
+    assert all(c.causal and c.window_right is None for c in configs)
 
 
 def test_every_name_gives_problems_once_each_and_all_covers_every_model() -> None:
