@@ -260,13 +260,11 @@ _NODE = re.compile(r"^([| `-]*)(\w+) (0x[0-9a-f]+)?(.*)$")
 
 def _syntax_tree(text: str, folder: Path) -> str:
     (folder / "unit.cl").write_text(text)
-    done = toolchain.run(
-        [
-            *("clang", *build.language_flags("plain"), "-include-pch", str(build.headers("plain"))),
-            *("-fsyntax-only", "-Xclang", "-ast-dump", "unit.cl"),
-        ],
-        folder,
-    )
+    machine = toolchain.machine_flags()
+    arguments = ["clang", *build.language_flags("plain", machine)]
+    arguments += ["-include-pch", str(build.headers("plain", machine))]
+    arguments += ["-fsyntax-only", "-Xclang", "-ast-dump", "unit.cl"]
+    done = toolchain.run(arguments, folder)
     return done.stdout if done.returncode == 0 else ""
 
 

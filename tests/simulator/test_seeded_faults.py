@@ -196,7 +196,7 @@ FAULTS: dict[str, Fault] = {
         checker=False,
     ),
     "the last pass is left out": Fault(
-        "staged, not causal", substitute(r"k0 < k_end;", "k0 + BK < k_end;"), checker=False
+        "staged, not causal", substitute(r"k0 < k_end; k0", "k0 + BK < k_end; k0"), checker=False
     ),
     "K directly from device is read past its end": Fault(
         "direct", substitute(r"kv_len - 1", "kv_len + BK")
@@ -228,7 +228,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # Divergence.
     "a simdgroup without rows leaves before the barriers": Fault(
-        "staged", substitute(r"(\n  for \(int k0 = 0;)", r"\n  if (first >= q_len) return;\1")
+        "staged", substitute(r"(\n  for \(int k0 = )", r"\n  if (first >= q_len) return;\1")
     ),
     "half of the lanes take part in the row maximum": Fault(
         "staged", substitute(r"peak = mg_row_max\(peak\);", "if (col < 4) peak = mg_row_max(peak);")
