@@ -287,6 +287,8 @@ def _passes(
         + (f", relative error {error:.1e} of {tolerance:.0e}" if error is not None else "")
         + (f" ({detail})" if detail else "")
     )
+    if status not in ("ok", "wrong"):
+        return False  # a compiler or a machine failed, not the kernel: the next process tries again
     try:
         from metalgen.database.store import Store
 
