@@ -13,7 +13,8 @@ MODES = {"plain": (), "checked": tuple(toolchain.CHECKED)}
 
 def _once(name: str, arguments: list[str], key: str) -> Path:
     """The file that zig makes with `arguments` (+ an output path), from the cache or made now."""
-    final = cache.directory() / f"{name}-{key}"
+    stem, _, suffix = name.partition(".")
+    final = cache.directory() / f"{stem}-{key}.{suffix}"
     if final.exists():
         return final
     with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as folder:
@@ -34,7 +35,7 @@ def _key(mode: str, machine: Machine) -> str:
 
 def language_flags(mode: str, machine: Machine) -> list[str]:
     """The flags that the headers and every kernel of a `mode` are compiled with."""
-    return [*toolchain.LANGUAGE, *MODES[mode], *machine]
+    return [*toolchain.LANGUAGE, *MODES[mode], *(machine if toolchain.is_x86(machine) else ())]
 
 
 def headers(mode: str, machine: Machine) -> Path:

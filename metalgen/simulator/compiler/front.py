@@ -151,8 +151,11 @@ def compile_unit(
     bad = bitcasts.find_reinterpretation(code)
     if bad is not None:
         raise CompileError(f"{SOURCE_NAME}:{bad[0]}: {bad[1]}", file=SOURCE_NAME, line=bad[0] or None)
-    if mode == "checked":
-        (folder / "unit.ll").write_text(instrument(code))
+    final = instrument(code) if mode == "checked" else code
+    if not toolchain.is_x86(machine):
+        final = toolchain.retarget(final)
+    if final is not code:
+        (folder / "unit.ll").write_text(final)
     done = toolchain.run(
         ["clang", "-x", "ir", *toolchain.CODE, *machine, "-c", "unit.ll", "-o", "unit.o"], folder)
     if done.returncode != 0:
@@ -170,7 +173,7 @@ def _compile(
 ) -> CompiledKernel:
     unit = compile_unit(source, kernel, folder, mode=mode, constants=constants, include_dirs=folders)
     runtime = build.runtime(mode, toolchain.machine_flags())
-    done = toolchain.run(["ld.lld", "-shared", "-o", "unit.so", unit.object.name, str(runtime)], folder)
+    done = toolchain.run(toolchain.link([unit.object.name, str(runtime)], "unit.so"), folder)
     if done.returncode != 0:
         raise CompileError(f"the linker failed on {kernel!r}:\n{_shorten(done.stderr)}")
     total = sum((n + 15) // 16 * 16 for _, n in unit.variables)

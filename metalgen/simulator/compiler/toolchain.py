@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ RUNTIME = Path(__file__).parent.parent / "runtime"
 PINNED = "0.17"
 
 # Metal read as C++ for OpenCL: address spaces, vectors and half are the language's own. Double is
-# switched off, as in Metal; half and bfloat arithmetic rounds after every operation.
+# switched off, as in Metal; half and bfloat arithmetic rounds after every operation. The language
+# stage always targets x86-64: with other targets clang 22 cannot construct temporaries in this
+# language. Its code names nothing of the processor, so retarget() makes it any machine's.
 LANGUAGE = (
+    "-target x86_64-linux-musl "
     "-x cl -cl-std=CLC++2021 -cl-no-stdinc -nostdinc "
     "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,-cl_khr_fp64,-__opencl_c_fp64 "
     "-Xclang -fnative-half-type -fsigned-char "
@@ -53,6 +57,14 @@ def zig() -> Path:
     return program
 
 
+def link(objects: Sequence[str], output: str) -> list[str]:
+    """The arguments that link `objects` to a shared object. On macOS: best effort, untested."""
+    if platform.system() == "Darwin":
+        return ["ld64.lld", "-dylib", "-arch", "arm64", "-platform_version", "macos", "13.0", "13.0",
+                "-undefined", "dynamic_lookup", "-o", output, *objects]
+    return ["ld.lld", "-shared", "-o", output, *objects]
+
+
 def run(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Runs zig with `arguments` in `cwd`. Raises MissingToolchain when it cannot start."""
     try:
@@ -61,6 +73,18 @@ def run(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
         )
     except OSError as error:
         raise MissingToolchain(f"the compiler {zig()} does not start: {error}") from error
+
+
+def is_x86(machine: Sequence[str]) -> bool:
+    """Whether the flags of `machine` mean x86-64."""
+    target = machine[machine.index("-target") + 1] if "-target" in machine else platform.machine().lower()
+    return target.startswith(("x86_64", "amd64"))
+
+
+def retarget(code: str) -> str:
+    """LLVM assembly of the language stage without what names its target."""
+    code = re.sub(r"^target (?:datalayout|triple) = .*$", "", code, flags=re.MULTILINE)
+    return re.sub(r' "(?:target-cpu|target-features|tune-cpu|min-legal-vector-width)"="[^"]*"', "", code)
 
 
 @functools.lru_cache(maxsize=1)
