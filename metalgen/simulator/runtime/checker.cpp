@@ -46,6 +46,10 @@ static mg_finding *find(uint32_t kind, uintptr_t code, uint64_t other_code, Lane
   return f;
 }
 
+// A threadgroup's number in records: unlike that of any threadgroup of an earlier launch, whose
+// records are still in the arena's cells.
+static uint32_t first_stamp = 1, next_stamp = 1;
+
 static uint32_t code_of(uintptr_t site) { return (uint32_t)(site - image_base()); }
 
 static void thread_position(uint32_t index, uint32_t out[3]) {
@@ -54,7 +58,7 @@ static void thread_position(uint32_t index, uint32_t out[3]) {
   out[1] = index / size[0] % size[1];
   out[2] = index / size[0] / size[1];
 }
-static void group_position(uint64_t linear, uint32_t out[3]) {
+static void group_position(uint32_t linear, uint32_t out[3]) {
   const uint32_t *n = current->identity.threadgroups_per_grid;
   out[0] = (uint32_t)(linear % n[0]);
   out[1] = (uint32_t)(linear / n[0] % n[1]);
@@ -91,7 +95,7 @@ __attribute__((noinline, cold)) static void report_race(const Access &a, const R
   mg_finding *f = report_access(kind, a, mine.code, other.code);
   if (!f) return;
   thread_position(other.what & kThread, f->other_thread);
-  group_position(other.group - 1, f->other_threadgroup);
+  group_position(other.group - first_stamp, f->other_threadgroup);
   bool other_atomic = (other.what & kAtomic) != 0;
   f->other_access = other_writes ? (other_atomic ? MG_ATOMIC_UPDATE : MG_WRITE)
                                  : (other_atomic ? MG_ATOMIC_READ : MG_READ);
@@ -117,6 +121,8 @@ static uint32_t simdgroup_epoch[2][kMaxThreads / kLanes];
 enum { kDevice = 0, kThreadgroup = 1 };
 
 bool check_begin() {
+  first_stamp = next_stamp;
+  next_stamp += (uint32_t)launch->end_group;
   memset(places, 0, sizeof places);
   place_count = 0;
   buffer_total = 0;
@@ -219,7 +225,7 @@ static MG_ALWAYS_INLINE Record record(uint32_t space, uint32_t code, bool atomic
   what |= (uint64_t)(epoch[space] & 0xffffff) << kEpochShift;
   what |= (uint64_t)simdgroup_epoch[space][s->index] << kSimdgroupEpochShift;
   if (atomic) what |= kAtomic;
-  return Record{what, (uint32_t)group.linear + 1, code};
+  return Record{what, first_stamp + (uint32_t)group.linear, code};
 }
 
 static MG_ALWAYS_INLINE bool conflicts(const Record &r, const Record &mine, uint64_t mask, bool device) {
