@@ -34,7 +34,7 @@ MLX_PASS = {64: (32, 156, 144, 34, 393), 128: (16, 180, 160, 34, 430)}
 def mlx_work(head_dim: int, causal: bool, batch_heads: int, q_len: int, kv_len: int) -> Work:
     """The work of MLX's own attention kernel (32 rows, 4 simdgroups), half precision."""
     bk, registers, loads, others, arithmetic = MLX_PASS[head_dim]
-    passes = batch_heads * pass_sums(q_len, kv_len, causal, 32, bk)[0]
+    passes = batch_heads * pass_sums(q_len, kv_len, 32, bk, None, 0 if causal else None)[0]
     groups = batch_heads * -(-q_len // 32)
     live = 4 * passes  # it skips whole groups only
     row = 2 * head_dim

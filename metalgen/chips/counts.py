@@ -12,6 +12,7 @@ import functools
 from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
+from metalgen.errors import InvalidSchedule
 from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, threadgroup_bytes
 
 
@@ -27,7 +28,7 @@ class Counts(NamedTuple):
         q_read, k_read, v_read, out_written, lse_written: device bytes by buffer.
         threadgroup_read, threadgroup_written: bytes to and from threadgroup memory.
         threadgroup_memory: bytes of threadgroup memory that a threadgroup declares.
-        exponentials: exp2, one a lane.
+        exponentials: exp2, one a lane (the hyperbolic tangents of a float32 softcap are none).
         shuffles: simdgroup shuffles.
         barriers, simdgroup_barriers: one for each simdgroup that takes part.
     """
@@ -69,8 +70,13 @@ def forward_counts(
     Args:
         batch_heads: batch entries times query heads.
         q_len, kv_len: number of queries and of keys, from 1.
+
+    Raises:
+        InvalidSchedule: a schedule of another target's kernel, whose rows come in other blocks.
     """
     s = schedule
+    if s.bq != FRAGMENT * s.row_blocks * s.simdgroups:
+        raise InvalidSchedule("target", f"only kernels for Metal are counted, which {s} is not")
     bq, bk, blocks = s.bq, s.bk, s.row_blocks
     item = config.itemsize
     k_width, v_width = config.head_dim, config.v_dim
@@ -81,9 +87,10 @@ def forward_counts(
     tiles = -(-q_len // bq)
     groups = batch_heads * tiles
     simdgroups = groups * s.simdgroups
-    passes, keys = pass_sums(q_len, kv_len, config.causal, bq, bk)
+    left, right = window(config)
+    passes, keys = pass_sums(q_len, kv_len, bq, bk, left, right)
     passes, keys = batch_heads * passes, batch_heads * keys
-    live = batch_heads * pass_sums(q_len, kv_len, config.causal, FRAGMENT * blocks, bk)[0]
+    live = batch_heads * pass_sums(q_len, kv_len, FRAGMENT * blocks, bk, left, right)[0]
 
     # Directly read keys past the end are the last key again, so a pass always asks for bk rows;
     # staged ones are zeros that nobody asks for.
@@ -98,6 +105,7 @@ def forward_counts(
 
     slices = (-(-k_padded // s.bd) if k_staged else 0) + (-(-v_padded // s.bd) if v_staged else 0)
     fragments = bk // FRAGMENT
+    capped = config.softcap is not None and item == 2  # by an exp2 a score
     return Counts(
         groups=groups,
         simdgroups=simdgroups,
@@ -112,36 +120,55 @@ def forward_counts(
         threadgroup_read=tg_read,
         threadgroup_written=tg_written,
         threadgroup_memory=threadgroup_bytes(config, s),
-        exponentials=live * blocks * (2 * fragments + 1) * SIMD_WIDTH,
+        exponentials=live * blocks * (2 * fragments * (1 + capped) + 1) * SIMD_WIDTH,
         shuffles=2 * blocks * (live + simdgroups),
         barriers=passes * slices * (1 if s.buffers == 2 else 2) * s.simdgroups,
         simdgroup_barriers=simdgroups if q_staged else 0,
     )
 
 
+def window(config: AttentionConfig) -> tuple[int | None, int | None]:
+    """How many keys before and after its own a query sees; None where nothing bounds them."""
+    return config.window_left, 0 if config.causal else config.window_right
+
+
 @functools.lru_cache(maxsize=4096)
-def pass_sums(q_len: int, kv_len: int, causal: bool, rows: int, bk: int) -> tuple[int, int]:
+def pass_sums(
+    q_len: int,
+    kv_len: int,
+    rows: int,
+    bk: int,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[int, int]:
     """Passes over `bk` keys that blocks of `rows` queries make in one head, and keys they cover.
 
-    Block n ends before query e = min((n + 1) * rows, q_len), and sees keys below e + kv_len - q_len
-    if causal, else all; it makes ``ceil(that / bk)`` passes, of which the last may hold fewer keys
-    than `bk` because there are no more.
+    Block n holds the queries from n * rows to before e = min((n + 1) * rows, q_len). With queries
+    aligned to the last keys, it sees keys from n * rows + kv_len - q_len - left on, and keys below
+    e + kv_len - q_len + right; None bounds nothing. A pass begins at a multiple of `bk`, and the
+    last may hold fewer keys because there are no more.
     """
     blocks = -(-q_len // rows)
     most = -(-kv_len // bk)
-    missing = most * bk - kv_len
-    if not causal:
-        return blocks * most, blocks * kv_len
     offset = kv_len - q_len
-    # The last block sees all keys; block n before it sees (n + 1) * rows + offset, if that is above
-    # zero: from block `skipped` on.
-    skipped = min(max(0, -offset // rows), blocks - 1)
-    first = (skipped + 1) * rows + offset
-    passes = most + floor_sum(blocks - 1 - skipped, rows, first + bk - 1, bk)
-    # How many of them reach the last, partial pass: (n + 1) * rows + offset > (most - 1) * bk.
-    reach = max(0, ((most - 1) * bk - offset) // rows)
-    full = 1 + max(0, blocks - 1 - max(skipped, reach))
-    return passes, passes * bk - full * missing
+    if right is None:
+        passes, full = blocks * most, blocks
+    else:
+        # Blocks before `some` end at or before key 0, those from `all_` on see the last key.
+        some = min(blocks - 1, max(0, -(offset + right) // rows))
+        all_ = min(blocks - 1, max(some, -(-(kv_len - offset - right) // rows) - 1))
+        start = (some + 1) * rows + offset + right + bk - 1
+        passes = floor_sum(all_ - some, rows, start, bk) + (blocks - all_) * most
+        # How many of them reach the last, partial pass.
+        reach = max(0, ((most - 1) * bk - offset - right) // rows)
+        full = blocks - min(blocks - 1, max(some, reach))
+    if left is not None:
+        # Less the passes before the first key that a block sees; none for the first `skipped`.
+        begin = offset - left
+        skipped = max(0, -(begin // rows))
+        start = skipped * rows + begin
+        passes -= floor_sum(blocks - skipped, rows, start, bk)
+    return passes, passes * bk - full * (most * bk - kv_len)
 
 
 def floor_sum(count: int, step: int, start: int, divisor: int) -> int:

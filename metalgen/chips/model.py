@@ -96,6 +96,7 @@ def predict(
 
     Raises:
         IncompleteChip: the chip lacks figures that the model needs, or is not an Apple GPU.
+        InvalidSchedule: a schedule for another target than Metal.
     """
     return predict_sizes(
         problem.config,
@@ -119,6 +120,7 @@ def predict_sizes(
     coefficients: Coefficients = DEFAULT,
 ) -> Prediction:
     """The same for any sizes; raises as `predict`."""
+    _core(chip)
     counts = forward_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
     work = forward_work(config, schedule, counts, batch_heads, q_len, kv_len)
     return estimate(work, chip, coefficients)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalgen.chips.counts import Counts, floor_sum, forward_counts, pass_sums
 from metalgen.config import AttentionConfig
-from metalgen.schedule import Schedule, default_schedule, threadgroup_bytes
+from metalgen.errors import InvalidSchedule
+from metalgen.schedule import Limits, Schedule, default_schedule, threadgroup_bytes
 
 
 @given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))
@@ -16,25 +20,49 @@ def test_floor_sum_is_the_sum_of_floors(count: int, step: int, start: int, divis
     assert floor_sum(count, step, start, divisor) == expected
 
 
-@settings(max_examples=1000)
+@settings(max_examples=2000)
 @given(
     st.integers(1, 400),
     st.integers(1, 400),
-    st.booleans(),
     st.sampled_from([8, 16, 24, 32, 64, 128]),
     st.sampled_from([8, 16, 24, 32, 64]),
+    st.none() | st.integers(0, 400),
+    st.none() | st.integers(0, 400),
 )
 def test_pass_sums_are_what_the_loops_of_the_kernel_do(
-    q_len: int, kv_len: int, causal: bool, rows: int, bk: int
+    q_len: int, kv_len: int, rows: int, bk: int, left: int | None, right: int | None
 ) -> None:
     passes = keys = 0
     for first in range(0, q_len, rows):
         last = min(first + rows, q_len) - 1
-        end = min(kv_len, last + kv_len - q_len + 1) if causal else kv_len
-        for k0 in range(0, end, bk):
+        begin = 0 if left is None else max(0, first + kv_len - q_len - left)
+        end = kv_len if right is None else min(kv_len, last + kv_len - q_len + right + 1)
+        for k0 in range(begin // bk * bk, end, bk):
             passes += 1
             keys += min(bk, kv_len - k0)
-    assert pass_sums(q_len, kv_len, causal, rows, bk) == (passes, keys)
+    assert pass_sums(q_len, kv_len, rows, bk, left, right) == (passes, keys)
+
+
+def test_a_causal_window_of_two_keys_counts_as_by_hand() -> None:
+    config = AttentionConfig(8, causal=True, window_left=1, window_right=5, softcap=20.0)
+    schedule = Schedule(bq=16, bk=8, bd=8, simdgroups=2)
+    # Rows 0..15 see keys 0..15, rows 16..31 keys 15..31: 2 and 3 passes; a simdgroup of rows
+    # 0..7 1 pass, others 2 (the key before their own, and their own eight).
+    got = forward_counts(config, schedule, batch_heads=1, q_len=32, kv_len=32)
+    assert (got.group_passes, got.live_passes) == (2 + 3, 1 + 2 + 2 + 2)
+    assert got.k_read == got.v_read == (16 + 24) * 8 * 2
+    # A lane of a pass: two scores, an exp2 each for softcap and for softmax, and one to rescale.
+    assert got.exponentials == 7 * 32 * (2 * 2 + 1)
+    exact = dataclasses.replace(config, dtype="float32")  # takes tanh
+    assert forward_counts(exact, schedule, batch_heads=1, q_len=32, kv_len=32).exponentials == (
+        7 * 32 * (2 + 1)
+    )
+
+
+def test_a_schedule_for_cuda_is_refused() -> None:
+    schedule = default_schedule(AttentionConfig(64), Limits(232448, 1024, "cuda"))
+    with pytest.raises(InvalidSchedule, match="Metal"):
+        forward_counts(AttentionConfig(64), schedule, batch_heads=1, q_len=32, kv_len=32)
 
 
 def test_the_default_schedule_at_128_queries_and_keys_counts_as_by_hand() -> None:

@@ -28,6 +28,9 @@ def draw(seed: str) -> tuple[AttentionConfig, Schedule, tuple[int, int, int]]:
         heads_per_kv=rng.choice((1, 1, 2, 3)),
         causal=rng.random() < 0.6,
         return_lse=rng.random() < 0.4,
+        window_left=rng.choice((None, None, rng.randint(0, 100))),
+        window_right=rng.choice((None, None, rng.randint(0, 100))),
+        softcap=rng.choice((None, None, 15.0)),
     )
     schedule = rng.choice(enumerate_valid(config))
     kv_len = rng.choice((1, rng.randint(1, 40), rng.randint(40, 150)))

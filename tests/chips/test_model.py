@@ -157,7 +157,7 @@ def test_chips_that_the_model_does_not_cover_are_refused_by_name() -> None:
 
 def _mlx_device_read(head_dim: int, batch_heads: int, length: int) -> int:
     """Bytes that MLX's own kernel reads from device memory: 32 rows share each key and value."""
-    keys = pass_sums(length, length, True, 32, 32 if head_dim < 128 else 16)[1]
+    keys = pass_sums(length, length, 32, 32 if head_dim < 128 else 16, None, 0)[1]
     return batch_heads * (2 * keys + length) * head_dim * 2
 
 
