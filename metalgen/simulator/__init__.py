@@ -18,6 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metalgen.simulator.api import MetalKernel, install, metal_kernel
     from metalgen.simulator.counters import BufferTraffic, Counters
+    from metalgen.simulator.errors import (
+        CheckFailed,
+        CompileError,
+        ExecutionError,
+        KernelCrash,
+        KernelTimeout,
+        LaunchError,
+        MemoryLimit,
+        MissingToolchain,
+        SimulatorError,
+        StackOverflow,
+    )
     from metalgen.simulator.executor import Limits, limits
     from metalgen.simulator.findings import Access, Finding, Findings
     from metalgen.simulator.launch import Launch, Recorder, record
@@ -25,6 +37,18 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": ("MetalKernel", "install", "metal_kernel"),
     "counters": ("BufferTraffic", "Counters"),
+    "errors": (
+        "CheckFailed",
+        "CompileError",
+        "ExecutionError",
+        "KernelCrash",
+        "KernelTimeout",
+        "LaunchError",
+        "MemoryLimit",
+        "MissingToolchain",
+        "SimulatorError",
+        "StackOverflow",
+    ),
     "executor": ("Limits", "limits"),
     "findings": ("Access", "Finding", "Findings"),
     "launch": ("Launch", "Recorder", "record"),
@@ -34,13 +58,23 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Access",
     "BufferTraffic",
+    "CheckFailed",
+    "CompileError",
     "Counters",
+    "ExecutionError",
     "Finding",
     "Findings",
+    "KernelCrash",
+    "KernelTimeout",
     "Launch",
+    "LaunchError",
     "Limits",
+    "MemoryLimit",
     "MetalKernel",
+    "MissingToolchain",
     "Recorder",
+    "SimulatorError",
+    "StackOverflow",
     "install",
     "limits",
     "metal_kernel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_char, c_int64, c_uint32, c_uint64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from metalgen.simulator import errors
@@ -211,16 +212,22 @@ def findings(
         for index in range(kept):
             raw = _Finding.from_buffer_copy(data, header.findings + index * step)
             finding = _translate(raw, compiled, segments)
-            key = (finding.kind, finding.file, finding.line, finding.memory, raw.other_address)
-            if finding.line is None:
-                key += (raw.address,)
+            key = _place(finding, raw)
             before = merged.get(key)
             if before is not None:
-                finding = Finding(
-                    **{**vars(before), "count": before.count + finding.count}
-                )
+                finding = replace(before, count=before.count + finding.count)
             merged[key] = finding
     return Findings((*lints, *merged.values()), dict(sources), dropped)
+
+
+def _place(finding: Finding, raw: _Finding) -> tuple[Any, ...]:
+    """Return what makes two findings one: a race is the same seen from either of its accesses."""
+    ends = [
+        (access.kind.split()[0], access.file, access.line or address)
+        for access, address in ((finding.access, raw.address), (finding.other, raw.other_address))
+        if access is not None
+    ]
+    return finding.kind, finding.memory, frozenset(ends)
 
 
 def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
@@ -284,8 +291,8 @@ def _race_threadgroups(raw: _Finding, verb: str, memory: str) -> str:
 def _race_atomic(raw: _Finding, verb: str, memory: str) -> str:
     other = _ACCESSES.get(raw.other_access, "access")
     return (
-        f"{verb} of {memory} at byte {raw.offset} against a {other}: an atomic and a plain access "
-        "to the same bytes with nothing to order them"
+        f"{verb} of {memory} at byte {raw.offset} and {other} of the same bytes by another thread: "
+        "an atomic and a plain access with nothing to order them"
     )
 
 

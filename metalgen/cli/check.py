@@ -1,0 +1,315 @@
+"""``metalgen check``: execute kernels on the simulator and report every defect."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from metalgen.cli.options import Sizes, chip_option, config_options, json_option, print_json
+from metalgen.cli.render import change
+from metalgen.config import AttentionConfig
+from metalgen.errors import MetalgenError
+from metalgen.schedule import APPLE, CHOICES, Limits, Schedule, default_schedule, is_valid
+
+if TYPE_CHECKING:
+    from metalgen.simulator import Launch, Recorder
+
+CLEAN, FINDINGS, COULD_NOT_RUN = 0, 1, 2
+
+
+@dataclasses.dataclass
+class Subject:
+    """One thing that was checked: a schedule or a file, its launches and what went wrong."""
+
+    title: str
+    launches: Sequence[Launch]
+    wrong: str = ""
+    """How its numbers differ from the float64 reference."""
+    failure: str = ""
+    """Why it could not run."""
+
+    @property
+    def findings(self) -> int:
+        return sum(len(launch.findings or ()) for launch in self.launches)
+
+    @property
+    def exit_code(self) -> int:
+        if self.failure:
+            return COULD_NOT_RUN
+        return FINDINGS if self.findings or self.wrong else CLEAN
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "exit_code": self.exit_code,
+            "wrong": self.wrong,
+            "failure": self.failure,
+            "launches": [
+                {
+                    "kernel": launch.kernel,
+                    "grid": launch.grid,
+                    "threadgroup": launch.threadgroup,
+                    "findings": [finding.as_dict() for finding in launch.findings or ()],
+                    "counters": launch.counters.as_dict() if launch.counters else None,
+                }
+                for launch in self.launches
+            ],
+        }
+
+
+def _values(ctx: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> Any:
+    """Split ``16,32`` and repeated options into the values that a schedule's field may take."""
+    name = str(parameter.name)
+    choices = CHOICES[name]
+    values = []
+    for word in ",".join(given).split(",") if given else ():
+        value: Any = int(word) if word.isdigit() and isinstance(choices[0], int) else word
+        if value not in choices:
+            listed = (
+                f"{choices.start} to {choices.stop - 1} in steps of {choices.step}"
+                if isinstance(choices, range)
+                else ", ".join(map(str, choices))
+            )
+            raise click.BadParameter(f"expected values among {listed}, but got {word!r}")
+        values.append(value)
+    return tuple(values)
+
+
+def _schedule_options(function: Any) -> Any:
+    for field in reversed(dataclasses.fields(Schedule)):
+        function = click.option(
+            "--" + field.name.replace("_", "-"),
+            multiple=True,
+            callback=_values,
+            metavar="A[,B...]",
+        )(function)
+    return function
+
+
+@click.command(epilog="Exit code: 0 clean, 1 findings or wrong numbers, 2 could not run.")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@config_options
+@chip_option("Start from this chip's best schedule on record, and keep its limits.")
+@_schedule_options
+@click.option("--all", "every", is_flag=True, help="Every schedule of the space, see --limit.")
+@click.option("--limit", type=click.IntRange(1), help="With --all: the first N schedules.")
+@click.option("--seed", type=int, default=0, help="Other than 0: shuffle the order of threads.")
+@click.option("--counters", is_flag=True, help="Also print what each launch did.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    config: AttentionConfig,
+    sizes: Sizes,
+    file: Path | None,
+    arguments: tuple[str, ...],
+    chip: str | None,
+    every: bool,
+    limit: int | None,
+    seed: int,
+    counters: bool,
+    as_json: bool,
+    **fields: tuple[Any, ...],
+) -> None:
+    """Execute a kernel on the simulator, check it for defects and count its work.
+
+    With a Python FILE: runs it (ARGUMENTS are its own, after --), every mx.fast.metal_kernel that
+    it calls under the checker. Without one: runs our forward kernel for a config. Fields of the
+    schedule take several values; every valid combination is checked. Lengths are small and ragged
+    unless --q-len or --kv-len says otherwise.
+    """
+    if file is not None:
+        subjects = [_check_file(file, arguments, seed)]
+    else:
+        schedules, skipped = _schedules(config, sizes, chip, every, limit, fields)
+        if skipped and not as_json:
+            click.echo(f"{skipped} combinations break a rule of the schedule and are left out")
+        given = [
+            ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+            for name in ("q_len", "kv_len")
+        ]
+        chosen = sizes if any(given) else None
+        subjects = []
+        for schedule in schedules:
+            subjects.append(_check_schedule(config, schedule, chosen, seed))
+            if not as_json:
+                _print(subjects[-1], counters)
+    if as_json:
+        code = max((subject.exit_code for subject in subjects), default=COULD_NOT_RUN)
+        print_json({"exit_code": code, "subjects": [subject.as_dict() for subject in subjects]})
+    elif file is not None:
+        _print(subjects[0], counters)
+    ctx.exit(max((subject.exit_code for subject in subjects), default=COULD_NOT_RUN))
+
+
+def _schedules(
+    config: AttentionConfig,
+    sizes: Sizes,
+    chip: str | None,
+    every: bool,
+    limit: int | None,
+    fields: dict[str, tuple[Any, ...]],
+) -> tuple[list[Schedule], int]:
+    """Return the valid schedules that were asked for, and how many combinations were not valid."""
+    limits: Limits = APPLE
+    start = None
+    if chip:
+        from metalgen.chips import get_chip
+        from metalgen.database.lookup import lookup
+        from metalgen.render import template_hash
+
+        found = get_chip(chip)
+        limits = found.limits
+        if limits.target != "metal":
+            raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
+        hit = lookup(sizes.problem(config), found, template_hash("forward", limits.target))
+        start = hit.schedule if hit else None
+    if every:
+        from metalgen.tuning.space import enumerate_valid
+
+        schedules = enumerate_valid(config, limits)
+        chosen = [s for s in schedules if all(getattr(s, n) in v for n, v in fields.items() if v)]
+        if not chosen:
+            raise click.UsageError("--all: no valid schedule has the fields that were given")
+        return chosen[:limit], 0
+    start = start or default_schedule(config, limits)
+    given = {name: values for name, values in fields.items() if values}
+    combinations = [
+        change(config, start, dict(zip(given, values, strict=True))) if given else start
+        for values in itertools.product(*given.values())
+    ]
+    valid = [schedule for schedule in combinations if is_valid(config, schedule, limits)]
+    if len(combinations) == 1:
+        valid = combinations  # let its check name the rule that it breaks
+    if not valid:
+        raise click.UsageError("every combination of the given fields breaks a rule of the schedule")
+    return valid, len(combinations) - len(valid)
+
+
+def _check_schedule(
+    config: AttentionConfig, schedule: Schedule, sizes: Sizes | None, seed: int
+) -> Subject:
+    from metalgen.devices import get_device
+    from metalgen.simulator import record
+    from metalgen.verify import verify
+
+    device = get_device("simulator")
+    with record(checked=True, seed=seed) as runs:
+        try:
+            if sizes is None:
+                result = verify(device, config, schedule)
+                wrong = "" if result.ok else result.detail
+            else:
+                _launch(config, schedule, sizes)
+                wrong = ""
+        except MetalgenError as error:
+            return Subject(str(schedule), list(runs), failure=str(error))
+    return Subject(str(schedule), list(runs), wrong)
+
+
+def _launch(config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> None:
+    import mlx.core as mx
+
+    from metalgen.devices import get_device
+
+    def normal(heads: int, length: int, dim: int) -> mx.array:
+        x = mx.random.normal((sizes.batch, heads, length, dim), key=mx.random.key(length))
+        return x.astype(getattr(mx, config.dtype))
+
+    kv_heads = sizes.heads // config.heads_per_kv
+    q = normal(sizes.heads, sizes.q_len, config.head_dim)
+    k = normal(kv_heads, sizes.kv_len, config.head_dim)
+    v = normal(kv_heads, sizes.kv_len, config.v_dim)
+    get_device("simulator").build(config, schedule)(q, k, v, config.head_dim**-0.5)
+
+
+def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
+    from metalgen.simulator import install, record
+
+    if not file.is_file():
+        raise click.UsageError(f"FILE: expected a Python file, but {str(file)!r} is none")
+    failure = ""
+    with record(checked=True, seed=seed) as runs, install(), _as_main(file, arguments):
+        try:
+            # What the file prints goes beside the report, so that --json stays one document.
+            with contextlib.redirect_stdout(sys.stderr):
+                runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as stop:
+            if stop.code not in (None, 0):
+                failure = f"{file}: exit code {stop.code}"
+        except MetalgenError as error:
+            failure = f"{file}:{_line_in(file, error)}: {error}"
+        except Exception as error:
+            failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
+    if not failure and not len(runs):
+        failure = f"{file}: it called no mx.fast.metal_kernel"
+    return Subject(str(file), _distinct(runs), failure=failure)
+
+
+@contextlib.contextmanager
+def _as_main(file: Path, arguments: tuple[str, ...]) -> Iterator[None]:
+    argv, path = sys.argv[:], sys.path[:]
+    sys.argv = [str(file), *arguments]
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = argv, path
+
+
+def _line_in(file: Path, error: BaseException) -> int | str:
+    """Return the line of ``file`` that the error came through last."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
+    return lines[-1] or "?" if lines else "?"
+
+
+def _distinct(runs: Recorder) -> list[Launch]:
+    """Return all launches; of those with equal findings of one kernel only the first."""
+    seen = set()
+    kept = []
+    for launch in runs:
+        places = tuple((f.kind, f.file, f.line) for f in launch.findings or ())
+        key = (launch.kernel, launch.source, places)
+        if not places or key not in seen:
+            kept.append(launch)
+        seen.add(key)
+    return kept
+
+
+def _count(number: int, thing: str, plural: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else plural}"
+
+
+def _print(subject: Subject, counters: bool) -> None:
+    words = [_count(len(subject.launches), "launch", "es"), _count(subject.findings, "finding", "s")]
+    words += ["wrong numbers"] if subject.wrong else []
+    words += ["could not run"] if subject.failure else []
+    mark = {CLEAN: "clean", FINDINGS: "FOUND", COULD_NOT_RUN: "ERROR"}[subject.exit_code]
+    click.echo(f"{mark}  {subject.title}  ({', '.join(words)})")
+    for launch in subject.launches:
+        if launch.findings:
+            click.echo(f"\n{launch.kernel}, grid {launch.grid}, threadgroup {launch.threadgroup}:")
+            click.echo(launch.findings.report())
+    for text in (subject.wrong, subject.failure):
+        if text:
+            click.echo(f"\n{text}", err=text is subject.failure)
+    if counters:
+        from rich.console import Console
+
+        console = Console(file=sys.stdout)
+        for launch in subject.launches:
+            if launch.counters is not None:
+                console.print(f"\n{launch.kernel}, grid {launch.grid}", highlight=False)
+                console.print(launch.counters)
