@@ -464,5 +464,6 @@ void __ubsan_handle_sub_overflow() { undefined(MG_SIGNED_OVERFLOW, MG_CALLER());
 void __ubsan_handle_mul_overflow() { undefined(MG_SIGNED_OVERFLOW, MG_CALLER()); }
 void __ubsan_handle_negate_overflow() { undefined(MG_SIGNED_OVERFLOW, MG_CALLER()); }
 void __ubsan_handle_divrem_overflow() { undefined(MG_DIVISION, MG_CALLER()); }
+void __ubsan_handle_out_of_bounds() { undefined(MG_ARRAY_INDEX, MG_CALLER()); }
 void __ubsan_handle_shift_out_of_bounds() { undefined(MG_SHIFT, MG_CALLER()); }
 }

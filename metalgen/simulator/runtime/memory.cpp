@@ -12,8 +12,12 @@ alignas(64) char mg_dummy_buffer[4096];  // what an absent buffer is bound to
 extern const char __ehdr_start[] __attribute__((weak, visibility("hidden")));
 }
 
-static uint64_t stack_bytes;
+// A fibre's memory, from its lowest address: no access, the stack of its arrays, no access, its own
+// stack. The first gap is wide because a large array may jump far; own stacks are probed page by page.
+static uint64_t stack_bytes, fibre_bytes;
 static const uint64_t kPage = 65536;  // a multiple of every page size in use
+static const uint64_t kArrayGap = 1 << 20;
+static uint32_t mapped_stacks;
 alignas(64) static char arena_memory[kArenaBytes];
 static uint64_t threadgroup_bytes;
 static char *signal_stack;
@@ -21,8 +25,9 @@ static char *signal_stack;
 uintptr_t image_base() { return (uintptr_t)__ehdr_start; }
 
 char *stack_top(uint32_t thread) {
-  return stacks_begin + (uint64_t)(thread + 1) * (stack_bytes + kPage);
+  return stacks_begin + (uint64_t)(thread + 1) * fibre_bytes;
 }
+char *array_stack_top(uint32_t thread) { return stack_top(thread) - stack_bytes - kPage - 256; }
 
 extern "C" uint64_t mg_buffer_address(uint32_t index) {
   if (index < launch->buffer_count && launch->buffers[index].base)
@@ -124,14 +129,27 @@ static void on_signal(int signal, char *info, char *context) {
 }
 
 bool memory_begin(uint32_t threads) {
-  stack_bytes = launch->fibre_stack_bytes ? launch->fibre_stack_bytes : 256 << 10;
-  stack_bytes = (stack_bytes + kPage - 1) & ~(kPage - 1);
-  uint64_t total = (uint64_t)threads * (stack_bytes + kPage) + kPage;
-  char *p = (char *)mmap(nullptr, total, kProtReadWrite, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-  if (p == (char *)-1) return false;
-  stacks_begin = p;
-  stacks_end = p + total;
-  for (uint32_t i = 0; i < threads; ++i) mprotect(p + i * (stack_bytes + kPage), kPage, kProtNone);
+  uint64_t bytes = launch->fibre_stack_bytes ? launch->fibre_stack_bytes : 256 << 10;
+  bytes = (bytes + kPage - 1) & ~(kPage - 1);
+  if (threads > mapped_stacks || bytes != stack_bytes) {
+    if (stacks_begin) munmap(stacks_begin, (size_t)(stacks_end - stacks_begin));
+    stack_bytes = bytes;
+    fibre_bytes = kArrayGap + bytes + kPage + bytes;
+    mapped_stacks = 0;
+    uint64_t total = threads * fibre_bytes + kPage;
+    char *p = (char *)mmap(nullptr, total, kProtNone, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
+    if (p == (char *)-1) {
+      stacks_begin = stacks_end = nullptr;
+      return false;
+    }
+    stacks_begin = p;
+    stacks_end = p + total;
+    for (uint32_t i = 0; i < threads; ++i) {
+      char *arrays = p + i * fibre_bytes + kArrayGap, *own = arrays + bytes + kPage;
+      if (mprotect(arrays, bytes, kProtReadWrite) || mprotect(own, bytes, kProtReadWrite)) return false;
+    }
+    mapped_stacks = threads;
+  }
   if (!signal_stack) {
     signal_stack = (char *)mmap(nullptr, kSignalStackBytes, kProtReadWrite, kMapPrivateAnonymous, -1, 0);
     if (signal_stack == (char *)-1) return false;
@@ -153,7 +171,5 @@ bool memory_begin(uint32_t threads) {
   return true;
 }
 
-void memory_end() {
-  munmap(stacks_begin, (size_t)(stacks_end - stacks_begin));
-  stacks_begin = stacks_end = nullptr;
-}
+// The stacks stay for the next launch.
+void memory_end() {}

@@ -6,6 +6,7 @@
 bool memory_begin(uint32_t threads);
 void memory_end();
 char *stack_top(uint32_t thread);
+char *array_stack_top(uint32_t thread);
 
 enum { kArenaBytes = 1 << 20, kMaxVariables = 1024, kRedZone = 2048 };
 

@@ -41,7 +41,7 @@ enum mg_undefined : uint32_t {
   MG_SIGNED_OVERFLOW = 1,
   MG_SHIFT = 2,
   MG_DIVISION = 3,
-  MG_OTHER_UNDEFINED = 4,
+  MG_ARRAY_INDEX = 4,  // an index outside of an array in any memory
 };
 enum mg_space : uint32_t { MG_SPACE_NONE, MG_SPACE_DEVICE, MG_SPACE_THREADGROUP, MG_SPACE_CONSTANT };
 enum mg_access : uint32_t { MG_ACCESS_NONE, MG_READ, MG_WRITE, MG_ATOMIC_READ, MG_ATOMIC_WRITE, MG_ATOMIC_UPDATE };

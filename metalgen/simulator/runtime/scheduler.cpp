@@ -178,6 +178,9 @@ extern "C" MG_WAITS void mg_arrive_finish() {
 }
 MG_STUB(finish);
 
+// clang asks here for the stack of arrays (-fsanitize=safe-stack).
+extern "C" void **__safestack_pointer_address() { return &current->arrays; }
+
 static void fibre_main() {
   mg_kernel(&current->identity);
   mg_finish();
@@ -240,6 +243,7 @@ static void prepare_threadgroup(uint64_t linear, const uint32_t groups[3]) {
         fill(t.thread_index_in_quadgroup, i % 4, 0, 0);
         fill(t.quadgroups_per_threadgroup, (group.thread_count + 3) / 4, 0, 0);
         fill(t.grid_size, grid[0], grid[1], grid[2]);
+        l->arrays = array_stack_top(i);
         fibre_prepare(&l->fibre, stack_top(i), fibre_main);
       }
   for (uint32_t s = 0; s < group.simdgroup_count; ++s) {

@@ -22,6 +22,7 @@ struct Lane {
   Simdgroup *simdgroup;
   uint32_t element;  // of this lane's first element in an 8x8 matrix
   uintptr_t site;  // return address of the collective or barrier it waits at
+  void *arrays;    // top of the stack that holds its arrays
   mg_thread identity;
 };
 
