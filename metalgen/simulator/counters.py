@@ -33,7 +33,7 @@ class BufferTraffic:
 
     @property
     def lines_per_access(self) -> float:
-        """Mean number of cache lines a simdgroup-wide access touches (coalescing: less is better)."""
+        """Mean number of cache lines that a simdgroup-wide access touches; less is better."""
         return self.lines / self.simdgroup_accesses if self.simdgroup_accesses else 0.0
 
 

@@ -154,7 +154,7 @@ class LaunchMemory:
         """Return (file offset, bytes, lead, flags) of each buffer, then of the report."""
         rows = [
             (offset, segment.size, segment.lead, segment.flags)
-            for offset, segment in zip(self.offsets, self.segments)
+            for offset, segment in zip(self.offsets, self.segments, strict=False)
         ]
         rows.append((self.offsets[len(self.segments) + report], self.report_bytes, 0, WRITABLE))
         return rows
@@ -323,7 +323,7 @@ class Job:
     def groups(self) -> int:
         """Threadgroups in the grid; the last one along an axis may be partial."""
         count = 1
-        for extent, size in zip(self.grid, self.threadgroup):
+        for extent, size in zip(self.grid, self.threadgroup, strict=True):
             count *= -(-extent // size)
         return count
 

@@ -114,7 +114,7 @@ def check_launch(
             f"the kernel binds {buffers} buffers, and Metal has {MAX_BUFFERS} (shape, strides and "
             "ndim of an input count as one each)"
         )
-    x, y, z = (min(size, extent) for size, extent in zip(threadgroup, grid))
+    x, y, z = (min(size, extent) for size, extent in zip(threadgroup, grid, strict=True))
     return x, y, z
 
 
@@ -188,7 +188,7 @@ def run(
 
 def explain(
     compiled: CompiledKernel, job: Job, memory: LaunchMemory, failure: executor.Failure
-) -> errors.ExecutionError:
+) -> errors.SimulatorError:
     """Turn the end of a child process into the exception that names its cause and place."""
     fatal = report.fatal_error(failure.report, None, compiled, memory.segments)
     if fatal is not None and not failure.timeout:

@@ -43,21 +43,21 @@ class _Finding(ctypes.Structure):
     ]
 
 
+_TRAFFIC = (
+    "bytes_read",
+    "bytes_written",
+    "distinct_read",
+    "distinct_written",
+    "reads",
+    "writes",
+    "atomics",
+    "simdgroup_accesses",
+    "lines",
+)
+
+
 class _BufferCounters(ctypes.Structure):
-    _fields_ = [
-        (name, c_uint64)
-        for name in (
-            "bytes_read",
-            "bytes_written",
-            "distinct_read",
-            "distinct_written",
-            "reads",
-            "writes",
-            "atomics",
-            "simdgroup_accesses",
-            "lines",
-        )
-    ]
+    _fields_ = [(name, c_uint64) for name in _TRAFFIC]
 
 
 class _Report(ctypes.Structure):
@@ -101,6 +101,7 @@ _UNDEFINED = {
     1: "signed integer overflow",
     2: "shift by an amount outside of the type",
     3: "integer division by zero, or of the least integer by -1",
+    4: "index outside of a thread's own array",
 }
 
 
@@ -236,13 +237,12 @@ def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Seg
             return f"threadgroup {compiled.variables[raw.buffer]}"
         return "threadgroup memory"
     if raw.buffer < len(segments):
-        return segments[raw.buffer].name
+        name: str = segments[raw.buffer].name
+        return name
     return "memory"
 
 
-def _translate(
-    raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]
-) -> Finding:
+def _translate(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
     file, line = _line(compiled, raw.address)
     verb = _ACCESSES.get(raw.access, "access")
     access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
@@ -389,7 +389,7 @@ def counters(
         sums: dict[str, int] = {}
         for data, header in headers:
             raw = _BufferCounters.from_buffer_copy(data, header.buffer_counters + index * step)
-            for name, _ in _BufferCounters._fields_:
+            for name in _TRAFFIC:
                 sums[name] = sums.get(name, 0) + getattr(raw, name)
         return sums
 

@@ -64,9 +64,7 @@ def test_an_endless_loop_ends_at_the_time_limit() -> None:
 
 @pytest.mark.usefixtures("the_next_call_works")
 def test_a_write_through_a_wild_pointer_is_a_crash_that_names_line_and_thread() -> None:
-    source = (
-        "uint i = thread_position_in_grid.x;\nif (i == 37) {\n  out[i + (1ul << 40)] = 1; // here\n}"
-    )
+    source = "uint i = thread_position_in_grid.x;\nif (i == 37) {\n  out[i + (1ul << 40)] = 1; // here\n}"
     with pytest.raises(KernelCrash, match="touched memory that no buffer owns") as caught:
         run(source)
     assert caught.value.thread == (5, 0, 0) and caught.value.threadgroup == (1, 0, 0)

@@ -124,7 +124,8 @@ def barrier_faults() -> dict[str, Fault]:
             case, barrier_fault(1, "if (sg == 0) threadgroup_barrier(mem_flags::mem_threadgroup);")
         )
         faults[f"{case}: barrier 1 reached by half of the lanes"] = Fault(
-            case, barrier_fault(1, "if (lane < 16) threadgroup_barrier(mem_flags::mem_threadgroup);")
+            case,
+            barrier_fault(1, "if (lane < 16) threadgroup_barrier(mem_flags::mem_threadgroup);"),
         )
     staging = r"for \(int n = sg \* 32 \+ lane;"
     faults["staged: barrier 1 moved in front of the staging of K"] = Fault(
@@ -136,8 +137,10 @@ def barrier_faults() -> dict[str, Fault]:
     for title, replacement in list(replacements.items())[:2]:
         faults[f"direct, Q staged: the simdgroup barrier after Q {title}"] = Fault(
             "direct, Q staged",
-            substitute(BARRIER.replace("threadgroup_b", "simdgroup_b", 1),
-                       replacement.replace("threadgroup_b", "simdgroup_b", 1)),
+            substitute(
+                BARRIER.replace("threadgroup_b", "simdgroup_b", 1),
+                replacement.replace("threadgroup_b", "simdgroup_b", 1),
+            ),
         )
     return faults
 
@@ -177,7 +180,9 @@ FAULTS: dict[str, Fault] = {
         "staged", substitute(r"if \(i < q_len\)", "if (i + 1 < q_len)"), checker=False
     ),
     "every row of the output is written": Fault("direct", substitute(r"if \(i < q_len\)", "")),
-    "Q is read one row past its end": Fault("staged", substitute(r"\+ row, q_len - 1", "+ row, q_len")),
+    "Q is read one row past its end": Fault(
+        "staged", substitute(r"\+ row, q_len - 1", "+ row, q_len")
+    ),
     "Q is read without a bound": Fault(
         "direct", substitute(r"min\((first \+ r \* 8 \+ row), q_len - 1\)", r"(\1)")
     ),
@@ -242,29 +247,41 @@ FAULTS: dict[str, Fault] = {
     ),
     # Wrong lane maps.
     "the row of a lane takes the wrong bit": Fault(
-        "staged", substitute(r"row = \(\(lane >> 2\) & 4\)", "row = ((lane >> 1) & 4)"), checker=False
+        "staged",
+        substitute(r"row = \(\(lane >> 2\) & 4\)", "row = ((lane >> 1) & 4)"),
+        checker=False,
     ),
     "the column of a lane takes the wrong bit": Fault(
-        "staged", substitute(r"col = \(\(lane >> 1\) & 4\)", "col = ((lane >> 2) & 4)"), checker=False
+        "staged",
+        substitute(r"col = \(\(lane >> 1\) & 4\)", "col = ((lane >> 2) & 4)"),
+        checker=False,
     ),
     "row and column of a lane are exchanged": Fault(
         "direct",
-        substitute(r"const int row = ([^;]*);\s*const int col = ([^;]*);",
-                   r"const int col = \1;\n  const int row = \2;"),
+        substitute(
+            r"const int row = ([^;]*);\s*const int col = ([^;]*);",
+            r"const int col = \1;\n  const int row = \2;",
+        ),
         checker=False,
     ),
     "the row maximum takes the wrong lanes": Fault(
-        "staged", substitute(r"return max\(x, simd_shuffle_xor\(x, 8\)\)",
-                             "return max(x, simd_shuffle_xor(x, 4))"), checker=False
+        "staged",
+        substitute(
+            r"return max\(x, simd_shuffle_xor\(x, 8\)\)", "return max(x, simd_shuffle_xor(x, 4))"
+        ),
+        checker=False,
     ),
     "the row sum takes the wrong lanes": Fault(
-        "staged", substitute(r"return x \+ simd_shuffle_xor\(x, 8\)",
-                             "return x + simd_shuffle_xor(x, 2)"), checker=False
+        "staged",
+        substitute(r"return x \+ simd_shuffle_xor\(x, 8\)", "return x + simd_shuffle_xor(x, 2)"),
+        checker=False,
     ),
     "the two elements of a lane of P are exchanged": Fault(
         "staged",
-        substitute(r"p\[r\]\.thread_elements\(\)\[1\] = F\(s\[r\]\[f\]\.thread_elements\(\)\[1\]\)",
-                   "p[r].thread_elements()[1] = F(s[r][f].thread_elements()[0])"),
+        substitute(
+            r"p\[r\]\.thread_elements\(\)\[1\] = F\(s\[r\]\[f\]\.thread_elements\(\)\[1\]\)",
+            "p[r].thread_elements()[1] = F(s[r][f].thread_elements()[0])",
+        ),
         checker=False,
     ),
 }
@@ -291,7 +308,9 @@ def test_a_seeded_fault_is_found(title: str) -> None:
     findings, right = run(fault.case, fault.edit)
     reported = sum(len(each) for each in findings)
     if fault.checker:
-        assert reported, f"the checker said nothing; the numbers were {'right' if right else 'wrong'}"
+        assert reported, (
+            f"the checker said nothing; the numbers were {'right' if right else 'wrong'}"
+        )
     else:
         assert reported or not right
 
