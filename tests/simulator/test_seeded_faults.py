@@ -146,6 +146,7 @@ def barrier_faults() -> dict[str, Fault]:
 
 
 STAGE_BOUND = r"n < BK \* (\d+);"
+OUT_BOUND = r"if \((\w+) < (\w+)\)(?= \{\n[^\n]*o_row = )"
 ROW_BOUND = r"\bk0 \+ line < kv_len"
 
 FAULTS: dict[str, Fault] = {
@@ -174,17 +175,17 @@ FAULTS: dict[str, Fault] = {
         "buffered", substitute(r"k0 \+ BK \+ line < kv_len", "k0 + BK + line <= kv_len")
     ),
     "one row of the output too many is written": Fault(
-        "staged", substitute(r"if \(i < q_len\)", "if (i <= q_len)")
+        "staged", substitute(OUT_BOUND, r"if (\1 <= \2)")
     ),
     "one row of the output too few is written": Fault(
-        "staged", substitute(r"if \(i < q_len\)", "if (i + 1 < q_len)"), checker=False
+        "staged", substitute(OUT_BOUND, r"if (\1 + 1 < \2)"), checker=False
     ),
-    "every row of the output is written": Fault("direct", substitute(r"if \(i < q_len\)", "")),
+    "every row of the output is written": Fault("direct", substitute(OUT_BOUND, "")),
     "Q is read one row past its end": Fault(
-        "staged", substitute(r"\+ row, q_len - 1", "+ row, q_len")
+        "staged", substitute(r"\+ row, (\w+) - 1", r"+ row, \1")
     ),
     "Q is read without a bound": Fault(
-        "direct", substitute(r"min\((first \+ r \* 8 \+ row), q_len - 1\)", r"(\1)")
+        "direct", substitute(r"min\((first \+ r \* 8 \+ row), \w+ - 1\)", r"(\1)")
     ),
     "a masked key counts": Fault(
         "staged, not causal", substitute(r"= j < kv_len \?", "= j <= kv_len ?"), checker=False
@@ -213,7 +214,7 @@ FAULTS: dict[str, Fault] = {
         "buffered", substitute(r"if \(n < count\) to\[n\]", "if (n <= count + 9) to[n]")
     ),
     "the output's rows lie too far apart": Fault(
-        "staged", substitute(r"q_len \+ i\) \* DV", "q_len + i) * (DV + 1)")
+        "staged", substitute(r"(o_row = [^;]*\)) \* DV", r"\1 * (DV + 1)")
     ),
     # Arrays too short, pitches too small, vectors out of alignment.
     "the tile is a row short": Fault(
@@ -224,6 +225,16 @@ FAULTS: dict[str, Fault] = {
     ),
     "the second buffer overlaps the first by a row": Fault(
         "buffered", substitute(r"KV_SLOT = (\d+);", r"KV_SLOT = \1 - KV_STRIDE;")
+    ),
+    "the accumulator is one fragment short": Fault(
+        "staged",
+        substitute(r"o\[ROW_BLOCKS\]\[V_FRAGMENTS\]", "o[ROW_BLOCKS][V_FRAGMENTS - 1]"),
+        checker=False,
+    ),
+    "the scores are one fragment short": Fault(
+        "direct",
+        substitute(r"s\[ROW_BLOCKS\]\[K_FRAGMENTS\]", "s[ROW_BLOCKS][K_FRAGMENTS - 1]"),
+        checker=False,
     ),
     "the pitch of the tile is odd": Fault(
         "staged", substitute(r"KV_STRIDE = (\d+);", r"KV_STRIDE = \1 - 1;")
