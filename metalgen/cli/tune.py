@@ -223,7 +223,7 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
 
     limits = plan.device.limits if plan.device else plan.chip.limits
     modes = ("safe", "fast") if plan.device else ("safe",)
-    valid = {p: len(enumerate_valid(p.config, limits, modes)) for p in chosen.problems}
+    valid = {p: len(enumerate_valid(p.config, limits, p.family, modes)) for p in chosen.problems}
     if as_json:
         print_json(
             {

@@ -18,7 +18,9 @@ class ReferenceDevice(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
+    def build(
+        self, config: AttentionConfig, schedule: Schedule | None = None, family: str = "forward"
+    ) -> Runner:
         def run(
             q: mx.array, k: mx.array, v: mx.array, scale: float
         ) -> tuple[mx.array, mx.array | None]:
