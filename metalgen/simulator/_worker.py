@@ -186,7 +186,7 @@ def run(request: dict[str, Any], fd: int) -> dict[str, Any]:
         started = time.perf_counter()
         code = library.mg_run(ctypes.byref(launch))
         seconds = time.perf_counter() - started
-        return {"code": code, "seconds": seconds}
+        return {"code": code, "seconds": seconds, "libraries": len(LIBRARIES)}
     finally:
         mapping.close()
 

@@ -30,6 +30,8 @@ from metalgen.simulator import errors
 
 WORKER = Path(__file__).with_name("_worker.py")
 WRITABLE, INITIALISED = 1, 2
+MOST_LIBRARIES = 64
+"""Kernels that a child process loads before a fresh one takes its place: each keeps its stacks."""
 REPORT_HEADER = 64
 """Bytes before the runtime's own report: finished threadgroups, address of the mapping."""
 
@@ -191,6 +193,7 @@ class Worker:
     """One child process and the socket to it."""
 
     def __init__(self) -> None:
+        self.libraries = 0
         if not sys.executable:
             raise errors.SimulatorError(
                 "the simulator starts Python child processes, and sys.executable is empty here"
@@ -278,8 +281,11 @@ class Pool:
         finally:
             with self.lock:
                 self.busy.difference_update(everything)
-                self.idle.extend(lent)
+                self.idle.extend(worker for worker in lent if worker.libraries < MOST_LIBRARIES)
                 self.lock.notify_all()
+            for worker in lent:
+                if worker.libraries >= MOST_LIBRARIES:
+                    worker.leave()
 
     def _bury(self) -> None:
         """Reap idle workers that something else ended meanwhile."""
@@ -457,6 +463,7 @@ def _wait(
                     raise ProcessFailed(_failure(memory, index, timeout=True))
                 raise ProcessFailed(_failure(memory, index, signal_number=max(0, -status)))
             answers[index] = answer
+            used[index].libraries = answer.get("libraries", 0)
     return [answers[index] for index in range(len(used))]
 
 

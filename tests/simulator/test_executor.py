@@ -289,3 +289,12 @@ def test_a_missing_ziglang_says_what_to_install(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert "ziglang" in done.stdout and "metalgen[simulator]" in done.stdout, done.stderr
+
+
+def test_a_child_that_has_loaded_many_kernels_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "MOST_LIBRARIES", 1)
+    executor._pool.close()
+    with simulator.limits(processes=1):
+        run(DOUBLE)
+        assert executor._pool.idle == []
+        assert run(DOUBLE).tolist() == [2.0 * i for i in range(64)]
