@@ -166,7 +166,7 @@ def test_a_race_names_both_accesses(run: Run) -> None:
     (found,) = run(body, floats()).findings
     assert (found.access, found.line, found.thread) == (READ, 4, (3, 0, 0))
     assert (found.other_access, found.other_line, found.other_thread) == (WRITE, 2, (40, 0, 0))
-    assert (found.space, found.buffer, found.offset, found.count) == (THREADGROUP, 0, 160, 2)
+    assert (found.space, found.buffer, found.offset, found.count) == (THREADGROUP, 0, 160, 1)
 
 
 def test_out_of_bounds_tells_the_buffer_and_the_distance(run: Run) -> None:

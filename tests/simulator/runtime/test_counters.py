@@ -146,3 +146,64 @@ def test_the_counts_of_mlx_attention_are_exact(
     )
     assert result.buffers[2]["bytes_read"] == expected["kv"]
     assert result.buffers[1]["distinct_read"] == k.nbytes
+
+
+def aligned(count: int) -> np.ndarray[Any, Any]:
+    """`count` float zeros from an address that 128 divides."""
+    raw = np.zeros(count + 32, np.float32)
+    first = -(raw.ctypes.data // 4) % 32
+    return raw[first : first + count]
+
+
+@pytest.mark.parametrize(
+    ("index", "lines"),
+    [
+        ("i", 2),
+        ("63 - i", 2),
+        ("32 * i", 64),
+        ("i / 32", 2),
+        ("i + 1", 4),
+        ("2 * i", 4),
+        ("lane % 2 * 4096", 4),
+    ],
+)
+def test_the_lines_that_a_simdgroup_touches_are_counted(run: Run, index: str, lines: int) -> None:
+    """64 threads are two simdgroups, so two accesses."""
+    arrays = [aligned(8192), aligned(64)]
+    read = run(f"b[i] = a[{index}];", arrays).buffers[0]
+    assert (read["simdgroup_accesses"], read["lines"]) == (2, lines)
+
+
+def test_wide_accesses_count_each_line_once(run: Run) -> None:
+    read = run(
+        "float4 v = ((device float4*)a)[i]; b[i] = v.x;", [aligned(256), aligned(64)]
+    ).buffers[0]
+    assert (read["simdgroup_accesses"], read["lines"], read["bytes_read"]) == (2, 8, 1024)
+
+
+@pytest.mark.parametrize(
+    ("index", "conflicts"),
+    [
+        ("t", 0),
+        ("t ^ 7", 0),
+        ("0", 0),
+        ("2 * lane", 1),
+        ("4 * lane", 3),
+        ("32 * lane", 31),
+        ("33 * lane", 0),
+    ],
+)
+def test_bank_conflicts_are_the_passes_beyond_the_fewest(
+    run: Run, index: str, conflicts: int
+) -> None:
+    body = f"threadgroup float s[1056];\ns[t] = 0;\nif (t < 32) b[i] = a[i] + s[{index}];"
+    counters = run(body, [aligned(64), aligned(64)]).counters
+    assert counters["bank_accesses"] == 3  # two writes, one read
+    assert counters["bank_conflicts"] == conflicts
+
+
+def test_lanes_on_different_ways_are_matched_by_their_instruction(run: Run) -> None:
+    """Half of the lanes read twice before all read once: three accesses a simdgroup, not more."""
+    body = "float x = 0;\nif (lane < 16) { x = a[i] * a[i + 64]; }\nfloat y = simd_sum(x);\nb[i] = y + a[i + 128];"
+    read = run(body, [aligned(256), aligned(64)]).buffers[0]
+    assert (read["reads"], read["simdgroup_accesses"]) == (32 + 32 + 64, 6)
