@@ -236,6 +236,12 @@ class Worker:
             data += part
         return data
 
+    def interrupt(self) -> None:
+        """Stop the kernel where it is: the runtime notes line and thread, and the child ends."""
+        self.process.send_signal(signal.SIGTRAP)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)
+
     def end(self) -> int:
         """Kill and reap the child; return its exit status (negative: a signal)."""
         self.channel.close()
@@ -451,6 +457,7 @@ def _wait(
         ready = poll.poll(max(0.0, left) * 1000)
         if not ready and left <= 0:
             late = next(index for index in range(len(used)) if index not in answers)
+            used[late].interrupt()
             raise ProcessFailed(_failure(memory, late, timeout=True))
         for fd, _ in ready:
             index = index_of[fd]

@@ -195,10 +195,13 @@ def explain(
         return fatal
     if failure.timeout:
         seconds = executor.current_limits().seconds
+        place = report.place(failure.report, compiled)
+        at = f", {place['file']}:{place['line']}" if place["line"] else ""
         return errors.KernelTimeout(
-            f"kernel {job.kernel}: not finished after {seconds:g} s ({failure.finished_groups} of "
-            f"{job.groups} threadgroups done); simulator.limits(seconds=...) changes the limit",
-            kernel=job.kernel,
+            f"kernel {job.kernel}{at}: not finished after {seconds:g} s "
+            f"({failure.finished_groups} of {job.groups} threadgroups done); "
+            "simulator.limits(seconds=...) changes the limit",
+            **place,
         )
     if failure.signal == signal.SIGKILL:
         return errors.WorkerLost(

@@ -89,6 +89,7 @@ class _Report(ctypes.Structure):
         ("thread_barriers", c_uint64),
         ("bank_accesses", c_uint64),
         ("bank_conflicts", c_uint64),
+        ("patterns_dropped", c_uint64),
     ]
 
 
@@ -138,18 +139,10 @@ def fatal_error(
         if code in (None, 0, 1):
             return None
         return errors.ExecutionError(f"kernel {compiled.kernel}: the runtime returned {code}")
-    # A finding's address is a return address; this one is the faulting instruction itself.
-    file, line = _line(compiled, header.fatal_address + 1)
-    place: dict[str, Any] = dict(
-        kernel=compiled.kernel,
-        file=file,
-        line=line,
-        thread=_position(header.fatal_thread),
-        threadgroup=_position(header.fatal_threadgroup),
-    )
+    place = _fatal_place(header, compiled)
     where = f"kernel {compiled.kernel}"
-    if line:
-        where += f", {file}:{line}"
+    if place["line"]:
+        where += f", {place['file']}:{place['line']}"
     who = f"thread {place['thread']} of threadgroup {place['threadgroup']}"
     if header.status == STACK_OVERFLOW:
         return errors.StackOverflow(
@@ -171,6 +164,26 @@ def fatal_error(
     if header.status == BAD_LAUNCH:
         return errors.LaunchError(f"kernel {compiled.kernel}: the runtime refused the launch")
     return None
+
+
+def place(data: bytes, compiled: CompiledKernel) -> dict[str, Any]:
+    """Return kernel, line, thread and threadgroup where a run was stopped, as far as known."""
+    header = _header(data)
+    if header is None or not header.fatal_address:
+        return {"kernel": compiled.kernel, "file": None, "line": None}
+    return _fatal_place(header, compiled)
+
+
+def _fatal_place(header: _Report, compiled: CompiledKernel) -> dict[str, Any]:
+    # A finding's address is a return address; this one is the instruction itself.
+    file, line = _line(compiled, header.fatal_address + 1)
+    return {
+        "kernel": compiled.kernel,
+        "file": file,
+        "line": line,
+        "thread": _position(header.fatal_thread),
+        "threadgroup": _position(header.fatal_threadgroup),
+    }
 
 
 def _stack_kib() -> int:
@@ -412,6 +425,7 @@ def counters(
         ballots=total("ballots"),
         threadgroup_accesses=total("bank_accesses"),
         bank_conflicts=total("bank_conflicts"),
+        patterns_dropped=total("patterns_dropped"),
     )
 
 

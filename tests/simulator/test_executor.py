@@ -58,8 +58,13 @@ def line_of(error: ExecutionError, source: str, needle: str) -> bool:
 @pytest.mark.usefixtures("the_next_call_works")
 def test_an_endless_loop_ends_at_the_time_limit() -> None:
     source = "volatile uint i = thread_position_in_grid.x;\nwhile (true) { i += 1; }"
-    with simulator.limits(seconds=0.5), pytest.raises(KernelTimeout, match="after 0.5 s"):
+    with (
+        simulator.limits(seconds=0.5),
+        pytest.raises(KernelTimeout, match=r"after 0\.5 s") as caught,
+    ):
         run(source)
+    assert line_of(caught.value, source, "while (true)")
+    assert caught.value.thread == (0, 0, 0)
 
 
 @pytest.mark.usefixtures("the_next_call_works")

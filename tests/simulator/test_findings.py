@@ -392,6 +392,35 @@ def test_matrix_products_are_counted() -> None:
     assert launch.counters.multiply_accumulates == 2 * 5
 
 
+@pytest.mark.parametrize("stride, lines", [(1, 1), (2, 2), (32, 32), (0, 1)])
+def test_cache_lines_of_a_simdgroup_access_are_counted(stride: int, lines: int) -> None:
+    launch = check(
+        HEAD + f"out[i] = x[i * {stride}];",
+        inputs=[mx.zeros((64 * 32,))],
+    )
+    assert launch.counters is not None
+    x, out = launch.counters.buffer("x"), launch.counters.buffer("out")
+    assert (x.simdgroup_accesses, x.lines) == (2, 2 * lines)
+    assert x.lines_per_access == lines
+    assert (out.simdgroup_accesses, out.lines) == (2, 2)
+    assert launch.counters.patterns_dropped == 0
+
+
+@pytest.mark.parametrize("stride, passes", [(1, 1), (2, 2), (32, 32), (33, 1), (0, 1)])
+def test_bank_conflicts_are_extra_passes(stride: int, passes: int) -> None:
+    launch = check(
+        HEAD
+        + "threadgroup float tile[1088];\nfor (uint n = t; n < 1088; n += 32) tile[n] = x[t];\n"
+        + FENCE
+        + f"out[i] = tile[t * {stride}];",
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    assert launch.counters is not None
+    assert launch.counters.threadgroup_accesses == 34 + 1
+    assert launch.counters.bank_conflicts == passes - 1
+
+
 def test_an_unknown_buffer_is_named() -> None:
     with pytest.raises(KeyError, match="no buffer 'y'"):
         Counters().buffer("y")
