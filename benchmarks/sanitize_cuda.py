@@ -1,6 +1,8 @@
 """Every family and feature of the CUDA target once, small, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize_cuda    (racecheck, synccheck too)
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitize_cuda
+
+The tools racecheck and synccheck likewise.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ CONFIGS = (
     AttentionConfig(64, "float16", causal=True, window_left=20),
     AttentionConfig(64, "bfloat16", softcap=20.0),
     AttentionConfig(256, "float16"),
+    AttentionConfig(64, "float32", causal=True),
 )
 
 

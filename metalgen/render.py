@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jinja2
 
 _METAL_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
-_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
 _TEMPLATES = {"forward": "forward", "decode": "forward", "combine": "combine"}
 COMBINE_THREADS = 128
 _NO_LIMITS = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
@@ -213,7 +213,7 @@ def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
 def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     own = plan_cuda.cuda_plan(config, schedule)
     constants = {
-        "D_STEPS": padded(config.head_dim, CUDA) // CUDA.depth,
+        "D_STEPS": padded(config.head_dim, CUDA) // (8 if config.dtype == "float32" else 16),
         "THREADS": schedule.threads,
         "STAGES": schedule.buffers,
         "Q_TILE": own.q_tile,

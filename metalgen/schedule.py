@@ -278,8 +278,8 @@ def default_schedule(
     decode = family == "decode"
     sources: tuple[str, ...]
     if limits.target == "cuda":
-        sizes = [(bk, widest) for bk in (64, 32, 16)]
-        roomy, buffers, sources = 128, 2, ("threadgroup",)
+        sizes = [(bk, widest) for bk in (64, 32, 16) if bk * config.itemsize <= 128]
+        roomy, buffers, sources = 256 // config.itemsize, 2, ("threadgroup",)
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
