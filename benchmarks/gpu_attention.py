@@ -107,11 +107,14 @@ def seconds_of(call: Callable[..., Any], inputs: Sequence[tuple[mx.array, ...]])
     begin = time.perf_counter()
     while time.perf_counter() - begin < 0.3:
         mx.eval([call(*arrays) for arrays in inputs])
+    begin = time.perf_counter()
+    mx.eval([call(*inputs[n % len(inputs)]) for n in range(GROUP)])
+    group = max(GROUP, min(256, int(0.02 * GROUP / (time.perf_counter() - begin))))
     times = []
     for repeat in range(REPEATS):
         begin = time.perf_counter()
-        mx.eval([call(*inputs[(repeat + n) % len(inputs)]) for n in range(GROUP)])
-        times.append((time.perf_counter() - begin) / GROUP)
+        mx.eval([call(*inputs[(repeat + n) % len(inputs)]) for n in range(group)])
+        times.append((time.perf_counter() - begin) / group)
     return statistics.median(times)
 
 

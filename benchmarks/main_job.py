@@ -78,7 +78,6 @@ def traffic(folder: Path) -> None:
     print(f"Simulated counts of the schedules that tune picks, half, {HEADS} heads, L={LENGTH}:")
     os.environ["METALGEN_DB"] = str(folder / "tuning.db")
     from metalgen.chips import get_chip
-    from metalgen.tuning.presets import preset  # noqa: F401  (the sizes below are the preset's)
 
     for name in ("M1Max", "M3Max"):
         command = [sys.executable, "-m", "metalgen", "tune", "--chip", name, "--json"]

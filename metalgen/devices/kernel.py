@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ class KernelDevice(Device):
             q, scale = positive_scale(q, scale)
             outputs = kernel(
                 # Seen as bytes, an array is copied only where its last axis has gaps.
-                inputs=[x.view(mx.uint8) for x in (q, k, v)] + [scale * math.log2(math.e)],
+                inputs=[*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)],
                 output_shapes=shapes[: len(source.outputs)],
                 output_dtypes=dtypes[: len(source.outputs)],
                 grid=(-(-rows // source.bq) * source.threads * splits, columns, batch),
@@ -97,6 +98,12 @@ def arguments(source: KernelSource) -> dict[str, Any]:
         "header": source.header,
         "ensure_row_contiguous": False,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _exponent_scale(scale: float) -> mx.array:
+    """The scale of exponents of 2, as an array that need not be made at every call."""
+    return mx.array(scale * math.log2(math.e))
 
 
 def positive_scale(q: mx.array, scale: float) -> tuple[mx.array, float]:
