@@ -138,12 +138,15 @@ LIBRARIES: dict[str, ctypes.CDLL] = {}
 
 
 def data_limit(request: dict[str, Any]) -> int:
-    """Return the bytes of private memory that the launch may map.
+    """Return the bytes of private memory that this process may have mapped during the launch.
 
-    The checker maps a shadow of 32 bytes for each byte of a writable buffer, of which it touches
-    only what the kernel does.
+    That is what it has now (kernels that were loaded before keep their stacks mapped) and what the
+    launch may add. The checker maps a shadow of 32 bytes for each byte of a writable buffer, of
+    which it touches only what the kernel does.
     """
-    limit: int = request["memory_limit"]
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[5]) * PAGE
+    limit: int = request["memory_limit"] + mapped
     if request["checked"]:
         limit += 40 * sum(size for _, size, _, flags in request["segments"] if flags & 1)
     return limit

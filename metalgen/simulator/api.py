@@ -339,7 +339,9 @@ def install() -> Iterator[None]:
         (mx, "is_available", lambda device: device == gpu or really_available(device)),
     ]
     saved = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in replacements]
-    mx.disable_compile()
+    outermost = mx.fast.metal_kernel is not metal_kernel
+    if outermost:
+        mx.disable_compile()
     try:
         for owner, attribute, value in replacements:
             setattr(owner, attribute, value)
@@ -347,4 +349,5 @@ def install() -> Iterator[None]:
     finally:
         for owner, attribute, value in saved:
             setattr(owner, attribute, value)
-        mx.enable_compile()
+        if outermost:
+            mx.enable_compile()

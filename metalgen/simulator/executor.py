@@ -30,8 +30,11 @@ from metalgen.simulator import errors
 
 WORKER = Path(__file__).with_name("_worker.py")
 WRITABLE, INITIALISED = 1, 2
-MOST_LIBRARIES = 64
-"""Kernels that a child process loads before a fresh one takes its place: each keeps its stacks."""
+MOST_LIBRARIES = 12
+"""Kernels that a child process loads before a fresh one takes its place.
+
+Each keeps its stacks mapped, 4 mappings a thread of a threadgroup; Linux allows 65,530.
+"""
 REPORT_HEADER = 64
 """Bytes before the runtime's own report: finished threadgroups, address of the mapping."""
 
@@ -276,10 +279,10 @@ class Pool:
             while not self.idle and len(self.busy) >= most:
                 self.lock.wait()
             self._bury()
+            room = max(1, most - len(self.busy))
+            while len(self.idle) < min(wanted, room):
+                self.idle.append(Worker())
             lent = [self.idle.pop() for _ in range(min(wanted, len(self.idle)))]
-            missing = min(wanted - len(lent), most - len(self.busy) - len(lent))
-            if not lent or missing > 0:
-                lent += [Worker() for _ in range(max(missing, 0 if lent else 1))]
             self.busy.update(lent)
         everything = list(lent)
         try:
@@ -429,7 +432,7 @@ def _request(
         "stack_bytes": rules.stack_bytes,
         "seed": job.seed,
         "time_limit": rules.seconds,
-        "memory_limit": rules.memory + (256 << 20),  # beside Python itself
+        "memory_limit": rules.memory,
     }
 
 

@@ -415,3 +415,11 @@ def test_record_collects_the_launches_of_a_block() -> None:
     assert inner[0].kernel == "custom_kernel_k_float_float"
     assert inner[0].grid == (8, 1, 1) and inner[0].threadgroup == (4, 1, 1)
     assert inner[0].findings is None and inner[0].counters is None
+
+
+def test_install_may_be_nested() -> None:
+    with simulator.install():
+        with simulator.install():
+            assert mx.fast.metal_kernel is simulator.metal_kernel
+        assert mx.fast.metal_kernel is simulator.metal_kernel and mx.metal.is_available()
+    assert mx.fast.metal_kernel is not simulator.metal_kernel
