@@ -155,35 +155,20 @@ def compile_unit(
     """
     machine = toolchain.machine_flags() if machine is None else machine
     preprocessed = preprocess(source, folder, include_dirs)
+
+    def language(thorough: bool = False, merged: bool = False) -> tuple[Transformed, Kernel, str]:
+        return _language(preprocessed, kernel, folder, mode, constants, machine, thorough, merged)
+
     try:
-        unit = transform(preprocessed, constants)
-        chosen, expression = choose(unit, kernel)
-    except TransformError as error:
-        raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
-    (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
-    headers = build.headers(mode, machine)
-    done = toolchain.run(
-        [
-            "clang",
-            *build.language_flags(mode, machine),
-            "-include-pch",
-            str(headers),
-            "-S",
-            "-emit-llvm",
-            "-o",
-            "unit.ll",
-            "unit.cl",
-        ],
-        folder,
-    )
-    if done.returncode != 0:
-        raise _compile_error(done.stderr)
-    code = (folder / "unit.ll").read_text()
-    bad = bitcasts.find_reinterpretation(code)
-    if bad is not None:
-        raise CompileError(
-            f"{SOURCE_NAME}:{bad[0]}: {bad[1]}", file=SOURCE_NAME, line=bad[0] or None
-        )
+        unit, chosen, code = language()
+    except CompileError as error:
+        casts, copies = (re.search(p, str(error)) for p in (_VECTOR_CAST, _CONSTANT_COPY))
+        if not (casts or copies):
+            raise
+        try:
+            unit, chosen, code = language(thorough=casts is not None, merged=copies is not None)
+        except CompileError:
+            raise error from None
     final = instrument(code) if mode == "checked" else code
     if not toolchain.is_x86(machine):
         final = toolchain.retarget(final)
@@ -199,6 +184,39 @@ def compile_unit(
     names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
     variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
     return Unit(folder / "unit.o", chosen, variables, tuple(_files(preprocessed)))
+
+
+def _language(
+    preprocessed: str,
+    kernel: str,
+    folder: Path,
+    mode: Mode,
+    constants: Mapping[str | int, object],
+    machine: build.Machine,
+    thorough: bool,
+    merged: bool,
+) -> tuple[Transformed, Kernel, str]:
+    """The language stage: the transformed text, the chosen kernel, LLVM assembly (also in unit.ll).
+
+    `thorough`, `merged`: see transform.
+    """
+    try:
+        unit = transform(preprocessed, constants, thorough=thorough, merged=merged)
+        chosen, expression = choose(unit, kernel)
+    except TransformError as error:
+        raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
+    (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
+    arguments = ["clang", *build.language_flags(mode, machine)]
+    arguments += ["-include-pch", str(build.headers(mode, machine))]
+    done = toolchain.run([*arguments, "-S", "-emit-llvm", "-o", "unit.ll", "unit.cl"], folder)
+    if done.returncode != 0:
+        raise _compile_error(done.stderr)
+    code = (folder / "unit.ll").read_text()
+    bad = bitcasts.find_reinterpretation(code)
+    if bad is not None:
+        message = f"{SOURCE_NAME}:{bad[0]}: {bad[1]}"
+        raise CompileError(message, file=SOURCE_NAME, line=bad[0] or None)
+    return unit, chosen, code
 
 
 def _compile(
@@ -316,6 +334,10 @@ def _buffers(kernel: Kernel) -> tuple[BufferParameter, ...]:
     return tuple(sorted(found, key=lambda b: b.index))
 
 
+# Errors that a cast to a vector through a template's type parameter makes.
+_VECTOR_CAST = r"from vector|excess elements|reinterpretation of bits"
+# Errors that the copy of a structure out of constant memory makes.
+_CONSTANT_COPY = r"cannot bind reference in address space 'constant'"
 _VARIABLE = r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)"
 _DIAGNOSTIC = re.compile(r"^(\S[^:\n]*):(\d+):(\d+): (?:fatal )?error: (.*)$", re.MULTILINE)
 

@@ -53,9 +53,18 @@ class Transformed:
     function_constants: dict[str, int] = field(default_factory=dict)
 
 
-def transform(text: str, constants: Mapping[str | int, object] | None = None) -> Transformed:
+def transform(
+    text: str,
+    constants: Mapping[str | int, object] | None = None,
+    *,
+    thorough: bool = False,
+    merged: bool = False,
+) -> Transformed:
     """Rewrites preprocessed Metal `text`; `constants` gives function constants by name or index.
 
+    A cast to a template's type parameter is rewritten only if `thorough`: the type is seldom a
+    vector, and the rewritten form takes longer to compile. If `merged`, constant memory becomes a
+    part of device memory: C++ for OpenCL cannot copy a whole structure out of constant memory.
     Raises TransformError for a malformed kernel declaration.
     """
     tokens = Tokens(text)
@@ -65,7 +74,9 @@ def transform(text: str, constants: Mapping[str | int, object] | None = None) ->
     _attributes(tokens)
     _address_spaces(tokens)
     _threadgroup_variables(tokens)
-    _vectors(tokens)
+    _vectors(tokens, thorough)
+    if merged:
+        _merge_constant(tokens)
     result.text = tokens.text()
     return result
 
@@ -318,6 +329,14 @@ def _refers_to_const(tokens: Tokens, at: int) -> bool:
         i += 1
 
 
+def _merge_constant(tokens: Tokens) -> None:
+    """`constant` to `const device`, but where it qualifies a member function."""
+    for at in range(len(tokens)):
+        before = at - 2 if tokens.word(at - 1) == "const" else at - 1
+        if tokens.word(at) == "constant" and tokens.word(before) != ")":
+            tokens.set(at, "const __global")
+
+
 def _threadgroup_variables(tokens: Tokens) -> None:
     """`threadgroup T x[n], y;` into references to the threadgroup's memory."""
     count = 0
@@ -371,8 +390,14 @@ def _mapped(text: str) -> str:
     return re.sub(r"\bvec\b(?= <)", "mapped_vec", text)
 
 
-def _vectors(tokens: Tokens) -> None:
+def _vectors(tokens: Tokens, thorough: bool) -> None:
     aliases = _vector_aliases(tokens)
+    if thorough:
+        aliases |= {
+            tokens.word(i + 1)
+            for i in range(len(tokens))
+            if tokens.word(i) in ("typename", "class") and tokens.word(i + 2) in (",", ">", "=")
+        }
     typedef_until = -1
     for at in range(len(tokens)):
         word = tokens.word(at)

@@ -114,18 +114,28 @@ def test_a_missing_include_is_an_error() -> None:
     assert "'absent.h' file not found" in str(caught)
 
 
-def test_a_reinterpreted_vector_is_refused() -> None:
-    """A cast in a template, which the transformation cannot see, must not become a reinterpretation."""
-    source = (
-        HEAD
-        + """
+CAST = (
+    HEAD
+    + """
 template <typename T, typename U> T to(U x) {
-  return (T)x;
+  return CAST;
 }
 [[kernel]] void k(device int4* out [[buffer(0)]], uint i [[thread_position_in_grid]]) {
-  out[i] = to<int4>(float4(1.5f));
+  out[i] = to<int4>(float4(1.5f)) + int4(to<half4>(float4(1.0f)));
 }
 """
+)
+
+
+@pytest.mark.parametrize("cast", ["T(x)", "(T)x", "static_cast<T>(x)"])
+def test_a_cast_to_a_template_parameter_converts(cast: str) -> None:
+    compile_metal(CAST.replace("CAST", cast), "k")
+
+
+def test_a_reinterpreted_vector_is_refused() -> None:
+    """A cast that the transformation cannot see must not become a reinterpretation."""
+    source = CAST.replace("CAST", "decltype(T{})(x)").replace(
+        " + int4(to<half4>(float4(1.0f)))", ""
     )
     caught = error(source)
     assert caught.line == 5

@@ -1,7 +1,8 @@
 """One rule of the Metal language or library each: the simulator against NumPy.
 
-`<rule>.metal` is the body of a kernel with inputs `a` and `b` and the output `out`; its first line
-states the rule. RULES gives the inputs and the expected output.
+`<rule>.metal` is the body of a kernel with inputs `a`, `b` and `numbers` (four, in constant memory)
+and the output `out`; its first line states the rule, and what stands before a line `// body` goes
+before the kernel. RULES gives the inputs and the expected output.
 """
 
 from __future__ import annotations
@@ -456,6 +457,14 @@ RULES: dict[str, Rule] = {
     "compare_and_exchange": Rule(
         lambda a, b: np.array([chained(0, 64)]), dtype=np.uint32, size=1, initial=0
     ),
+    "casts_through_template_parameters_convert": Rule(
+        lambda a, b: rows(*(101 * np.trunc(x) + np.trunc(a) for x in (a, -a, f32(2.5), b))),
+        per=4,
+        dtype=np.int32,
+    ),
+    "structures_copy_out_of_constant_memory": Rule(
+        lambda a, b: np.tile([121, 143], 32) + a, tolerance=4
+    ),
     "numeric_limits": Rule(
         lambda a, b: 0 * a + f32(65504 + 2147483647.0 + 2.0**-7 + 1 + 255), tolerance=2
     ),
@@ -472,18 +481,19 @@ RULES: dict[str, Rule] = {
 
 def evaluate(name: str, rule: Rule) -> tuple[Array, simulator.Findings]:
     """The rule's output, and what the checker found."""
+    declarations, _, body = (HERE / f"{name}.metal").read_text().rpartition("// body\n")
     kernel = simulator.metal_kernel(
         name=name,
-        input_names=["a", "b"],
+        input_names=["a", "b", "numbers"],
         output_names=["out"],
-        header="#include <metal_simdgroup_matrix>\n",
-        source=(HERE / f"{name}.metal").read_text(),
+        header=f"#include <metal_simdgroup_matrix>\n{declarations}",
+        source=body,
     )
     size = rule.size or rule.threads * rule.per
     dtype = {f32: mx.float32, np.int32: mx.int32, np.uint32: mx.uint32}[rule.dtype]
     with simulator.record(checked=True) as runs:
         (out,) = kernel(
-            inputs=[mx.array(rule.a), mx.array(rule.b)],
+            inputs=[mx.array(rule.a), mx.array(rule.b), mx.array([1.0, 2.0, 3.0, 4.0])],
             output_shapes=[(size,)],
             output_dtypes=[dtype],
             grid=(rule.threads, 1, 1),
