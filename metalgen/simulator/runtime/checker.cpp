@@ -50,10 +50,6 @@ static mg_finding *find(uint32_t kind, uintptr_t code, uint64_t other_code, Lane
   return f;
 }
 
-// A threadgroup's number in records: unlike that of any threadgroup of an earlier launch, whose
-// records are still in the arena's cells.
-static uint32_t first_stamp = 1, next_stamp = 1;
-
 static uint32_t code_of(uintptr_t site) { return (uint32_t)(site - image_base()); }
 
 static void thread_position(uint32_t index, uint32_t out[3]) {
@@ -99,7 +95,7 @@ __attribute__((noinline, cold)) static void report_race(const Access &a, const R
   mg_finding *f = report_access(kind, a, mine.code, other.code);
   if (!f) return;
   thread_position(other.what & kThread, f->other_thread);
-  group_position(other.group - first_stamp, f->other_threadgroup);
+  group_position(other.group - 1, f->other_threadgroup);
   bool other_atomic = (other.what & kAtomic) != 0;
   bool update = other_atomic && (other_writes || (other.what & kWritten));
   f->other_access = update          ? MG_ATOMIC_UPDATE
@@ -118,7 +114,8 @@ struct Buffer {
 };
 static Buffer buffers[MG_MAX_BUFFERS];
 static uint32_t buffer_total, last_buffer;
-static Cell arena_cells[kArenaBytes / 2];
+static Cell *arena_cells;  // of the arena
+static const uint64_t kArenaCellBytes = kArenaBytes / 2 * sizeof(Cell);
 static uint16_t arena_owner[kArenaBytes / 16]; // variable index + 1 of each 16 bytes
 alignas(64) static char scratch[4096];         // what an access out of bounds gets
 alignas(64) static char scratch_zero[4096];
@@ -128,14 +125,14 @@ static uint32_t simdgroup_epoch[2][kMaxThreads / kLanes];
 enum { kDevice = 0, kThreadgroup = 1 };
 
 bool check_begin() {
-  first_stamp = next_stamp;
-  next_stamp += (uint32_t)launch->end_group;
   memset(places, 0, sizeof places);
   memset(place_access, 0, sizeof place_access);
   place_count = 0;
   buffer_total = 0;
   last_buffer = 0;
   memset(arena_owner, 0, sizeof arena_owner);
+  arena_cells = (Cell *)map_memory(kArenaCellBytes);
+  if (!arena_cells) return false;
   uint32_t bound = 0;
   for (uint32_t i = 0; i < launch->buffer_count && i < MG_MAX_BUFFERS; ++i) {
     const mg_buffer &b = launch->buffers[i];
@@ -149,10 +146,8 @@ bool check_begin() {
     o.flags = b.flags;
     o.cells = nullptr;
     if ((b.flags & MG_BUFFER_WRITABLE) && o.end > o.begin) {
-      void *cells = mmap(nullptr, ((o.end - o.begin) / 2 + 1) * sizeof(Cell), kProtReadWrite,
-                         kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-      if (cells == (void *)-1) return false;
-      o.cells = (Cell *)cells;
+      o.cells = (Cell *)map_memory(((o.end - o.begin) / 2 + 1) * sizeof(Cell));
+      if (!o.cells) return false;
     }
   }
   if (!counters_begin(launch)) return false;
@@ -175,6 +170,8 @@ void check_end() {
     if (b.cells) munmap(b.cells, ((b.end - b.begin) / 2 + 1) * sizeof(Cell));
     b.cells = nullptr;
   }
+  if (arena_cells) munmap(arena_cells, kArenaCellBytes);
+  arena_cells = nullptr;
   counters_end();
 }
 
@@ -238,7 +235,7 @@ static MG_ALWAYS_INLINE Record record(uint32_t space, uint32_t code, bool atomic
   what |= (uint64_t)(epoch[space] & 0xffffff) << kEpochShift;
   what |= (uint64_t)simdgroup_epoch[space][s->index] << kSimdgroupEpochShift;
   if (atomic) what |= kAtomic;
-  return Record{what, first_stamp + (uint32_t)group.linear, code};
+  return Record{what, (uint32_t)group.linear + 1, code};
 }
 
 static MG_ALWAYS_INLINE bool conflicts(const Record &r, const Record &mine, uint64_t mask, bool device) {

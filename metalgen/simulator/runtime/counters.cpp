@@ -161,27 +161,25 @@ void count_lanes(Simdgroup *s, uint32_t lanes) {
 bool counters_begin(const mg_launch *l) {
   uint64_t threads = (uint64_t)l->threadgroup[0] * l->threadgroup[1] * l->threadgroup[2];
   uint64_t needed = (threads + kLanes - 1) / kLanes * kLogRows * sizeof(LogRow);
-  if (needed > log_bytes) {
-    if (log_rows) munmap(log_rows, log_bytes);
-    void *rows = mmap(nullptr, needed, kProtReadWrite, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-    log_rows = rows == (void *)-1 ? nullptr : (LogRow *)rows;
-    log_bytes = log_rows ? needed : 0;
-    if (!log_rows) return false;
-  }
+  log_bytes = needed;
+  log_rows = (LogRow *)map_memory(log_bytes);
+  if (!log_rows) return false;
   memset(log_lengths, 0, sizeof log_lengths);
   buffer_counters = (mg_buffer_counters *)((char *)report + report->buffer_counters);
   memset(touched, 0, sizeof touched);
   for (uint32_t i = 0; i < l->buffer_count && i < MG_MAX_BUFFERS; ++i) {
     if (!l->buffers[i].base) continue;
     uint64_t words = (l->buffers[i].bytes + l->buffers[i].lead + 63) / 64 + 1;
-    void *map = mmap(nullptr, words * 16, kProtReadWrite, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-    if (map == (void *)-1) return false;
-    touched[i] = TouchMap{(uint64_t *)map, (uint64_t *)map + words, words};
+    uint64_t *map = (uint64_t *)map_memory(words * 16);
+    if (!map) return false;
+    touched[i] = TouchMap{map, map + words, words};
   }
   return true;
 }
 
 void counters_end() {
+  if (log_rows) munmap(log_rows, log_bytes);
+  log_rows = nullptr;
   for (uint32_t i = 0; i < MG_MAX_BUFFERS; ++i) {
     TouchMap &t = touched[i];
     for (uint64_t w = 0; w < t.words; ++w) {

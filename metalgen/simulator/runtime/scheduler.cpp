@@ -275,8 +275,11 @@ extern "C" int mg_run(const mg_launch *l) {
     groups[d] = empty ? 1 : (l->grid[d] + l->threadgroup[d] - 1) / l->threadgroup[d];
   }
   if (empty) return (int)(report->status = MG_STATUS_BAD_LAUNCH);
-  if (!memory_begin((uint32_t)threads) || !check_begin())
+  if (!memory_begin((uint32_t)threads) || !check_begin()) {
+    check_end();
+    memory_end();
     return (int)(report->status = MG_STATUS_OUT_OF_MEMORY);
+  }
   report->status = MG_STATUS_RUNNING;
   random_state = l->seed * 0x9e3779b97f4a7c15ull;
   for (uint64_t g = l->first_group; g < l->end_group; g += l->step) {
