@@ -138,7 +138,7 @@ def space(
             Parameter("splits", (1, 2, 4, 8, 16, 32, 64) if family == "decode" else (1,)),
             Parameter("row_blocks", (1, 2) if family == "decode" else (1, 2, 4)),
             Parameter("simdgroups", (1, 2, 4) if family == "decode" else (1, 2, 4, 8, 16)),
-            Parameter("bk", tuple(bk for bk in (8, 16, 32, 64) if bk % target.depth == 0)),
+            Parameter("bk", (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64)),
             Parameter("q_source", ("registers", "threadgroup")),
             Parameter("k_source", only.get("k_source", staging)),
             Parameter("v_source", only.get("v_source", staging)),
