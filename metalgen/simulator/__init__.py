@@ -30,9 +30,9 @@ if TYPE_CHECKING:
         SimulatorError,
         StackOverflow,
     )
-    from metalgen.simulator.executor import Limits, limits
     from metalgen.simulator.findings import Access, Finding, Findings
     from metalgen.simulator.launch import Launch, Recorder, record
+    from metalgen.simulator.launch_limits import Limits, limits
 
 _HOMES = {
     "api": ("MetalKernel", "install", "metal_kernel"),
@@ -49,7 +49,7 @@ _HOMES = {
         "SimulatorError",
         "StackOverflow",
     ),
-    "executor": ("Limits", "limits"),
+    "launch_limits": ("Limits", "limits"),
     "findings": ("Access", "Finding", "Findings"),
     "launch": ("Launch", "Recorder", "record"),
 }

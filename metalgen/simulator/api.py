@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 
 from metalgen.simulator import arrays, errors
-from metalgen.simulator.executor import LaunchMemory, Segment
 from metalgen.simulator.generator import (
     METAL_TYPES,
     GeneratedSource,
@@ -24,6 +23,7 @@ from metalgen.simulator.generator import (
     generate,
 )
 from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.memory import LaunchMemory, Segment
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel

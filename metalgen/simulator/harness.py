@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen.simulator import arrays, errors
-from metalgen.simulator.executor import LaunchMemory, Segment
 from metalgen.simulator.findings import Finding
 from metalgen.simulator.generator import METAL_TYPES
 from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.memory import LaunchMemory, Segment
 
 
 @dataclass(frozen=True)
