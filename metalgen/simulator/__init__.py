@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalgen.simulator.api import MetalKernel, install, metal_kernel
+    from metalgen.simulator.api import MetalKernel, metal_kernel
     from metalgen.simulator.counters import BufferTraffic, Counters
     from metalgen.simulator.errors import (
         CheckFailed,
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
         StackOverflow,
     )
     from metalgen.simulator.findings import Access, Finding, Findings
+    from metalgen.simulator.installing import install
     from metalgen.simulator.launch import Launch, Recorder, record
     from metalgen.simulator.launch_limits import Limits, limits
 
 _HOMES = {
-    "api": ("MetalKernel", "install", "metal_kernel"),
+    "api": ("MetalKernel", "metal_kernel"),
     "counters": ("BufferTraffic", "Counters"),
     "errors": (
         "CheckFailed",
@@ -51,6 +52,7 @@ _HOMES = {
     ),
     "launch_limits": ("Limits", "limits"),
     "findings": ("Access", "Finding", "Findings"),
+    "installing": ("install",),
     "launch": ("Launch", "Recorder", "record"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
