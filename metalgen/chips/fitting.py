@@ -6,7 +6,7 @@ The result depends on the table and on nothing else: no random numbers, one star
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from metalgen.chips.chip import Chip
@@ -108,6 +108,16 @@ def fit(samples: Sequence[Sample], start: Coefficients = PRIOR) -> Coefficients:
 def rounded(coefficients: Coefficients) -> dict[str, float]:
     """The fitted values, as they are kept."""
     return {name: float(f"{getattr(coefficients, name):.{DIGITS}g}") for name in FITTED}
+
+
+def as_module(values: Mapping[str, float]) -> str:
+    """The text of ``metalgen/chips/fitted.py``."""
+    lines = "".join(f'    "{name}": {value!r},\n' for name, value in values.items())
+    return (
+        '"""Fitted coefficients of the chip model, as ``metalgen chips fit`` writes them."""\n\n'
+        "from __future__ import annotations\n\n"
+        f"VALUES = {{\n{lines}}}\n"
+    )
 
 
 def _logs(coefficients: Coefficients) -> Vector:
