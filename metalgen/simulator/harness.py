@@ -68,8 +68,9 @@ def run_metal(
     constants by index or name; ``include_dirs`` defaults to MLX's include folder.
 
     Returns the contents of every ``Output`` and ``InOut`` by buffer index. A buffer index that the
-    kernel has and ``buffers`` lacks is bound to an empty buffer, as an argument that function
-    constants disable. Raises what ``metal_kernel`` raises for source and launch.
+    kernel has and ``buffers`` lacks is bound to a page of zeros: an argument that function
+    constants disable may still be read where the value is not used. Raises what ``metal_kernel``
+    raises for source and launch.
     """
     from metalgen.simulator.api import SOURCE_NAME, mlx_include_dir
     from metalgen.simulator.compiler import compile_metal
@@ -99,7 +100,7 @@ def run_metal(
     names = {parameter.index: parameter.name for parameter in compiled.buffers}
     last = max([*buffers, *names], default=-1)
     bound = {
-        index: _Bound(names.get(index, f"buffer {index}"), buffers.get(index, b""))
+        index: _Bound(names.get(index, f"buffer {index}"), buffers.get(index, _UNBOUND))
         for index in range(last + 1)
     }
 
@@ -129,6 +130,9 @@ def run_metal(
             for index, each in bound.items()
             if isinstance(each.value, InOut)
         }
+
+
+_UNBOUND = bytes(4096)
 
 
 class _Bound:
