@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StackOverflow,
     )
     from metalgen.simulator.findings import Access, Finding, Findings
+    from metalgen.simulator.harness import Constant, InOut, Output, run_metal
     from metalgen.simulator.installing import install
     from metalgen.simulator.launch import Launch, Recorder, record
     from metalgen.simulator.launch_limits import Limits, limits
@@ -52,6 +53,7 @@ _HOMES = {
     ),
     "launch_limits": ("Limits", "limits"),
     "findings": ("Access", "Finding", "Findings"),
+    "harness": ("Constant", "InOut", "Output", "run_metal"),
     "installing": ("install",),
     "launch": ("Launch", "Recorder", "record"),
 }
@@ -62,10 +64,12 @@ __all__ = [
     "BufferTraffic",
     "CheckFailed",
     "CompileError",
+    "Constant",
     "Counters",
     "ExecutionError",
     "Finding",
     "Findings",
+    "InOut",
     "KernelCrash",
     "KernelTimeout",
     "Launch",
@@ -74,6 +78,7 @@ __all__ = [
     "MemoryLimit",
     "MetalKernel",
     "MissingToolchain",
+    "Output",
     "Recorder",
     "SimulatorError",
     "StackOverflow",
@@ -81,6 +86,7 @@ __all__ = [
     "limits",
     "metal_kernel",
     "record",
+    "run_metal",
 ]
 
 

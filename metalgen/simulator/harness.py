@@ -1,9 +1,9 @@
 """Runs any Metal kernel function, not only those of ``metal_kernel``: for kernels in headers.
 
->>> outputs = run_metal(
+>>> outputs = simulator.run_metal(
 ...     '#include "mlx/backend/metal/kernels/softmax.h"\\ninstantiate_kernel("s", softmax, float)',
 ...     "s",
-...     buffers={0: x, 1: Output((4, 8), mx.float32), 2: Constant("i", 8)},
+...     buffers={0: x, 1: simulator.Output((4, 8), mx.float32), 2: simulator.Constant("i", 8)},
 ...     grid=(32, 4, 1), threadgroup=(32, 1, 1))
 """
 

@@ -38,3 +38,24 @@ def test_the_second_example_prints_what_its_comments_say(
 def test_the_page_names_every_kind_of_finding(kind: str) -> None:
     table = PAGE.split("## What a checked run finds")[1].split("## ")[0]
     assert kind in table
+
+
+def test_every_name_that_the_package_offers_can_be_had() -> None:
+    from metalgen import simulator
+
+    for name in simulator.__all__:
+        assert callable(getattr(simulator, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = simulator.nothing
+
+
+def test_importing_the_package_imports_no_room_of_it() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, metalgen.simulator\n"
+        "print([n for n in sys.modules if n.startswith('metalgen.simulator.') or n == 'numpy'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
