@@ -1,4 +1,4 @@
-"""What a launch of the forward family does, in closed form: a few additions, no loop over tiles.
+"""What a launch of the forward or decode family does: a few additions, no loop over tiles.
 
 The counts are those of `templates/families/forward.jinja` for Metal, to the last unit; a test runs
 the kernel in the simulator, which counts for itself, and compares. Bytes are what the source asks
@@ -75,22 +75,78 @@ def forward_counts(
         InvalidSchedule: a schedule of another target's kernel, whose rows come in other blocks.
     """
     s = schedule
-    if s.bq != FRAGMENT * s.row_blocks * s.simdgroups:
-        raise InvalidSchedule("target", f"only kernels for Metal are counted, which {s} is not")
-    bq, bk, blocks = s.bq, s.bk, s.row_blocks
+    _check_target(s)
+    left, right = window(config)
+    passes, keys = pass_sums(q_len, kv_len, s.bq, s.bk, left, right)
+    live = pass_sums(q_len, kv_len, FRAGMENT * s.row_blocks, s.bk, left, right)[0]
+    return _counts(
+        config,
+        s,
+        groups=batch_heads * -(-q_len // s.bq),
+        passes=batch_heads * passes,
+        keys=batch_heads * keys,
+        live=batch_heads * live,
+        out_written=batch_heads * q_len * config.v_dim * config.itemsize,
+        lse_written=batch_heads * q_len * 4 if config.return_lse else 0,
+    )
+
+
+def decode_counts(
+    config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int, kv_len: int
+) -> Counts:
+    """The counts of one launch of the decode family; that of the combine step is not in them.
+
+    Arguments and errors as for `forward_counts`; `batch_heads` is a multiple of the heads per KV
+    head. Rows are the queries of all heads that share a KV head; all groups of one make the same
+    passes, shared out over the splits.
+    """
+    s = schedule
+    _check_target(s)
+    heads, rows = batch_heads // config.heads_per_kv, q_len * config.heads_per_kv
+    tiles = heads * -(-rows // s.bq)
+    left, _ = window(config)  # the last query sees the last key, whatever bounds it to the right
+    begin = 0 if left is None else max(0, kv_len - q_len - left) // s.bk * s.bk
+    passes = -(-(kv_len - begin) // s.bk)
+    shared = s.splits > 1
+    return _counts(
+        config,
+        s,
+        groups=tiles * s.splits,
+        passes=tiles * passes,
+        keys=tiles * (kv_len - begin),
+        live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes,
+        out_written=s.splits * heads * rows * config.v_dim * (4 if shared else config.itemsize),
+        lse_written=s.splits * heads * rows * 4 if shared or config.return_lse else 0,
+    )
+
+
+def _check_target(schedule: Schedule) -> None:
+    if schedule.bq != FRAGMENT * schedule.row_blocks * schedule.simdgroups:
+        raise InvalidSchedule(
+            "target", f"only kernels for Metal are counted, which {schedule} is not"
+        )
+
+
+def _counts(
+    config: AttentionConfig,
+    schedule: Schedule,
+    *,
+    groups: int,
+    passes: int,
+    keys: int,
+    live: int,
+    out_written: int,
+    lse_written: int,
+) -> Counts:
+    """What follows from passes, the keys that they cover, and live passes, for both families."""
+    s = schedule
+    bk, blocks = s.bk, s.row_blocks
     item = config.itemsize
     k_width, v_width = config.head_dim, config.v_dim
     k_padded, v_padded = padded(k_width), padded(v_width)
     k_staged, v_staged = s.k_source == "threadgroup", s.v_source == "threadgroup"
     q_staged = s.q_source == "threadgroup"
-
-    tiles = -(-q_len // bq)
-    groups = batch_heads * tiles
     simdgroups = groups * s.simdgroups
-    left, right = window(config)
-    passes, keys = pass_sums(q_len, kv_len, bq, bk, left, right)
-    passes, keys = batch_heads * passes, batch_heads * keys
-    live = batch_heads * pass_sums(q_len, kv_len, FRAGMENT * blocks, bk, left, right)[0]
 
     # Directly read keys past the end are the last key again, so a pass always asks for bk rows;
     # staged ones are zeros that nobody asks for.
@@ -101,7 +157,7 @@ def forward_counts(
     tg_written = passes * tile * (k_padded * k_staged + v_padded * v_staged)
     if q_staged:
         tg_read += live * blocks * FRAGMENT * k_padded * item
-        tg_written += groups * bq * k_padded * item
+        tg_written += groups * s.bq * k_padded * item
 
     slices = (-(-k_padded // s.bd) if k_staged else 0) + (-(-v_padded // s.bd) if v_staged else 0)
     fragments = bk // FRAGMENT
@@ -112,11 +168,11 @@ def forward_counts(
         group_passes=passes,
         live_passes=live,
         multiply_accumulates=live * blocks * fragments * (k_padded + v_padded) // FRAGMENT,
-        q_read=groups * bq * k_width * item,
+        q_read=groups * s.bq * k_width * item,
         k_read=k_read,
         v_read=v_read,
-        out_written=batch_heads * q_len * v_width * item,
-        lse_written=batch_heads * q_len * 4 if config.return_lse else 0,
+        out_written=out_written,
+        lse_written=lse_written,
         threadgroup_read=tg_read,
         threadgroup_written=tg_written,
         threadgroup_memory=threadgroup_bytes(config, s),

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalgen.chips.counts import Counts, floor_sum, forward_counts, pass_sums
+from metalgen.chips.counts import (
+    Counts,
+    decode_counts,
+    floor_sum,
+    forward_counts,
+    pass_sums,
+)
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.schedule import Limits, Schedule, default_schedule, threadgroup_bytes
@@ -137,3 +143,20 @@ def test_queries_before_the_first_key_make_no_pass() -> None:
     got = forward_counts(config, schedule, batch_heads=1, q_len=200, kv_len=8)
     assert (got.groups, got.group_passes, got.live_passes) == (4, 1, 1)
     assert got.k_read == 8 * 64 * 2
+
+
+def test_a_decode_launch_counts_as_by_hand() -> None:
+    config = AttentionConfig(64, heads_per_kv=4, causal=True, window_left=40)
+    schedule = Schedule(
+        bq=8, bk=8, bd=64, simdgroups=1, k_source="device", v_source="device", splits=2
+    )
+    # 2 KV heads, 3 queries each of 4 heads: 12 rows in 2 tiles, each in 2 splits. The first query
+    # stands beside key 97 of 100 and sees keys from 57 on, a pass from key 56 on: 44 keys, 6 passes.
+    got = decode_counts(config, schedule, batch_heads=8, q_len=3, kv_len=100)
+    assert (got.groups, got.group_passes, got.live_passes) == (2 * 2 * 2, 4 * 6, 4 * 6)
+    assert got.multiply_accumulates == 24 * (8 + 8)
+    assert got.k_read == got.v_read == 24 * 8 * 64 * 2  # whole passes: past the end the last key
+    assert got.q_read == 8 * 8 * 64 * 2
+    assert got.out_written == 2 * 24 * 64 * 4  # each split writes float32
+    assert got.lse_written == 2 * 24 * 4
+    assert got.exponentials == 24 * 32 * (2 + 1)
