@@ -179,18 +179,28 @@ def compile_unit(
 
 
 def _generate(code: str, folder: Path, mode: Mode, machine: build.Machine) -> None:
-    """From the language stage's assembly to unit.o: checks put in, optimised, lanes brought together."""
+    """From the language stage's assembly to unit.o, by way of checks and of meeting points."""
     code = inline_waiting(instrument(code) if mode == "checked" else code)
     if not toolchain.is_x86(machine):
         code = toolchain.retarget(code)
     (folder / "unit.ll").write_text(code)
     waits = WAITS in code
     stage = ["-S", "-emit-llvm", "-o", "optimised.ll"] if waits else ["-c", "-o", "unit.o"]
-    done = toolchain.run(["clang", "-x", "ir", *toolchain.CODE, *machine, *stage, "unit.ll"], folder)
+    done = toolchain.run(
+        ["clang", "-x", "ir", *toolchain.CODE, *machine, *stage, "unit.ll"], folder
+    )
     if waits and done.returncode == 0:
         optimised = (folder / "optimised.ll").read_text()
         (folder / "optimised.ll").write_text(reconverge(optimised))
-        arguments = ["clang", "-x", "ir", *toolchain.CODE, "-Xclang", "-disable-llvm-passes", *machine]
+        arguments = [
+            "clang",
+            "-x",
+            "ir",
+            *toolchain.CODE,
+            "-Xclang",
+            "-disable-llvm-passes",
+            *machine,
+        ]
         done = toolchain.run([*arguments, "-c", "-o", "unit.o", "optimised.ll"], folder)
     if done.returncode != 0:
         raise CompileError(f"the compiler failed on its own code:\n{_shorten(done.stderr)}")

@@ -56,7 +56,7 @@ declare ptr @mg_read_range(ptr, i64, i32) #9990
 declare ptr @mg_write_range(ptr, i64, i32) #9990
 declare i64 @mg_divisor(i64, i64, i32) #9990
 declare void @mg_shift(i64, i32) #9990
-attributes #9990 = { nounwind willreturn memory(inaccessiblemem: readwrite) }
+attributes #9990 = { nomerge nounwind willreturn memory(inaccessiblemem: readwrite) }
 """
 )
 

@@ -44,7 +44,9 @@ def inline_waiting(code: str) -> str:
             return _ATTRIBUTES.sub(r"\1\2 alwaysinline", line, count=1)
         return line
 
-    return "\n".join(mark(line) if line.startswith("define ") else line for line in code.split("\n"))
+    return "\n".join(
+        mark(line) if line.startswith("define ") else line for line in code.split("\n")
+    )
 
 
 def reconverge(code: str) -> str:
@@ -126,7 +128,7 @@ def post_dominators(successors: Graph) -> list[int]:
 
 
 def _dominating(before: Graph, roots: list[int]) -> list[int]:
-    """For each block the set (as bits) of blocks on every way to it; `before`: where ways come from."""
+    """For each block the blocks (as bits) on every way to it; `before`: where ways come from."""
     n = len(before)
     everything = (1 << n) - 1
     sets = [everything] * n
