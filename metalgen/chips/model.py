@@ -172,6 +172,35 @@ def require_figures(chip: Chip) -> None:
     _core(chip)
 
 
+def resident_groups(
+    config: AttentionConfig,
+    schedule: Schedule,
+    chip: Chip,
+    coefficients: Coefficients = DEFAULT,
+) -> int:
+    """How many threadgroups of the forward family a core holds: an estimate, as registers are.
+
+    Raises as `predict`.
+    """
+    core = _core(chip)
+    counts = forward_counts(config, schedule, batch_heads=1, q_len=1, kv_len=1)
+    return _residency(forward_work(config, schedule, counts, 1, 1, 1), core, coefficients)[0]
+
+
+def _residency(w: Work, core: _Core, c: Coefficients) -> tuple[int, float]:
+    """Threadgroups that a core holds, and registers a thread that it has no room for."""
+    spilled = max(0.0, float(w.registers - w.register_limit))
+    held = c.live_registers if core.dynamic_registers else 1.0
+    file = core.register_bytes / (w.simdgroups * HALF_REGISTER_BYTES)
+    if (most := file / held) < w.registers - spilled:  # not even one threadgroup fits
+        spilled = w.registers - most
+    room = int(file / (held * (w.registers - spilled)))
+    room = min(room, core.threads // (w.simdgroups * SIMD_WIDTH))
+    if w.threadgroup_memory:
+        room = min(room, core.threadgroup_memory // w.threadgroup_memory)
+    return max(1, room), spilled
+
+
 def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Prediction:
     """The modelled time of some work on a chip; raises as `predict`.
 
@@ -182,17 +211,7 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     cores, simdgroups = core.cores, w.simdgroups
     share = w.groups / cores
 
-    # Registers that a thread may not have are spilled; how many threadgroups a core holds.
-    spilled = max(0.0, float(w.registers - w.register_limit))
-    held = c.live_registers if core.dynamic_registers else 1.0
-    file = core.register_bytes / (simdgroups * HALF_REGISTER_BYTES)
-    if (most := file / held) < w.registers - spilled:  # not even one threadgroup fits
-        spilled = w.registers - most
-    room = int(file / (held * (w.registers - spilled)))
-    room = min(room, core.threads // (simdgroups * SIMD_WIDTH))
-    if w.threadgroup_memory:
-        room = min(room, core.threadgroup_memory // w.threadgroup_memory)
-    room = max(1, room)
+    room, spilled = _residency(w, core, c)
 
     # Arithmetic, on all schedulers of a core; loads and stores run beside it.
     per_scheduler = 1.0 / (cores * core.schedulers)
@@ -242,7 +261,8 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     stall = c.stage_wait_two if w.two_buffers else c.stage_wait
     slices = w.slices / w.groups
     turns = w.reads / w.groups / simdgroups
-    in_use = (w.registers - spilled) / (file * lone)
+    in_use = (w.registers - spilled) * simdgroups * HALF_REGISTER_BYTES
+    in_use /= core.register_bytes * lone
 
     def wave(groups: float) -> tuple[float, float]:
         """Cycles of a core that runs `groups` side by side: busy, and waiting."""

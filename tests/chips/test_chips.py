@@ -93,7 +93,7 @@ def test_an_unknown_chip_is_refused_with_the_nearest_names() -> None:
 @pytest.mark.parametrize("name", [None, 3, "", "M", "M3Max30"])
 def test_what_is_no_name_is_an_unknown_chip_too(name: object) -> None:
     with pytest.raises(UnknownChip):
-        get_chip(name)  # type: ignore[arg-type]
+        get_chip(name)
 
 
 def test_errors_of_chips_survive_a_pickle() -> None:

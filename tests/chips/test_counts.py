@@ -151,7 +151,8 @@ def test_a_decode_launch_counts_as_by_hand() -> None:
         bq=8, bk=8, bd=64, simdgroups=1, k_source="device", v_source="device", splits=2
     )
     # 2 KV heads, 3 queries each of 4 heads: 12 rows in 2 tiles, each in 2 splits. The first query
-    # stands beside key 97 of 100 and sees keys from 57 on, a pass from key 56 on: 44 keys, 6 passes.
+    # stands beside key 97 of 100 and sees keys from 57 on; passes begin at key 56: 44 keys, 6
+    # passes.
     got = decode_counts(config, schedule, batch_heads=8, q_len=3, kv_len=100)
     assert (got.groups, got.group_passes, got.live_passes) == (2 * 2 * 2, 4 * 6, 4 * 6)
     assert got.multiply_accumulates == 24 * (8 + 8)

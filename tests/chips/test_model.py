@@ -11,7 +11,7 @@ import pytest
 from metalgen.chips import Chip, IncompleteChip, all_chips, get_chip
 from metalgen.chips.coefficients import Coefficients
 from metalgen.chips.counts import forward_counts, pass_sums
-from metalgen.chips.model import estimate, predict, predict_sizes
+from metalgen.chips.model import estimate, predict, predict_sizes, resident_groups
 from metalgen.chips.work import Work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
@@ -78,7 +78,7 @@ def test_products_alone_run_at_the_peak_of_the_chip() -> None:
 def test_each_resource_is_busy_for_as_long_as_by_hand(
     change: dict[str, float], part: str, seconds: float
 ) -> None:
-    work = PRODUCTS._replace(**change)
+    work = PRODUCTS._replace(**change)  # type: ignore[arg-type]
     assert estimate(work, M1_MAX, IDEAL).parts[part] == pytest.approx(seconds)
 
 
@@ -132,6 +132,14 @@ def test_every_valid_schedule_has_a_finite_time_on_every_apple_chip(
         assert math.isfinite(got.seconds)
         assert got.seconds > got.parts["launch"] > 0
         assert all(math.isfinite(part) and part >= 0 for part in got.parts.values())
+
+
+def test_a_core_holds_what_registers_and_threadgroup_memory_allow() -> None:
+    config = AttentionConfig(64)
+    schedule = default_schedule(config)  # 213 half-registers, 4 simdgroups, 4608 bytes
+    assert resident_groups(config, schedule, M1_MAX) == 208 * 1024 // (213 * 64 * 4) == 3
+    # A quarter of the registers is live where they are handed out as needed: memory bounds it.
+    assert resident_groups(config, schedule, M3_MAX) == 64 * 1024 // 4608 == 14
 
 
 def test_a_problem_is_predicted_at_its_buckets() -> None:
