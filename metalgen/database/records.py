@@ -50,6 +50,30 @@ def shipped_buckets(
     return found
 
 
+def recorded(
+    problem: Problem, chips: Iterable[str], folder: Path | None = None
+) -> list[Measurement]:
+    """All shipped records of the problem's config and family on some chips, whatever templates."""
+    found = []
+    for chip in chips:
+        try:
+            path = record_file(chip, folder)
+            stamp = path.stat()
+            lines = _lines(path, stamp.st_mtime_ns, stamp.st_size)
+        except (OSError, MissingResource):
+            continue
+        near = (_decode(line) for line in lines if problem.config.key in line)
+        found += [
+            m
+            for m in near
+            if m is not None
+            and m.chip == chip
+            and m.problem.config == problem.config
+            and m.problem.family == problem.family
+        ]
+    return found
+
+
 def write_records(path: Path, measurements: Iterable[Measurement]) -> int:
     """Write measurements as canonical lines, sorted, without duplicates; returns how many."""
     lines = sorted({m.to_line() for m in measurements})

@@ -228,8 +228,12 @@ class Store:
         policy: str | None = None,
         phase: str | None = None,
         verified: bool | None = None,
+        config: str | None = None,
+        family: str | None = None,
     ) -> list[Measurement]:
         """The measurements that fit every argument given, in the order they were committed.
+
+        ``config`` is the key of an `AttentionConfig`.
 
         A row that does not hold what it should (someone edited the file) is left out; `health`
         counts those.
@@ -241,6 +245,9 @@ class Store:
     ) -> Iterator[Measurement | None]:
         names = ("chip", "template_hash", "provenance", "policy", "phase", "verified")
         where = {f"m.{name}": filters[name] for name in names if filters.get(name) is not None}
+        for name in ("config", "family"):
+            if filters.get(name) is not None:
+                where[f"p.{name}"] = filters[name]
         if problem is not None:
             where["p.key"] = problem.key
         condition = " AND ".join(f"{name} = ?" for name in where) or "1"

@@ -18,9 +18,10 @@ from metalgen.tuning.measure import Bench, Policy, mlx_runner
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search import Search, rank
 from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
+from metalgen.tuning.starts import borrowed_schedules
 from metalgen.tuning.verifying import failure_status, first_line
 
-MODEL_STARTS = 16
+MODEL_STARTS = 8
 """The chip model's best schedules, with which a search starts after the default."""
 DEFAULT_TRIALS = 100
 """Schedules that are tried for a problem, unless told otherwise."""
@@ -84,7 +85,7 @@ class MeasuredSession(Session):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     def _starts(self) -> tuple[Schedule, ...]:
-        """What a search begins with: the best of earlier software, then of the chip model."""
+        """The best of earlier software, of near chips and buckets, and of the chip model."""
         earlier = self.store.measurements(
             self.problem,
             chip=self.chip.name,
@@ -97,10 +98,12 @@ class MeasuredSession(Session):
             ranked = rank(self.problem, self.valid, self.chip)
         except MetalgenError:  # a chip that the model does not know
             ranked = []
-        starts = [m.schedule for m in stale] + [s for _, s in ranked[:MODEL_STARTS]]
-        return tuple(dict.fromkeys(starts))[: FINALISTS + MODEL_STARTS]
+        starts = [m.schedule for m in stale][:FINALISTS]
+        starts += borrowed_schedules(self.problem, self.chip, self.store)
+        starts += [s for _, s in ranked[:MODEL_STARTS]]
+        return tuple(dict.fromkeys(s for s in starts if s in self.valid))
 
-    def _show_search(self, search: Search) -> None:
+    def _show_search(self, search: Search[Schedule]) -> None:
         times = {s: t for s, t in search.times.items() if t < math.inf}
         best = min(times, key=lambda s: times[s], default=None)
         self.show(
@@ -112,7 +115,7 @@ class MeasuredSession(Session):
         )
 
     def _measure(
-        self, bench: Bench, schedule: Schedule, search: Search, *, cold: bool
+        self, bench: Bench, schedule: Schedule, search: Search[Schedule], *, cold: bool
     ) -> Measurement:
         """Build and time one schedule, whatever comes of it."""
         name, policy = self.device.name, self.policy_key

@@ -2,26 +2,28 @@
 
 Where the clock is the chip model, everything is ranked: `rank`. Where a measurement costs time,
 `Search` asks: first what it was given to start with (the default schedule always), then, in a
-small space, everything else in a seeded order, in a large one Optuna's TPE behind the set of what
-was tried. Each ask is seeded by the run's seed and the number of rows, so a search that was
+small space, everything else in a seeded order; in a large one by its strategy. Each ask is seeded
+by the run's seed and the number of rows, and knows nothing but the rows, so a search that was
 interrupted and told its rows again goes on as an undisturbed one would.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.space import Space
+from metalgen.schedule import Schedule
+from metalgen.tuning.space import Parameter
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
 
     from metalgen.chips import Chip
+    from metalgen.tuning.surrogate import Array
 
 TPE_ATTEMPTS = 24
 """Asks of TPE for a point that is valid and new, before one is drawn at random."""
@@ -29,6 +31,39 @@ STARTUP_TRIALS = 10
 """Random trials before TPE has a model."""
 FAILED = float("inf")
 """The time of a schedule that did not run: worse than any."""
+STRATEGIES = ("guided", "tpe", "climb", "random")
+"""How a search goes on after its start; `benchmarks/search.py` compares them."""
+STARTUP = 8
+"""Rows before the surrogate is asked."""
+REFIT = 10
+"""The surrogate's length scales are found anew after so many rows."""
+CANDIDATES = 1500
+"""Points that are drawn for each ask of the surrogate, beside the neighbours of the best."""
+ROUND_BEST = 4
+"""Best points whose neighbours are candidates."""
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+class Domain(Protocol[Item]):
+    """What a search asks of a space: `metalgen.tuning.space.Space`, or a recorded one."""
+
+    @property
+    def parameters(self) -> Sequence[Parameter]:
+        """In the order in which their conditions refer to each other."""
+
+    @property
+    def default(self) -> Item:
+        """What is tried first."""
+
+    def item(self, point: dict[str, Any]) -> Item:
+        """The item of a point."""
+
+    def point(self, item: Item) -> dict[str, Any] | None:
+        """The point of an item; None where there is none."""
+
+    def value(self, item: Item, name: str) -> Any:
+        """An item's value of a parameter."""
 
 
 def rank(
@@ -63,8 +98,13 @@ def rank(
     return ranked
 
 
-class Search:
+class Search(Generic[Item]):
     """Asks for schedules, is told their times, never asks for the same one twice.
+
+    Strategies: ``"guided"`` asks a Gaussian process for the greatest expected improvement;
+    ``"tpe"`` Optuna's tree-structured Parzen estimator behind the set of what was tried;
+    ``"climb"`` tries neighbours of the present point, moves where one is better and starts anew
+    where none is left; ``"random"`` draws.
 
     Args:
         space: where to look.
@@ -72,69 +112,165 @@ class Search:
         seed: of the run.
         first: schedules to start with, after the default one.
         small: up to this many valid schedules all are tried.
+        strategy: one of `STRATEGIES`.
 
     Raises:
-        ArgumentError: `seed` is not a whole number from 0 to 2**31 - 1.
+        ArgumentError: `seed` is not a whole number from 0 to 2**31 - 1, or an unknown strategy.
     """
 
     def __init__(
         self,
-        space: Space,
-        valid: Sequence[Schedule],
+        space: Domain[Item],
+        valid: Sequence[Item],
         seed: int = 0,
         *,
-        first: Sequence[Schedule] = (),
+        first: Sequence[Item] = (),
         small: int = 0,
+        strategy: str = "guided",
     ) -> None:
         if type(seed) is not int or not 0 <= seed < 1 << 31:
             raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
+        if strategy not in STRATEGIES:
+            raise ArgumentError("strategy", f"one of {', '.join(STRATEGIES)}", strategy)
         self.space = space
         self.valid = tuple(valid)
         self.seed = seed
         self.small = small
-        default = default_schedule(space.config, space.limits, space.family)
-        self.first = tuple(dict.fromkeys((default, *first)))
-        self.times: dict[Schedule, float] = {}
-        self._members = set(self.valid)
+        self.strategy = strategy
+        self.first = tuple(dict.fromkeys((space.default, *first)))
+        self.times: dict[Item, float] = {}
+        self._index = {item: n for n, item in enumerate(self.valid)}
+        self._order: list[int] = []  # of `valid`, as they were told
         self._study: optuna.Study | None = None
+        self._grid: tuple[np.ndarray[Any, Any], Array] | None = None
+        self._lengths: tuple[int, Array] | None = None
 
-    def tell(self, schedule: Schedule, seconds: float | None) -> None:
+    def tell(self, item: Item, seconds: float | None) -> None:
         """The outcome of a schedule: its time, or None where it has none."""
-        if schedule in self.times:
+        if item in self.times:
             return
-        self.times[schedule] = FAILED if seconds is None else seconds
+        self.times[item] = FAILED if seconds is None else seconds
+        if item in self._index:
+            self._order.append(self._index[item])
         if self._study is not None:
-            self._add(self._study, schedule)
+            self._add(self._study, item)
 
-    def ask(self) -> Schedule | None:
+    def ask(self) -> Item | None:
         """The next schedule to try; None when all have been."""
-        for schedule in self.first:
-            if schedule in self._members and schedule not in self.times:
-                return schedule
-        if all(schedule in self.times for schedule in self.valid):
+        for item in self.first:
+            if item in self._index and item not in self.times:
+                return item
+        if len(self._order) == len(self.valid):
             return None
         # A generator of its own for each ask: only the seed and the rows so far decide.
-        seed = random.Random(f"{self.seed} {len(self.times)}").getrandbits(31)
+        draw = random.Random(f"{self.seed} {len(self.times)}")
+        found: Item | None = None
         if len(self.valid) > self.small:
-            found = self._ask_tpe(seed)
-            if found:
-                return found
-        left = [schedule for schedule in self.valid if schedule not in self.times]
-        return random.Random(seed).choice(left)
+            if self.strategy == "tpe":
+                found = self._ask_tpe(draw.getrandbits(31))
+            elif self.strategy == "climb":
+                found = self._ask_climb(draw)
+            elif self.strategy == "guided" and self._informed():
+                found = self._ask_surrogate(draw)
+        return self._any(draw) if found is None else found
 
-    def _ask_tpe(self, seed: int) -> Schedule | None:
+    def _any(self, draw: random.Random) -> Item:
+        if 2 * len(self._order) < len(self.valid):
+            while True:
+                item = self.valid[draw.randrange(len(self.valid))]
+                if item not in self.times:
+                    return item
+        return draw.choice([item for item in self.valid if item not in self.times])
+
+    # The surrogate
+
+    def _informed(self) -> bool:
+        ran = {self.times[self.valid[n]] for n in self._order} - {FAILED}
+        return len(self._order) >= STARTUP and len(ran) > 1
+
+    def _ask_surrogate(self, draw: random.Random) -> Item:
+        import numpy as np
+
+        from metalgen.tuning.surrogate import Surrogate, length_scales
+
+        points = self._codes()[1]
+        values = self._values()
+        block = len(self._order) // REFIT * REFIT or len(self._order)
+        if self._lengths is None or self._lengths[0] != block:
+            known = self._order[:block]
+            self._lengths = block, length_scales(points[known], values[:block])
+        surrogate = Surrogate(points[self._order], values, self._lengths[1])
+        tried = set(self._order)
+        size = min(CANDIDATES, len(self.valid))
+        candidates = set(draw.sample(range(len(self.valid)), size))
+        for place in np.argsort(values, kind="stable")[:ROUND_BEST]:
+            candidates.update(self._neighbours(self._order[place]))
+        left = sorted(candidates - tried)
+        if not left:
+            return self._any(draw)
+        return self.valid[left[int(np.argmax(surrogate.improvement(points[left])))]]
+
+    def _codes(self) -> tuple[np.ndarray[Any, Any], Array]:
+        """Ranks of every valid item's values, and the same scaled to 0..1 where they differ."""
+        if self._grid is None:
+            import numpy as np
+
+            columns = []
+            for parameter in self.space.parameters:
+                values = [self.space.value(item, parameter.name) for item in self.valid]
+                ranks = {v: n for n, v in enumerate(parameter.choices)}
+                for value in values:  # an inactive value that is no choice
+                    ranks.setdefault(value, len(ranks))
+                columns.append([ranks[value] for value in values])
+            codes = np.array(columns, dtype=np.int16).T
+            codes -= codes.min(axis=0)
+            top = codes.max(axis=0)
+            self._grid = codes, codes[:, top > 0] / top[top > 0]
+        return self._grid
+
+    def _values(self) -> Array:
+        """Logarithms of the times of `_order`; what failed counts as the slowest that ran."""
+        import numpy as np
+
+        times = np.array([self.times[self.valid[n]] for n in self._order])
+        return np.log(np.where(np.isfinite(times), times, times[np.isfinite(times)].max()))
+
+    def _neighbours(self, number: int) -> list[int]:
+        """The valid items that differ from one in a single parameter."""
+        codes = self._codes()[0]
+        found: list[int] = ((codes != codes[number]).sum(axis=1) == 1).nonzero()[0].tolist()
+        return found
+
+    # Hill climbing
+
+    def _ask_climb(self, draw: random.Random) -> Item | None:
+        place: int | None = None
+        left: set[int] = set()
+        seen: set[int] = set()
+        for number in self._order:  # where the climb stands, from the rows alone
+            seen.add(number)
+            left.discard(number)
+            time = self.times[self.valid[number]]
+            if place is None or not left or time < self.times[self.valid[place]]:
+                place = number
+                left = set(self._neighbours(number)) - seen
+        return self.valid[draw.choice(sorted(left))] if left else None
+
+    # Optuna
+
+    def _ask_tpe(self, seed: int) -> Item | None:
         import optuna
 
         if self._study is None:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             self._study = optuna.create_study(direction="minimize")
-            for schedule in self.times:
-                self._add(self._study, schedule)
+            for item in self.times:
+                self._add(self._study, item)
         study = self._study
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
         for _ in range(TPE_ATTEMPTS):
             trial = study.ask()
-            point: dict[str, object] = {}
+            point: dict[str, Any] = {}
             for parameter in self.space.parameters:
                 values = parameter.values(point)
                 point[parameter.name] = (
@@ -144,15 +280,15 @@ class Search:
                 )
             # What is asked for is told by `tell`, as a trial of its own, also after a resume.
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            schedule = self.space.schedule(point)
-            if schedule in self._members and schedule not in self.times:
-                return schedule
+            item = self.space.item(point)
+            if item in self._index and item not in self.times:
+                return item
         return None
 
-    def _add(self, study: optuna.Study, schedule: Schedule) -> None:
+    def _add(self, study: optuna.Study, item: Item) -> None:
         import optuna
 
-        point = self.space.point(schedule)
+        point = self.space.point(item)
         if point is None:
             return
         free: dict[str, object] = {}
@@ -162,5 +298,5 @@ class Search:
             if len(values) > 1:
                 free[parameter.name] = point[parameter.name]
                 choices[parameter.name] = optuna.distributions.CategoricalDistribution(values)
-        value = self.times[schedule]
+        value = self.times[item]
         study.add_trial(optuna.trial.create_trial(params=free, distributions=choices, value=value))

@@ -28,6 +28,11 @@ Point = Mapping[str, Any]
 """Values of the parameters declared so far, by name."""
 
 
+def always(point: Point) -> bool:
+    """The condition of a parameter that is free everywhere."""
+    return True
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One dimension of a space.
@@ -41,7 +46,7 @@ class Parameter:
 
     name: str
     choices: tuple[Any, ...]
-    active: Callable[[Point], bool] = lambda point: True
+    active: Callable[[Point], bool] = always
     inactive: Any = None
 
     def values(self, point: Point) -> tuple[Any, ...]:
@@ -68,6 +73,19 @@ class Space:
         """The schedule of a point; ``bq`` follows from the rows that the simdgroups own."""
         rows = TARGETS[self.limits.target].row_block
         return Schedule(bq=rows * point["row_blocks"] * point["simdgroups"], **point)
+
+    @property
+    def default(self) -> Schedule:
+        """The default schedule, which is in every space."""
+        return default_schedule(self.config, self.limits, self.family)
+
+    def item(self, point: Point) -> Schedule:
+        """The same as `schedule`, by the name that a search knows."""
+        return self.schedule(point)
+
+    def value(self, schedule: Schedule, name: str) -> Any:
+        """A schedule's value of a parameter."""
+        return getattr(schedule, name)
 
     def point(self, schedule: Schedule) -> dict[str, Any] | None:
         """The values of the parameters that give a schedule, or None if no point does."""
@@ -138,7 +156,9 @@ def space(
             Parameter("splits", (1, 2, 4, 8, 16, 32, 64) if family == "decode" else (1,)),
             Parameter("row_blocks", (1, 2) if family == "decode" else (1, 2, 4)),
             Parameter("simdgroups", (1, 2, 4) if family == "decode" else (1, 2, 4, 8, 16)),
-            Parameter("bk", (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64)),
+            Parameter(
+                "bk", (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64)
+            ),
             Parameter("q_source", ("registers", "threadgroup")),
             Parameter("k_source", only.get("k_source", staging)),
             Parameter("v_source", only.get("v_source", staging)),

@@ -1,0 +1,189 @@
+"""Recorded spaces, what is borrowed from other devices, and the surrogate, on known values."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tuning_fakes import cost
+
+from metalgen.chips import get_chip
+from metalgen.config import AttentionConfig
+from metalgen.database.measurement import Measurement
+from metalgen.database.store import Store
+from metalgen.errors import ArgumentError
+from metalgen.problem import Problem
+from metalgen.tuning.replay import Recording, read_recordings
+from metalgen.tuning.search import STRATEGIES, Search
+from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.starts import borrow, borrowed_schedules
+from metalgen.tuning.surrogate import Surrogate, length_scales
+
+CACHE = {
+    "tune_params_keys": ["x", "y"],
+    "cache": {
+        "1,2": {"x": 1, "y": 2, "time": 4.0},
+        "1,4": {"x": 1, "y": 4, "time": 2.0},
+        "8,2": {"x": 8, "y": 2, "time": "RuntimeFailedConfig"},
+    },
+}
+CONFIG = AttentionConfig(head_dim=64)
+PROBLEM = Problem(CONFIG, 32, 1024, 1024)
+
+
+def measured(number: int, chip: str = "M1", seconds: float | None = None) -> Measurement:
+    """A row of the `number`-th valid schedule."""
+    schedule = enumerate_valid(CONFIG)[number]
+    return Measurement(
+        PROBLEM, schedule, "0123456789abcdef", chip, 8, "metal", "measured", "p",
+        seconds=seconds or cost(schedule), created="2026-11-21T08:00:00Z",
+    )  # fmt: skip
+
+
+def bowl(folder: Path) -> Recording:
+    """A space of 400 points whose time is a smooth bowl with its optimum at (13, 6)."""
+    cache = {
+        f"{x},{y}": {"x": x, "y": y, "time": 1 + 0.01 * (x - 13) ** 2 + 0.02 * (y - 6) ** 2}
+        for x in range(20)
+        for y in range(20)
+    }
+    text = json.dumps({"tune_params_keys": ["x", "y"], "cache": cache})
+    (folder / "gpu.json").write_text(text)
+    return read_recordings(folder)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cache_file_of_kernel_tuner_is_a_space(tmp_path: Path, packed: bool) -> None:
+    (tmp_path / "gemm").mkdir()
+    data = json.dumps(CACHE).encode()
+    path = tmp_path / "gemm" / ("A100.json.gz" if packed else "A100.json")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    (space,) = read_recordings(tmp_path)
+    assert (space.group, space.device, space.best) == ("gemm", "A100", 0.002)
+    assert space.times == {(1, 2): 0.004, (1, 4): 0.002, (8, 2): None}
+    assert [(p.name, p.choices) for p in space.parameters] == [("x", (1, 8)), ("y", (2, 4))]
+    assert space.default == (1, 4)
+    assert space.item({"x": 8, "y": 2}) == (8, 2)
+    assert space.point((8, 2)) == {"x": 8, "y": 2}
+    assert space.value((8, 2), "y") == 2
+
+
+def test_our_records_make_a_space_for_each_chip_and_problem(tmp_path: Path) -> None:
+    rows = [measured(n, chip) for n in (0, 3, 9) for chip in ("M1", "M2")]
+    (tmp_path / "space.jsonl").write_text("".join(m.to_line() + "\n" for m in rows))
+    spaces = read_recordings(tmp_path)
+    assert [s.device for s in spaces] == ["M1", "M2"]
+    for space in spaces:
+        assert sorted(filter(None, space.times.values())) == sorted(
+            cost(enumerate_valid(CONFIG)[n]) for n in (0, 3, 9)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", "{}"),
+        ("a.json", "[" * 100_000),
+        ("a.json", '{"tune_params_keys":["x"],"cache":{"1":{"x":[1],"time":1}}}'),
+        ("a.json", '{"tune_params_keys":["x"],"cache":{"1":{"x":1,"time":"no"}}}'),
+        ("a.jsonl", "not a record\n"),
+        ("a.txt", "nothing"),
+    ],
+)
+def test_what_is_no_recording_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ArgumentError, match="spaces: expected"):
+        read_recordings(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_tries_each_point_once_and_goes_on_after_an_interruption(
+    tmp_path: Path, strategy: str
+) -> None:
+    space = bowl(tmp_path)
+
+    def search(known: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+        found = Search(space, list(space.times), 3, strategy=strategy)
+        for entry in known:
+            found.tell(entry, space.times[entry])
+        while len(found.times) < count and (entry := found.ask()) is not None:
+            found.tell(entry, space.times[entry])
+        return list(found.times)
+
+    whole = search([], 45)
+    assert len(set(whole)) == 45
+    assert whole[0] == space.default
+    for stop in (1, 9, 17, 30):
+        assert search(whole[:stop], 45) == whole
+
+
+def test_the_surrogate_finds_the_bottom_of_a_bowl_in_thirty_measurements(tmp_path: Path) -> None:
+    space = bowl(tmp_path)
+    for seed in range(3):
+        search = Search(space, list(space.times), seed)
+        while len(search.times) < 30:
+            entry = search.ask()
+            assert entry is not None
+            search.tell(entry, space.times[entry])
+        assert min(search.times, key=lambda e: search.times[e]) == (13, 6)
+
+
+def test_a_climb_moves_to_what_is_better_and_tries_its_neighbours(tmp_path: Path) -> None:
+    space = bowl(tmp_path)
+    search = Search(space, list(space.times), strategy="climb")
+    place = space.default
+    search.tell(search.ask() or place, space.times[place])
+    for _ in range(40):
+        entry = search.ask()
+        assert entry is not None
+        assert (entry[0] == place[0]) != (entry[1] == place[1])
+        search.tell(entry, space.times[entry])
+        place = min(place, entry, key=lambda e: space.times[e])
+
+
+def test_the_surrogate_interpolates_and_expects_little_where_it_knows() -> None:
+    points = np.array([[0.0], [0.25], [0.5], [0.75], [1.0]])
+    values = np.array([1.0, 0.5, 0.2, 0.5, 1.0])
+    surrogate = Surrogate(points, values, np.array([0.7]))
+    assert surrogate.expected(points) == pytest.approx(values, abs=0.02)
+    known = surrogate.improvement(points)
+    assert (known >= 0).all() and known[0] < 1e-6
+    assert surrogate.improvement(np.array([[0.45]]))[0] > known[1]
+
+
+def test_a_parameter_that_does_nothing_gets_a_long_scale() -> None:
+    draw = np.random.default_rng(0)
+    points = draw.random((40, 2))
+    lengths = length_scales(points, np.sin(6 * points[:, 0]))
+    assert lengths[1] > 2 * lengths[0]
+
+
+def test_winners_come_first_and_then_what_is_best_on_all_together() -> None:
+    first = {"a": 1.0, "b": 1.1, "c": 4.0}
+    second = {"c": 1.0, "b": 1.1, "a": 4.0, "d": 8.0}
+    # Together: b 1/1.21, then a and c 1/4, then d 0.3/8.
+    assert borrow([first, {}, second]) == ["a", "c", "b", "d"]
+    assert borrow([first, second], 3) == ["a", "c", "b"]
+    assert math.log(0.3 / 8) < math.log(1 / 4) < math.log(1 / 1.21)
+    assert borrow([]) == []
+
+
+def test_schedules_are_borrowed_from_near_chips_and_not_from_the_chip_itself(
+    tmp_path: Path,
+) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M1", 0)
+        import dataclasses
+
+        rows = [
+            measured(5, "M1Max-24", 1e-3), measured(6, "M1Max-24", 2e-3),
+            measured(7, "M1Max", 1e-3), measured(8, "H200", 1e-3),
+        ]  # fmt: skip
+        store.add_measurements(dataclasses.replace(m, run=run) for m in rows)
+        found = borrowed_schedules(PROBLEM, get_chip("M1Max"), store)
+    valid = enumerate_valid(CONFIG)
+    assert found == [valid[5], valid[6]]
