@@ -10,13 +10,12 @@ Everything here is modelled. A prediction ranks schedules of one chip; it is no 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 from metalgen.chips.chip import Chip, IncompleteChip
 from metalgen.chips.coefficients import DEFAULT, Coefficients
-from metalgen.chips.counts import forward_counts
+from metalgen.chips.counts import decode_counts, forward_counts
 from metalgen.chips.work import Work, forward_work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
@@ -66,33 +65,23 @@ def predict(
 def predict_decode(
     problem: Problem, schedule: Schedule, chip: Chip, coefficients: Coefficients = DEFAULT
 ) -> Prediction:
-    """The same for the decode family, as forward launches with the same work.
+    """The same for the decode family: its own counts, each split a head with its share of keys.
 
-    Rows are all queries that share a KV head, and each split is a head of its own with its share
-    of the keys. Few queries see nearly all keys, so masks are left out, but for a window, which
-    shortens the keys. The combine step reads the float outputs of all splits.
+    The combine step reads the float outputs of all splits.
     """
-    config = problem.config
+    _core(chip)
+    config, splits = problem.config, schedule.splits
+    q_len, kv_len, batch_heads = problem.q_len, problem.kv_len, problem.heads
+    counts = decode_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
     left = config.window_left
-    keys = problem.kv_len if left is None else min(problem.kv_len, left + problem.q_len)
-    kv_heads = max(1, problem.batch_heads // config.heads_per_kv)
-    plain = dataclasses.replace(
-        config, causal=False, window_left=None, window_right=None, heads_per_kv=1
-    )
-    main = predict_sizes(
-        plain,
-        dataclasses.replace(schedule, splits=1),
-        chip,
-        batch_heads=kv_heads * schedule.splits,
-        q_len=problem.q_len * config.heads_per_kv,
-        kv_len=max(1, -(-keys // schedule.splits)),
-        coefficients=coefficients,
-    )
-    if schedule.splits == 1:
+    keys = kv_len if left is None else min(kv_len, left + q_len)
+    share = -(-keys // splits)
+    work = forward_work(config, schedule, counts, batch_heads * splits, q_len, share)
+    main = estimate(work, chip, coefficients)
+    if splits == 1:
         return main
-    rows = problem.batch_heads * problem.q_len
-    moved = rows * (config.v_dim + 1) * 4 * 2 * schedule.splits  # written once, read once
-    chip.require("dram_gbs")
+    rows = batch_heads * q_len
+    moved = rows * (config.v_dim + 1) * 4 * 2 * splits  # written once, read once
     assert chip.dram_gbs is not None
     combine = moved / (chip.dram_gbs * 1e9) + coefficients.launch
     return main._replace(seconds=main.seconds + combine, parts=main.parts | {"combine": combine})

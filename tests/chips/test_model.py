@@ -149,6 +149,21 @@ def test_a_problem_is_predicted_at_its_buckets() -> None:
     assert got == predict_sizes(config, schedule, M3_MAX, batch_heads=32, q_len=1024, kv_len=1024)
 
 
+def test_decode_reads_its_keys_once_from_memory_and_joins_its_splits() -> None:
+    config = AttentionConfig(128, heads_per_kv=4)
+    schedule = default_schedule(config, family="decode")
+    problem = Problem(config, 32, 1, 32768, family="decode")
+    got = predict(problem, schedule, M3_MAX)
+    keys_and_values = 2 * 8 * 32768 * 128 * 2  # 8 KV heads
+    assert got.parts["dram"] == pytest.approx(keys_and_values / (0.8 * 400e9), rel=0.01)
+    parts = 32 * schedule.splits * 129 * 4 * 2  # float32 outputs and a logarithm, there and back
+    assert got.parts["combine"] == pytest.approx(parts / 400e9 + got.parts["launch"])
+    assert got.seconds > got.parts["dram"] + got.parts["combine"]
+    windowed = dataclasses.replace(config, window_left=1023)
+    short = predict(dataclasses.replace(problem, config=windowed), schedule, M3_MAX)
+    assert short.parts["dram"] < got.parts["dram"] / 16
+
+
 def test_more_cores_are_faster() -> None:
     problem = Problem(AttentionConfig(128), 32, 4096, 4096)
     schedule = default_schedule(problem.config)
