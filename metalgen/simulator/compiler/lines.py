@@ -28,6 +28,9 @@ def _read(path: Path) -> list[tuple[int, str, int]]:
 
     rows: list[tuple[int, str, int]] = []
     with path.open("rb") as stream:
+        if stream.read(4) != b"\x7fELF":  # macOS: no lines
+            return rows
+        stream.seek(0)
         elf = ELFFile(stream)
         if not elf.has_dwarf_info():
             return rows

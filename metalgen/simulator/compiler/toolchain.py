@@ -67,21 +67,7 @@ def zig() -> Path:
 def link(objects: Sequence[str], output: str) -> list[str]:
     """The arguments that link `objects` to a shared object. On macOS: best effort, untested."""
     if platform.system() == "Darwin":
-        return [
-            "ld64.lld",
-            "-dylib",
-            "-arch",
-            "arm64",
-            "-platform_version",
-            "macos",
-            "13.0",
-            "13.0",
-            "-undefined",
-            "dynamic_lookup",
-            "-o",
-            output,
-            *objects,
-        ]
+        return ["cc", "-shared", "-o", output, *objects]
     return ["ld.lld", "-shared", "-o", output, *objects]
 
 

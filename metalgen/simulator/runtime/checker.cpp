@@ -13,10 +13,6 @@ static uint64_t place_access[kPlaces];    // the access that met it last
 static uint32_t place_count;
 static uint64_t access_number;            // of the access, or other event, now checked
 
-extern "C" {
-extern char _end[] __attribute__((weak, visibility("hidden")));
-}
-
 static mg_finding *findings() { return (mg_finding *)((char *)report + report->findings); }
 
 // The finding of this kind at this place, new or met again; null when there is no room for it.
@@ -397,7 +393,7 @@ static char *access_device(uintptr_t p, uint32_t bytes, uint32_t alignment, uint
   Buffer *b = buffer_total ? find_buffer(p) : nullptr;
   if (MG_UNLIKELY(!b)) {
     // Constants of the program, and the stand-in for an absent buffer, belong to the object itself.
-    if (p >= image_base() && p < (uintptr_t)_end && !((uintptr_t)arena <= p && p < (uintptr_t)arena + kArenaBytes))
+    if (p >= image_base() && p < image_end() && !((uintptr_t)arena <= p && p < (uintptr_t)arena + kArenaBytes))
       return (char *)p;
     return out_of_bounds(a, code);
   }

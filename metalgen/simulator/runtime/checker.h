@@ -7,7 +7,9 @@
 #endif
 static const bool kChecked = MG_CHECKED;
 
+// The shared object in memory: what the kernel's own constants belong to.
 uintptr_t image_base();
+uintptr_t image_end();
 bool check_begin();
 void check_end();
 // The lanes of a mask have met (or are done): what they accessed is counted together.

@@ -9,7 +9,12 @@ char *arena;
 char *stacks_begin, *stacks_end;
 extern "C" {
 alignas(64) char mg_dummy_buffer[4096];  // what an absent buffer is bound to
-extern const char __ehdr_start[] __attribute__((weak, visibility("hidden")));
+#if defined(__APPLE__)
+extern const char _mh_dylib_header[] __attribute__((visibility("hidden")));
+#else
+extern const char __ehdr_start[] __attribute__((visibility("hidden")));
+extern char _end[] __attribute__((visibility("hidden")));
+#endif
 }
 
 // A fibre's memory, from its lowest address: no access, the stack of its arrays, no access, its own
@@ -21,7 +26,13 @@ alignas(64) static char arena_memory[kArenaBytes];
 static uint64_t threadgroup_bytes;
 static char *signal_stack;
 
+#if defined(__APPLE__)
+uintptr_t image_base() { return (uintptr_t)_mh_dylib_header; }
+uintptr_t image_end() { return image_base() + (64 << 20); }  // Mach-O has no symbol for it
+#else
 uintptr_t image_base() { return (uintptr_t)__ehdr_start; }
+uintptr_t image_end() { return (uintptr_t)_end; }
+#endif
 
 char *stack_top(uint32_t thread) {
   return stacks_begin + (uint64_t)(thread + 1) * fibre_bytes;
