@@ -330,6 +330,10 @@ def test_the_checker_reports_lanes_that_write_the_same_zero(load: Load) -> None:
         assert set(masked.findings.kinds()) == findings
         assert {f.memory for f in masked.findings} == {"y"}
         assert {(f.access.kind, f.other.kind) for f in masked.findings} == {("write", "write")}
+        lines = masked.source.split("\n")
+        assert {lines[f.line - 1].strip() for f in masked.findings} == {
+            "y[dv_idx] = static_cast<InT>(0);"
+        }
         assert not len(plain.findings)
 
 
