@@ -14,6 +14,7 @@ from metalgen.devices.base import Device, Runner
 from metalgen.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
+    from metalgen.dsl.inputs import FunctionInputs
     from metalgen.render import KernelSource
 
 
@@ -34,7 +35,11 @@ class KernelDevice(Device):
         kernel = self.compile(source)
 
         def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float
+            q: mx.array,
+            k: mx.array,
+            v: mx.array,
+            scale: float,
+            inputs: FunctionInputs | None = None,
         ) -> tuple[mx.array, mx.array | None]:
             batch, heads, q_len, _ = q.shape
             shapes: list[tuple[int, ...]] = [(batch, heads, q_len, config.v_dim)]
@@ -47,9 +52,14 @@ class KernelDevice(Device):
                 empty += [mx.full(shape, -mx.inf) for shape in shapes[1:]]
                 return empty[0], empty[1] if config.return_lse else None
             q, scale = positive_scale(q, scale)
+            # Seen as bytes, an array is copied only where its last axis has gaps.
+            bound = [x.view(mx.uint8) for x in (q, k, v)] + [scale * math.log2(math.e)]
+            if inputs is not None:
+                if inputs.blocks is not None:
+                    bound.append(inputs.blocks.lists(source.bq, schedule.bk))
+                bound += [mx.contiguous(x) for x in inputs.arrays]
             outputs = kernel(
-                # Seen as bytes, an array is copied only where its last axis has gaps.
-                inputs=[x.view(mx.uint8) for x in (q, k, v)] + [scale * math.log2(math.e)],
+                inputs=bound,
                 output_shapes=shapes,
                 output_dtypes=dtypes,
                 grid=(-(-q_len // source.bq) * source.threads, heads, batch),
