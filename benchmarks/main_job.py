@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 import metalgen
-from metalgen import AttentionConfig, Schedule, simulator
+from metalgen import AttentionConfig, simulator
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.problem import Problem
@@ -78,7 +78,6 @@ def traffic(folder: Path) -> None:
     print(f"Simulated counts of the schedules that tune picks, half, {HEADS} heads, L={LENGTH}:")
     os.environ["METALGEN_DB"] = str(folder / "tuning.db")
     from metalgen.chips import get_chip
-    from metalgen.tuning.presets import preset  # noqa: F401  (the sizes below are the preset's)
 
     for name in ("M1Max", "M3Max"):
         command = [sys.executable, "-m", "metalgen", "tune", "--chip", name, "--json"]
@@ -112,7 +111,9 @@ def per_product(run: simulator.Run) -> tuple[float, int]:
     """Threadgroup bytes read a multiply-accumulate, and bytes read and written in device memory."""
     seen = run.counters
     device = sum(
-        buffer.bytes_read + buffer.bytes_written for buffer in seen.buffers if "_" not in buffer.name
+        buffer.bytes_read + buffer.bytes_written
+        for buffer in seen.buffers
+        if "_" not in buffer.name
     )
     return seen.threadgroup_read / seen.multiply_accumulates, device
 

@@ -39,6 +39,7 @@ class Kernel:
         device: name of the device that computes it.
         backend: ``"metalgen"`` (our kernel), ``"mlx"`` (``mx.fast.scaled_dot_product_attention``)
             or ``"plain"`` (plain MLX operations).
+        family: ``"forward"`` or ``"decode"`` (up to 64 queries); either takes any lengths.
         schedule: how our kernel runs, or would run where another backend keeps the call.
         path: how the schedule was found, and why the backend is what it is.
     """
@@ -46,16 +47,18 @@ class Kernel:
     config: AttentionConfig
     device: str
     backend: str
+    family: str
     schedule: Schedule
     path: tuple[str, ...]
     _run: Runner = field(repr=False)
 
     @functools.cached_property
     def source(self) -> str:
-        """The Metal source of our kernel for this config and schedule."""
+        """The source of our kernel for this config and schedule: Metal, or on a CUDA GPU CUDA."""
         from metalgen.render import render
 
-        return render(self.config, self.schedule).text
+        target = get_device(self.device).target or "metal"
+        return render(self.config, self.schedule, target, self.family).text
 
     def explain(self) -> str:
         """Where the schedule came from, what runs, and why; one step a line."""
@@ -215,7 +218,7 @@ def check_scale(config: AttentionConfig, scale: float | None) -> float:
 
 
 def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
-    config = problem.config
+    config, family = problem.config, problem.family
     path: list[str] = []
     chip = _chip(chip_name, device, path)
     if device.target is None:
@@ -224,28 +227,29 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
             config,
             device.name,
             "plain",
-            default_schedule(config),
+            family,
+            default_schedule(config, family=family),
             tuple(path),
             _plain(config),
         )
     limits = chip.limits if chip else device.limits
-    versions = template_hash("forward", device.target)
+    versions = template_hash(family, device.target)
     hit = lookup(problem, chip, versions, limits=limits, trace=path)
     if hit:
         schedule = hit.schedule
         path.append(_describe(hit))
     else:
-        schedule = default_schedule(config, limits)
+        schedule = default_schedule(config, limits, family)
         path.append("schedule: the default one, for nothing on record fits")
     if device.is_gpu and _mlx_is_fused(config) and not (hit and hit.beats_mlx):
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
-        return Kernel(config, device.name, "mlx", schedule, tuple(path), _mlx(config))
-    for candidate in dict.fromkeys((schedule, default_schedule(config, limits))):
-        if _passes(device, config, candidate, versions, path):
-            run = device.build(config, candidate)
-            return Kernel(config, device.name, "metalgen", candidate, tuple(path), run)
+        return Kernel(config, device.name, "mlx", family, schedule, tuple(path), _mlx(config))
+    for candidate in dict.fromkeys((schedule, default_schedule(config, limits, family))):
+        if _passes(device, config, candidate, family, versions, path):
+            run = device.build(config, candidate, family)
+            return Kernel(config, device.name, "metalgen", family, candidate, tuple(path), run)
     path.append("FALLBACK to plain MLX operations: no kernel passed its check on this device")
-    return Kernel(config, device.name, "plain", schedule, tuple(path), _plain(config))
+    return Kernel(config, device.name, "plain", family, schedule, tuple(path), _plain(config))
 
 
 def _chip(name: str | None, device: Device, path: list[str]) -> Chip | None:
@@ -282,11 +286,12 @@ def _passes(
     device: Device,
     config: AttentionConfig,
     schedule: Schedule,
+    family: str,
     versions: str,
     path: list[str],
 ) -> bool:
     """Whether a kernel was checked on this device; checks it, and records that, if it never was."""
-    status = checked(config, schedule, versions, device=device.name)
+    status = checked(config, schedule, versions, device=device.name, family=family)
     if status is not None:
         path.append(f"check on {device.name}: {status}, on record")
         return status == "ok"
@@ -295,7 +300,7 @@ def _passes(
     error = tolerance = None
     shape = ""
     try:
-        result = verify(device, config, schedule)
+        result = verify(device, config, schedule, family=family)
     except InvalidSchedule as problem:
         path.append(f"{schedule}: {problem}")
         return False
@@ -327,6 +332,7 @@ def _passes(
                 tolerance=tolerance,
                 shape=shape,
                 detail=detail,
+                family=family,
             )
     except (MetalgenError, OSError) as problem:
         path.append(f"the check could not be recorded: {problem}")

@@ -22,12 +22,14 @@ class CudaCopy:
 
     Args:
         chunks: chunks of 16 bytes in a row.
+        elements: elements in a chunk.
         row_bytes: bytes from one row of the tile to the next.
         step: rows that all threads copy at once, where a thread keeps to one column of chunks and
             the swizzle repeats; 0 where they do not fit so.
     """
 
     chunks: int
+    elements: int
     row_bytes: int
     step: int
 
@@ -74,6 +76,7 @@ def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:
     repeats = chunks % 8 != 0 or step % 8 == 0  # the swizzle has a period of 8 rows
     return CudaCopy(
         chunks,
+        CHUNK_BYTES // itemsize,
         row_bytes(width, itemsize, CUDA),
         step if whole and rest == 0 and repeats else 0,
     )

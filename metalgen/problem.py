@@ -7,8 +7,11 @@ import json
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig, _check_int
+from metalgen.errors import ArgumentError
 
-FAMILIES = ("forward",)
+FAMILIES = ("forward", "decode")
+DECODE_QUERIES = 64
+"""Up to as many queries the decode family computes: few rows, and keys shared out."""
 MAX_LENGTH = 1 << 24
 MAX_BATCH_HEADS = 1 << 20
 
@@ -26,6 +29,8 @@ class Problem:
         config: the attention to compute.
         batch_heads: batch entries times query heads.
         q_len, kv_len: number of queries and of keys.
+        family: ``"forward"`` or ``"decode"``; left empty, it is chosen by the number of queries
+            (with a block mask it is always forward, whose rows are those of one head).
 
     Sizes are rounded up to their bucket. Raises `ArgumentError` for sizes below 1.
     """
@@ -34,12 +39,18 @@ class Problem:
     batch_heads: int
     q_len: int
     kv_len: int
-    family: str = "forward"
+    family: str = ""
 
     def __post_init__(self) -> None:
         _check_int("batch_heads", self.batch_heads, 1, MAX_BATCH_HEADS)
         _check_int("q_len", self.q_len, 1, MAX_LENGTH)
         _check_int("kv_len", self.kv_len, 1, MAX_LENGTH)
+        if not self.family:
+            few = self.q_len <= DECODE_QUERIES and not self.config.block_mask
+            family = "decode" if few else "forward"
+            object.__setattr__(self, "family", family)
+        if self.family not in FAMILIES:
+            raise ArgumentError("family", f"one of {', '.join(FAMILIES)}", self.family)
         for name in ("batch_heads", "q_len", "kv_len"):
             object.__setattr__(self, name, bucket(getattr(self, name)))
 

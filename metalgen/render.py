@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import jinja2
 
 _METAL_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
-_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
+_TEMPLATES = {"forward": "forward", "decode": "forward", "combine": "combine"}
+COMBINE_THREADS = 128
 _NO_LIMITS = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
 """The largest of any chip: those of compute capability 9.0 for CUDA."""
 
@@ -64,33 +66,46 @@ class KernelSource:
         )
 
 
-def render(config: AttentionConfig, schedule: Schedule, target: str = "metal") -> KernelSource:
-    """The kernel of the forward family for a config and a schedule.
+def render(
+    config: AttentionConfig, schedule: Schedule, target: str = "metal", family: str = "forward"
+) -> KernelSource:
+    """The kernel of a family for a config and a schedule.
+
+    Args:
+        family: ``"forward"``, ``"decode"``, or ``"combine"``, which joins what a decode schedule
+            of several splits leaves.
 
     Raises:
         InvalidSchedule: the schedule breaks a rule (of the largest limits; a chip's are checked
             by whoever chose the schedule).
-        ArgumentError: an unknown target.
+        ArgumentError: an unknown target or family.
     """
     if target not in TARGETS:
         raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
-    check_schedule(config, schedule, _NO_LIMITS[target])
-    context = _context(config, schedule, target)
+    if family not in _TEMPLATES:
+        raise ArgumentError("family", f"one of {', '.join(_TEMPLATES)}", family)
+    combine = family == "combine"
+    check_schedule(config, schedule, _NO_LIMITS[target], "decode" if combine else family)
+    context = _context(config, schedule, target, family)
     env = _environment()
     header = env.get_template(f"targets/{target}/header.jinja").render(context)
-    body = _tidy(env.get_template("families/forward.jinja").render(context))
+    body = _tidy(env.get_template(f"families/{_TEMPLATES[family]}.jinja").render(context))
     digest = hashlib.sha256(f"{header}\0{body}\0{schedule.math_mode}".encode()).hexdigest()[:10]
     kind = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[config.dtype]
     return KernelSource(
-        name=f"metalgen_forward_{kind}_d{config.head_dim}_{digest}",
+        name=f"metalgen_{family}_{kind}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
-        inputs=("q", "k", "v", "scale", *_extra_inputs(config)),
-        outputs=("out", "lse") if config.return_lse else ("out",),
-        math_mode=schedule.math_mode,
-        threads=schedule.threads,
+        inputs=("parts", "part_lse")
+        if combine
+        else ("q", "k", "v", "scale", *_extra_inputs(config)),
+        outputs=("out", "lse") if context["lse"] else ("out",),
+        math_mode="safe" if combine else schedule.math_mode,
+        threads=COMBINE_THREADS if combine else schedule.threads,
         bq=schedule.bq,
-        shared_memory=threadgroup_bytes(config, schedule, CUDA) if target == "cuda" else 0,
+        shared_memory=0
+        if combine or target != "cuda"
+        else threadgroup_bytes(config, schedule, CUDA),
     )
 
 
@@ -98,11 +113,12 @@ def render(config: AttentionConfig, schedule: Schedule, target: str = "metal") -
 def template_hash(family: str = "forward", target: str = "metal") -> str:
     """16 hexadecimal digits that change when a source rendered for a family might.
 
-    Covers the family's template, all features, the target's tile library, and the modules that
+    Covers the family's templates, all features, the target's tile library, and the modules that
     decide what they substitute.
     """
     root = templates_dir()
-    files = [root / "families" / f"{family}.jinja"]
+    names = ("forward", "combine")  # forward and decode are one template
+    files = [root / "families" / f"{name}.jinja" for name in names]
     files += sorted((root / "features").glob("*.jinja"))
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
@@ -113,7 +129,9 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     return digest.hexdigest()[:16]
 
 
-def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[str, Any]:
+def _context(
+    config: AttentionConfig, schedule: Schedule, target: str, family: str
+) -> dict[str, Any]:
     facts = TARGETS[target]
     rows = facts.row_block * schedule.row_blocks
     constants = {
@@ -128,6 +146,9 @@ def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[s
         "V_FRAGMENTS": padded(config.v_dim, facts) // FRAGMENT,
         "HEADS_PER_KV": config.heads_per_kv,
     }
+    parts = schedule.splits > 1 and family == "decode"
+    if schedule.splits > 1:
+        constants["SPLITS"] = schedule.splits
     for name in ("window_left", "window_right"):
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
@@ -137,14 +158,16 @@ def _context(config: AttentionConfig, schedule: Schedule, target: str) -> dict[s
         "tile_library": f"targets/{target}/tile.jinja",
         "constants": constants | own["constants"],
         "schedule": schedule,
-        "functions": _functions(config, target),
+        "functions": _functions(config, target, family),
         "listed": config.block_mask,
         "whole": _whole(config),
         "k_steps": [step for step in steps if step.operand == "k"],
         "v_steps": [step for step in steps if step.operand == "v"],
         "masks": [_feature(name) for name in _masks(config)],
         "longest_first": config.causal,
-        "lse": config.return_lse,
+        "packed": family == "decode",
+        "lse": config.return_lse or parts,
+        "Out": "float" if parts else own["T"],
         **_score(config, target),
     }
 
@@ -179,12 +202,15 @@ def _extra_inputs(config: AttentionConfig) -> list[str]:
     return names
 
 
-def _functions(config: AttentionConfig, target: str) -> list[Function]:
+def _functions(config: AttentionConfig, target: str, family: str) -> list[Function]:
     from metalgen.dsl.printer import print_graph
 
+    packed = family == "decode"  # rows of several heads
+    places = _PLACES | {"h": "q_head"} if packed else _PLACES
+    rows = ("h", "q") if packed else ("q",)
     found = []
     for role, graph in _graphs(config).items():
-        printed = print_graph(graph, target, role, _PLACES)
+        printed = print_graph(graph, target, role, places, rows)
         found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
     return found
 
@@ -248,7 +274,7 @@ def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
 def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     own = plan_cuda.cuda_plan(config, schedule)
     constants = {
-        "D_STEPS": padded(config.head_dim, CUDA) // CUDA.depth,
+        "D_STEPS": padded(config.head_dim, CUDA) // (8 if config.dtype == "float32" else 16),
         "THREADS": schedule.threads,
         "STAGES": schedule.buffers,
         "Q_TILE": own.q_tile,

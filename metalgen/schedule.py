@@ -37,7 +37,7 @@ APPLE = Limits()
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the forward family runs a config.
+    """How the forward or decode family runs a config.
 
     Args:
         bq: query rows a threadgroup (``row_blocks * simdgroups`` blocks of 8, on CUDA of 16).
@@ -53,6 +53,7 @@ class Schedule:
         load_width: elements of one vector load a lane: 2, 4 or 8.
         fragment: ``"input"`` (fragments in the input's type) or ``"float32"`` (widened on load).
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
+        splits: threadgroups that share out the keys of a row (decode only; 1: no combine step).
     """
 
     bq: int
@@ -67,6 +68,7 @@ class Schedule:
     load_width: int = 8
     fragment: str = "input"
     math_mode: str = "safe"
+    splits: int = 1
 
     @property
     def threads(self) -> int:
@@ -121,6 +123,7 @@ class Schedule:
             f"buf{self.buffers}",
             f"w{self.load_width}",
         ]
+        words += [f"split{self.splits}"] if self.splits > 1 else []
         words += [w for w, d in ((self.fragment, "input"), (self.math_mode, "safe")) if w != d]
         return " ".join(words)
 
@@ -138,6 +141,7 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "load_width": (2, 4, 8),
     "fragment": ("input", "float32"),
     "math_mode": ("safe", "relaxed", "fast"),
+    "splits": (1, 2, 4, 8, 16, 32, 64, 128, 256),
 }
 """Every value that a field of a schedule may take, whatever the config."""
 
@@ -190,8 +194,10 @@ def register_estimate(config: AttentionConfig, schedule: Schedule) -> int:
     return out + scores + (queries if schedule.q_source == "registers" else 0) + 85
 
 
-def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE) -> None:
-    """Whether the forward family can run `config` by `schedule` within `limits`.
+def check_schedule(
+    config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE, family: str = "forward"
+) -> None:
+    """Whether a family can run `config` by `schedule` within `limits`.
 
     Raises:
         InvalidSchedule: with the name of the first rule that is broken.
@@ -238,6 +244,8 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
         s.fragment == "input" or config.dtype != "float32",
         "float32 inputs need no widening: fragment must be 'input'",
     )
+    require("family", family == "forward" or not config.block_mask, "decode takes no block mask")
+    require("splits", family == "decode" or s.splits == 1, "only decode shares out the keys")
     size = threadgroup_bytes(config, s, target)
     require(
         "threadgroup memory",
@@ -246,45 +254,53 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
     )
 
 
-def is_valid(config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE) -> bool:
+def is_valid(
+    config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE, family: str = "forward"
+) -> bool:
     """Whether `check_schedule` finds nothing."""
     try:
-        check_schedule(config, schedule, limits)
+        check_schedule(config, schedule, limits, family)
     except InvalidSchedule:
         return False
     return True
 
 
-def default_schedule(config: AttentionConfig, limits: Limits = APPLE) -> Schedule:
+def default_schedule(
+    config: AttentionConfig, limits: Limits = APPLE, family: str = "forward"
+) -> Schedule:
     """The schedule that runs a config before anything was tuned, and that races in every search.
 
-    Four simdgroups; two row blocks each where the accumulator leaves room, else one; K and V
-    staged; the longest pass and the widest slice that fit the limits; Q in registers where they
-    are likely to suffice.
+    Forward: four simdgroups; two row blocks each where the accumulator leaves room, else one; K
+    and V staged; the longest pass and the widest slice that fit the limits; Q in registers where
+    they are likely to suffice. Decode: one simdgroup of one row block, and eight splits.
     """
     target = TARGETS[limits.target]
     widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    decode = family == "decode"
+    sources: tuple[str, ...]
     if limits.target == "cuda":
-        sizes = [(bk, widest) for bk in (64, 32, 16)]
-        roomy, buffers, sources = 128, 2, ("threadgroup",)
+        sizes = [(bk, widest) for bk in (64, 32, 16) if bk * config.itemsize <= 128]
+        roomy, buffers, sources = 256 // config.itemsize, 2, ("threadgroup",)
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
+    simdgroups = 1 if decode else 4
     candidates = [
         Schedule(
-            bq=target.row_block * row_blocks * 4,
+            bq=target.row_block * row_blocks * simdgroups,
             bk=bk,
             bd=bd,
-            simdgroups=4,
+            simdgroups=simdgroups,
             row_blocks=row_blocks,
             q_source=source,
             buffers=buffers,
+            splits=8 if decode else 1,
         )
-        for row_blocks in ((2, 1) if config.v_dim <= roomy else (1,))
+        for row_blocks in ((2, 1) if config.v_dim <= roomy and not decode else (1,))
         for bk, bd in sizes
         for source in sources
     ]
-    valid = [s for s in candidates if is_valid(config, s, limits)]
+    valid = [s for s in candidates if is_valid(config, s, limits, family)]
     if not valid:
         raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
     if limits.target == "metal":

@@ -32,7 +32,7 @@ CUDA = Target(
     row_block=16,
     depth=16,
     buffers=4,
-    dtypes=("float16", "bfloat16"),
+    dtypes=("float32", "float16", "bfloat16"),
     choices=(
         ("k_source", ("threadgroup",)),
         ("v_source", ("threadgroup",)),

@@ -42,7 +42,12 @@ class Verification:
 
 
 def verify(
-    device: Device, config: AttentionConfig, schedule: Schedule, *, seed: int = 0
+    device: Device,
+    config: AttentionConfig,
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    family: str = "forward",
 ) -> Verification:
     """Run a kernel on small ragged shapes and compare it with the float64 reference.
 
@@ -53,9 +58,13 @@ def verify(
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
     """
-    run = device.build(config, schedule)
+    run = device.build(config, schedule, family)
     q_len, kv_len = schedule.bq + 5, 2 * schedule.bk + 3
+    if family == "decode":  # one query, and several; a share for each split, and one that is short
+        q_len, kv_len = 3, (2 * schedule.splits + 1) * schedule.bk + 3
     shapes = [(q_len, kv_len)]
+    if family == "decode":
+        shapes.append((1, schedule.bk + 1))
     if config.causal or config.window_right is not None:
         shapes.append((schedule.bk + 9, schedule.bk + 1))
     tolerance = _tolerance(config)

@@ -43,7 +43,7 @@ class FakeGpu(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         self.built.append(schedule)
         if self.broken:
             raise RuntimeError(self.broken)

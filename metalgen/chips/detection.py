@@ -1,4 +1,8 @@
-"""Which chip this machine has: macOS only. Tested with recorded outputs, never run on a Mac."""
+"""Which chip this machine has.
+
+An Apple chip by what macOS says (tested with recorded outputs, never run on a Mac), an NVIDIA GPU
+by what MLX's CUDA back end says.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,30 @@ SECONDS = 5.0
 
 @functools.cache
 def detect() -> Chip | None:
-    """This machine's chip, with its own core count; None off macOS or when it is not known."""
+    """This machine's chip, an Apple one with its own core count; None when it is not known."""
     system: str = sys.platform  # a plain string, or mypy drops what it believes unreachable
-    if system != "darwin":
-        return None
-    return identify(_output(BRAND), _output(ACCELERATOR))
+    if system == "darwin":
+        return identify(_output(BRAND), _output(ACCELERATOR))
+    return identify_nvidia(_cuda_device())
+
+
+def identify_nvidia(device_name: str) -> Chip | None:
+    """The chip of an NVIDIA product's name, such as ``"NVIDIA H100 80GB HBM3"``; None if unknown.
+
+    The model is a word of it: a GH200 is no H200.
+    """
+    words = device_name.split()
+    known = (c for c in all_chips() if c.kind == "nvidia" and c.name in words)
+    return next(known, None)
+
+
+def _cuda_device() -> str:
+    """What MLX calls this machine's first NVIDIA GPU; empty where it has none."""
+    import mlx.core as mx
+
+    if not mx.cuda.is_available():
+        return ""
+    return str(mx.device_info(mx.Device(mx.gpu, 0)).get("device_name", ""))
 
 
 def identify(brand: str, accelerator: str) -> Chip | None:

@@ -10,6 +10,7 @@ Everything here is modelled. A prediction ranks schedules of one chip; it is no 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -98,6 +99,8 @@ def predict(
         IncompleteChip: the chip lacks figures that the model needs, or is not an Apple GPU.
         InvalidSchedule: a schedule for another target than Metal.
     """
+    if problem.family == "decode":
+        return predict_decode(problem, schedule, chip, coefficients)
     return predict_sizes(
         problem.config,
         schedule,
@@ -107,6 +110,41 @@ def predict(
         kv_len=problem.kv_len,
         coefficients=coefficients,
     )
+
+
+def predict_decode(
+    problem: Problem, schedule: Schedule, chip: Chip, coefficients: Coefficients = DEFAULT
+) -> Prediction:
+    """The same for the decode family, as forward launches with the same work.
+
+    Rows are all queries that share a KV head, and each split is a head of its own with its share
+    of the keys. Few queries see nearly all keys, so masks are left out, but for a window, which
+    shortens the keys. The combine step reads the float outputs of all splits.
+    """
+    config = problem.config
+    left = config.window_left
+    keys = problem.kv_len if left is None else min(problem.kv_len, left + problem.q_len)
+    kv_heads = max(1, problem.batch_heads // config.heads_per_kv)
+    plain = dataclasses.replace(
+        config, causal=False, window_left=None, window_right=None, heads_per_kv=1
+    )
+    main = predict_sizes(
+        plain,
+        dataclasses.replace(schedule, splits=1),
+        chip,
+        batch_heads=kv_heads * schedule.splits,
+        q_len=problem.q_len * config.heads_per_kv,
+        kv_len=max(1, -(-keys // schedule.splits)),
+        coefficients=coefficients,
+    )
+    if schedule.splits == 1:
+        return main
+    rows = problem.batch_heads * problem.q_len
+    moved = rows * (config.v_dim + 1) * 4 * 2 * schedule.splits  # written once, read once
+    chip.require("dram_gbs")
+    assert chip.dram_gbs is not None
+    combine = moved / (chip.dram_gbs * 1e9) + coefficients.launch
+    return main._replace(seconds=main.seconds + combine, parts=main.parts | {"combine": combine})
 
 
 def predict_sizes(

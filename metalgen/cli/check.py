@@ -110,6 +110,7 @@ def _schedule_options(function: Any) -> Any:
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     config: AttentionConfig,
     sizes: Sizes,
     file: Path | None,
@@ -193,7 +194,7 @@ def _schedules(
     if len(combinations) == 1:
         valid = combinations  # let its check name the rule that it breaks
     if not valid:
-        raise click.UsageError("every combination of the given fields breaks a rule of the schedule")
+        raise click.UsageError("every combination of the fields breaks a rule of the schedule")
     return valid, len(combinations) - len(valid)
 
 
@@ -293,7 +294,8 @@ def _count(number: int, thing: str, plural: str) -> str:
 
 
 def _print(subject: Subject, counters: bool) -> None:
-    words = [_count(len(subject.launches), "launch", "es"), _count(subject.findings, "finding", "s")]
+    words = [_count(len(subject.launches), "launch", "es")]
+    words += [_count(subject.findings, "finding", "s")]
     words += ["wrong numbers"] if subject.wrong else []
     words += ["could not run"] if subject.failure else []
     mark = {CLEAN: "clean", FINDINGS: "FOUND", COULD_NOT_RUN: "ERROR"}[subject.exit_code]

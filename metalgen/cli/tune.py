@@ -202,19 +202,11 @@ def _require_model(chip: Chip) -> None:
 
 def local_gpu() -> tuple[Chip | None, Device | None]:
     """This machine's chip and the device that runs on it; None for what is not known."""
-    import mlx.core as mx
-
     from metalgen import chips
     from metalgen.devices import default_device
 
     device = default_device()
-    gpu = device if device.is_gpu else None
-    here = chips.detect()
-    if here is None and gpu is not None and gpu.name == "cuda":
-        product = str(mx.device_info(mx.Device(mx.gpu, 0)).get("device_name", ""))
-        known = [c for c in chips.all_chips() if c.kind == "nvidia" and c.name in product]
-        here = known[0] if known else None
-    return here, gpu
+    return chips.detect(), device if device.is_gpu else None
 
 
 def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> None:
@@ -223,7 +215,7 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
 
     limits = plan.device.limits if plan.device else plan.chip.limits
     modes = ("safe", "fast") if plan.device else ("safe",)
-    valid = {p: len(enumerate_valid(p.config, limits, modes)) for p in chosen.problems}
+    valid = {p: len(enumerate_valid(p.config, limits, p.family, modes)) for p in chosen.problems}
     if as_json:
         print_json(
             {

@@ -395,7 +395,7 @@ class _Search:
             if not isinstance(key, str) or len(key) > MAX_TEXT:
                 raise ValueError("its schedule is not a text")
             schedule = Schedule.from_dict(json.loads(key))
-            check_schedule(self.problem.config, schedule, self.limits)
+            check_schedule(self.problem.config, schedule, self.limits, self.problem.family)
         except (MetalgenError, ValueError, RecursionError) as error:
             self.path.append(f"{place}: a row was passed over ({error})")
             return None

@@ -43,7 +43,7 @@ class Device(abc.ABC):
         """Why this device cannot be used here; None when it can."""
 
     @abc.abstractmethod
-    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         """A runner of one kernel; lazy where the device is lazy.
 
         Raises:

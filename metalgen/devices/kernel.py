@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,14 @@ class KernelDevice(Device):
     def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
         """What MLX's constructor of custom kernels returns for a source."""
 
-    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         from metalgen.render import render  # brings Jinja, which a look-up does without
 
-        check_schedule(config, schedule, self.limits)
-        source = render(config, schedule, self.target)
+        check_schedule(config, schedule, self.limits, family)
+        source = render(config, schedule, self.target, family)
         kernel = self.compile(source)
+        splits = schedule.splits
+        join = self._combine(config, schedule) if splits > 1 else None
 
         def run(
             q: mx.array,
@@ -42,30 +45,55 @@ class KernelDevice(Device):
             inputs: FunctionInputs | None = None,
         ) -> tuple[mx.array, mx.array | None]:
             batch, heads, q_len, _ = q.shape
-            shapes: list[tuple[int, ...]] = [(batch, heads, q_len, config.v_dim)]
-            dtypes = [q.dtype]
-            if config.return_lse:
-                shapes.append((batch, heads, q_len))
-                dtypes.append(mx.float32)
+            shapes = [(batch, heads, q_len, config.v_dim), (batch, heads, q_len)]
             if 0 in q.shape or 0 in k.shape:  # nothing to launch: no row sees a key
-                empty = [mx.zeros(shapes[0], q.dtype)]
-                empty += [mx.full(shape, -mx.inf) for shape in shapes[1:]]
-                return empty[0], empty[1] if config.return_lse else None
+                lse = mx.full(shapes[1], -mx.inf) if config.return_lse else None
+                return mx.zeros(shapes[0], q.dtype), lse
+            dtypes = [q.dtype, mx.float32]
+            if join:
+                shapes, dtypes = [(splits, *shape) for shape in shapes], [mx.float32] * 2
+            rows, columns = (
+                (q_len * config.heads_per_kv, k.shape[1]) if family == "decode" else (q_len, heads)
+            )
             q, scale = positive_scale(q, scale)
             # Seen as bytes, an array is copied only where its last axis has gaps.
-            bound = [x.view(mx.uint8) for x in (q, k, v)] + [scale * math.log2(math.e)]
+            bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
             if inputs is not None:
                 if inputs.blocks is not None:
                     bound.append(inputs.blocks.lists(source.bq, schedule.bk))
                 bound += [mx.contiguous(x) for x in inputs.arrays]
             outputs = kernel(
                 inputs=bound,
-                output_shapes=shapes,
-                output_dtypes=dtypes,
-                grid=(-(-q_len // source.bq) * source.threads, heads, batch),
+                output_shapes=shapes[: len(source.outputs)],
+                output_dtypes=dtypes[: len(source.outputs)],
+                grid=(-(-rows // source.bq) * source.threads * splits, columns, batch),
                 threadgroup=(source.threads, 1, 1),
             )
+            if join:
+                outputs = join(outputs[0], outputs[1], q.dtype)
             return outputs[0], outputs[1] if config.return_lse else None
+
+        return run
+
+    def _combine(
+        self, config: AttentionConfig, schedule: Schedule
+    ) -> Callable[[mx.array, mx.array, mx.Dtype], list[mx.array]]:
+        """The kernel that joins the outputs of several splits."""
+        from metalgen.render import render
+
+        source = render(config, schedule, self.target, "combine")
+        kernel = self.compile(source)
+
+        def run(parts: mx.array, part_lse: mx.array, dtype: mx.Dtype) -> list[mx.array]:
+            shapes = [tuple(parts.shape[1:]), tuple(part_lse.shape[1:])]
+            size = math.prod(shapes[0])
+            return kernel(
+                inputs=[parts, part_lse],
+                output_shapes=shapes[: len(source.outputs)],
+                output_dtypes=[dtype, mx.float32][: len(source.outputs)],
+                grid=(-(-size // source.threads) * source.threads, 1, 1),
+                threadgroup=(source.threads, 1, 1),
+            )
 
         return run
 
@@ -80,6 +108,12 @@ def arguments(source: KernelSource) -> dict[str, Any]:
         "header": source.header,
         "ensure_row_contiguous": False,
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _exponent_scale(scale: float) -> mx.array:
+    """The scale of exponents of 2, as an array that need not be made at every call."""
+    return mx.array(scale * math.log2(math.e))
 
 
 def positive_scale(q: mx.array, scale: float) -> tuple[mx.array, float]:

@@ -23,7 +23,9 @@ class ReferenceDevice(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
+    def build(
+        self, config: AttentionConfig, schedule: Schedule | None = None, family: str = "forward"
+    ) -> Runner:
         features = config_features(config)
 
         def run(

@@ -63,7 +63,6 @@ UNARY = {
     "Ceil": "ceil",
     "Round": "round",
     "LogicalNot": "logical_not",
-    "BitwiseInvert": "bitwise_invert",
 }
 LOGS = ("log2", "log10", "log")
 """What `Log` computes, by its argument."""

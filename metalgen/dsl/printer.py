@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from metalgen.dsl.graph import DTYPES, FLOATS, INPUTS, Graph, Node
 
 LEVELS = ("group", "row", "element")
 """Where a value is computed: once a kernel, once a query row, or for each score."""
-_LEVEL = {"b": 0, "h": 0, "q": 1, "kv": 2, "score": 2}
 
 TYPES = {
     "metal": {
@@ -97,27 +96,42 @@ def array_names(graph: Graph, prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}_captured_{n}" for n in range(len(graph.arrays)))
 
 
-def print_graph(graph: Graph, target: str, prefix: str, inputs: Mapping[str, str]) -> Printed:
+def print_graph(
+    graph: Graph,
+    target: str,
+    prefix: str,
+    inputs: Mapping[str, str],
+    of_rows: Sequence[str] = ("q",),
+) -> Printed:
     """The statements that compute a graph.
 
     Args:
         target: ``"metal"`` or ``"cuda"``.
         prefix: what the names of values and of captured arrays start with.
         inputs: how the names of `metalgen.dsl.graph.INPUTS` are spelled there.
+        of_rows: those of the inputs that a row has; ``score`` and ``kv`` are an element's.
 
     Arithmetic of 16-bit floats is done in float and rounded after each operation, as MLX does.
     A shift by the width of its type or more is taken modulo it.
     """
-    return _Printer(graph, target, prefix, inputs).printed()
+    return _Printer(graph, target, prefix, inputs, of_rows).printed()
 
 
 class _Printer:
-    def __init__(self, graph: Graph, target: str, prefix: str, inputs: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        target: str,
+        prefix: str,
+        inputs: Mapping[str, str],
+        of_rows: Sequence[str],
+    ) -> None:
         self.graph = graph
         self.target = target
         self.prefix = prefix
         self.types = TYPES[target]
         self.inputs = inputs
+        self.of_rows = of_rows
         self.names: list[str] = []
         self.levels: list[int] = []
 
@@ -126,7 +140,8 @@ class _Printer:
         for n, node in enumerate(self.graph.nodes):
             if node.op in INPUTS:
                 self.names.append(self.inputs[node.op])
-                self.levels.append(_LEVEL[node.op])
+                element = node.op in ("score", "kv")
+                self.levels.append(2 if element else int(node.op in self.of_rows))
                 continue
             level = max((self.levels[arg] for arg in node.args), default=0)
             self.levels.append(level)
@@ -232,8 +247,6 @@ class _Printer:
             )
         if op == "negative":
             return f"static_cast<{kind}>(-{names[0]})"
-        if op == "bitwise_invert":
-            return f"static_cast<{kind}>(~{names[0]})"
         return names[0]  # floor, ceil, round
 
     def _cast(self, name: str, of: str, to: str) -> str:

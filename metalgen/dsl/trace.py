@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
     except ValueError as error:
         if "eval" in str(error) and "transformation" in str(error):
             raise _looked_at(function, argument) from error
+        if match := re.search(r"Unable to get state for primitive (\w+)", str(error)):
+            raise FunctionError(
+                argument,
+                "operations that MLX can export",
+                f"MLX's {match[1]}",
+                "write x ^ -1 for mx.bitwise_invert(x), ~x for booleans, and compute anything else "
+                "before, capture the result, and index it",
+            ) from None
         raise
     return _Reader(argument, captured).read(records)
 
@@ -259,14 +268,14 @@ class _Reader:
             self.known[outputs[0][0]] = values[0]
         elif name == "Gather":
             self._gather(outputs[0][0], values, arguments)
-        elif all(isinstance(v, View) and v.unindexed for v in values) and (
-            shape or any(isinstance(v, View) and v.shape for v in values)
+        elif (arrays := self._whole(values)) is not None and (
+            shape or any(array.shape for array in arrays)
         ):
-            self._on_arrays(name, arguments, values, outputs)
+            self._on_arrays(name, arguments, arrays, outputs)
         elif len(values) == 1 and isinstance(values[0], View):
             changed = self._moved(name, arguments, values[0], shape)
             self.known[outputs[0][0]] = changed
-        elif name in ("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Broadcast"):
+        elif name in ("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Broadcast", "Full"):
             if any(extent != 1 for extent in shape):
                 raise self._misplaced(name, f"an array of shape {shape}")
             self.known[outputs[0][0]] = values[0]  # a scalar, with axes of one element
@@ -304,13 +313,31 @@ class _Reader:
             raise self._misplaced(name, f"an array of shape {tuple(view.shape)}")
         return self._apply(name, arguments, [self._load(view)], None)
 
+    def _whole(self, values: list[Any]) -> list[mx.array] | None:
+        """Values as arrays, where they are whole captured arrays and constants."""
+        arrays = []
+        for value in values:
+            if isinstance(value, View):
+                if not value.unindexed:
+                    return None
+                arrays.append(value.replay())
+            else:
+                node = self.builder.nodes[value]
+                if node.op != "const":
+                    return None
+                kind: Any = getattr(mx, "bool_" if node.dtype == "bool" else node.dtype)
+                arrays.append(mx.array(node.value, kind))  # type: ignore[arg-type]
+        return arrays
+
     def _on_arrays(
-        self, name: str, arguments: list[Any], values: list[Any], outputs: list[Any]
+        self, name: str, arguments: list[Any], arrays: list[mx.array], outputs: list[Any]
     ) -> None:
         """Arrays computed from captured ones only: by MLX, once, before the kernel."""
         if name not in ON_ARRAYS:
             raise self._misplaced(name, "whole arrays")
-        result = ON_ARRAYS[name]([v.replay() for v in values], arguments)
+        # A constant's shape is that of its output; MLX does not hand it over.
+        given = [outputs[0][1]] if name == "Full" else arguments
+        result = ON_ARRAYS[name](arrays, given)
         if tuple(result.shape) != tuple(outputs[0][1]):
             raise self._misplaced(name, "whole arrays")
         self.known[outputs[0][0]] = View.whole(result)

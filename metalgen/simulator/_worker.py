@@ -18,6 +18,10 @@ import socket
 import sys
 import time
 
+TYPE_CHECKING = False  # typing itself would double the time to start
+if TYPE_CHECKING:
+    from typing import Any
+
 try:
     import resource
 except ImportError:  # pragma: no cover - not a Unix system
@@ -65,7 +69,7 @@ class Launch(ctypes.Structure):
     ]
 
 
-def _libc():  # type: ignore[no-untyped-def]
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [
@@ -89,17 +93,23 @@ def pages(size: int) -> int:
     return max(PAGE, -(-size // PAGE) * PAGE)
 
 
-def map_or_raise(address: int | None, size: int, protection: int, flags: int, fd: int, at: int):  # type: ignore[no-untyped-def]
-    found = LIBC.mmap(address, size, protection, flags, fd, at)
+def map_or_raise(
+    address: int | None, size: int, protection: int, flags: int, fd: int, at: int
+) -> int:
+    found: int = LIBC.mmap(address, size, protection, flags, fd, at)
     if found == MAP_FAILED:
         raise MemoryError(f"mmap of {size} bytes: {os.strerror(ctypes.get_errno())}")
     return found
 
 
+Segment = tuple[int, int, int, int]
+"""File offset, bytes, bytes before the origin, flags."""
+
+
 class Mapping:
     """The buffers and the report of one launch, with guards around each buffer."""
 
-    def __init__(self, fd: int, segments: list, checked: bool) -> None:
+    def __init__(self, fd: int, segments: list[Segment], checked: bool) -> None:
         self.size = GUARD + sum(pages(size) + GUARD for _, size, _, _ in segments)
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
         # A red zone takes the access that the checker has just reported, so the run goes on.
@@ -127,20 +137,23 @@ class Mapping:
 LIBRARIES: dict[str, ctypes.CDLL] = {}
 
 
-def data_limit(request: dict) -> int:
-    """Return the bytes of private memory that the launch may map.
+def data_limit(request: dict[str, Any]) -> int:
+    """Return the bytes of private memory that this process may have mapped during the launch.
 
-    The checker maps a shadow of 32 bytes for each byte of a writable buffer, of which it touches
-    only what the kernel does.
+    That is what it has now (kernels that were loaded before keep their stacks mapped) and what the
+    launch may add. The checker maps a shadow of 32 bytes for each byte of a writable buffer, of
+    which it touches only what the kernel does.
     """
-    limit: int = request["memory_limit"]
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[5]) * PAGE
+    limit: int = request["memory_limit"] + mapped
     if request["checked"]:
         limit += 40 * sum(size for _, size, _, flags in request["segments"] if flags & 1)
     return limit
 
 
-def run(request: dict, fd: int) -> dict:
-    """Execute one request: ``segments`` are (file offset, bytes, lead, flags), the last the report."""
+def run(request: dict[str, Any], fd: int) -> dict[str, Any]:
+    """Execute one request; the last of its ``segments`` is the report."""
     path = request["library"]
     library = LIBRARIES.get(path)
     if library is None:
@@ -150,9 +163,9 @@ def run(request: dict, fd: int) -> dict:
     segments = request["segments"]
     mapping = Mapping(fd, segments, request["checked"])
     try:
-        *buffers, report = zip(segments, mapping.addresses)
+        *buffers, report = zip(segments, mapping.addresses, strict=True)
         table = (Buffer * max(1, len(buffers)))()
-        for entry, ((_, size, lead, flags), address) in zip(table, buffers):
+        for entry, ((_, size, lead, flags), address) in zip(table, buffers, strict=False):
             entry.base, entry.bytes = address + lead, size - lead
             entry.flags, entry.lead = flags, lead
         (_, report_bytes, _, _), report_address = report
@@ -176,12 +189,12 @@ def run(request: dict, fd: int) -> dict:
         started = time.perf_counter()
         code = library.mg_run(ctypes.byref(launch))
         seconds = time.perf_counter() - started
-        return {"code": code, "seconds": seconds}
+        return {"code": code, "seconds": seconds, "libraries": len(LIBRARIES)}
     finally:
         mapping.close()
 
 
-def receive(channel: socket.socket) -> tuple[dict, int] | None:
+def receive(channel: socket.socket) -> tuple[dict[str, Any], int] | None:
     """Read one message and the descriptor attached to it; None when the peer is gone."""
     head, ancillary, _, _ = channel.recvmsg(8, socket.CMSG_SPACE(4))
     if not head:

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
@@ -103,7 +103,7 @@ class MetalKernel:
         atomic_outputs: bool,
         compile_options: Any,
     ) -> None:
-        self._mlx = _mlx_metal_kernel(
+        self._mlx: Any = _mlx_metal_kernel(
             name,
             input_names,
             output_names,
@@ -188,7 +188,7 @@ class MetalKernel:
             first = len(segments) - len(shapes)
             return [
                 arrays.to_array(memory.view(first + position), shape, dtype)
-                for position, (shape, dtype) in enumerate(zip(shapes, output_dtypes))
+                for position, (shape, dtype) in enumerate(zip(shapes, output_dtypes, strict=True))
             ]
 
     def generated_source(
@@ -261,7 +261,7 @@ class MetalKernel:
         )
 
     def _compile(self, generated: GeneratedSource) -> CompiledKernel:
-        mode = "checked" if current_recorder().checked else "plain"
+        mode: Literal["plain", "checked"] = "checked" if current_recorder().checked else "plain"
         key = (mode, generated.text)
         if key not in self._compiled:
             from metalgen.simulator.compiler import compile_metal
@@ -282,9 +282,7 @@ class MetalKernel:
     def _lints(self, generated: GeneratedSource) -> tuple[Finding, ...]:
         from metalgen.simulator.lints import lint
 
-        return lint(
-            self._unit(generated), generated.kernel_name, include_dirs=(mlx_include_dir(),)
-        )
+        return lint(self._unit(generated), generated.kernel_name, include_dirs=(mlx_include_dir(),))
 
 
 def _triple(extents: Sequence[int]) -> tuple[int, int, int]:
@@ -318,9 +316,7 @@ def _segments(
 def _shape_bytes(given: _Input, role: str) -> bytes:
     if role == "ndim":
         return given.array.ndim.to_bytes(4, "little")
-    values, width = (
-        (given.array.shape, 4) if role == "shape" else (given.storage.strides, 8)
-    )
+    values, width = (given.array.shape, 4) if role == "shape" else (given.storage.strides, 8)
     return b"".join(value.to_bytes(width, "little", signed=True) for value in values)
 
 
@@ -343,7 +339,9 @@ def install() -> Iterator[None]:
         (mx, "is_available", lambda device: device == gpu or really_available(device)),
     ]
     saved = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in replacements]
-    mx.disable_compile()
+    outermost = mx.fast.metal_kernel is not metal_kernel
+    if outermost:
+        mx.disable_compile()
     try:
         for owner, attribute, value in replacements:
             setattr(owner, attribute, value)
@@ -351,4 +349,5 @@ def install() -> Iterator[None]:
     finally:
         for owner, attribute, value in saved:
             setattr(owner, attribute, value)
-        mx.enable_compile()
+        if outermost:
+            mx.enable_compile()

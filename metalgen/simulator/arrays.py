@@ -47,7 +47,7 @@ def storage(array: mx.array) -> Storage:
     strides = tuple(stride // item for stride in view.strides)
     if view.size == 0:
         return Storage(origin, 0, 0, strides, True, view)
-    reach = [(extent - 1) * stride for extent, stride in zip(view.shape, view.strides)]
+    reach = [(extent - 1) * stride for extent, stride in zip(view.shape, view.strides, strict=True)]
     lead = -sum(step for step in reach if step < 0)
     size = lead + sum(step for step in reach if step > 0) + item
     return Storage(origin - lead, size, lead, strides, _row_contiguous(view), view)
@@ -55,7 +55,7 @@ def storage(array: mx.array) -> Storage:
 
 def _row_contiguous(view: Any) -> bool:
     expected = view.itemsize
-    for extent, stride in zip(reversed(view.shape), reversed(view.strides)):
+    for extent, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
         if extent != 1 and stride != expected:
             return False
         expected *= extent

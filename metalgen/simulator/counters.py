@@ -33,7 +33,7 @@ class BufferTraffic:
 
     @property
     def lines_per_access(self) -> float:
-        """Mean number of cache lines a simdgroup-wide access touches (coalescing: less is better)."""
+        """Mean number of cache lines that a simdgroup-wide access touches; less is better."""
         return self.lines / self.simdgroup_accesses if self.simdgroup_accesses else 0.0
 
 
@@ -46,6 +46,9 @@ class Counters:
     part; ``exponentials`` (exp, exp2, exp10) one for each thread; ``threadgroup_barriers`` one
     for each threadgroup. ``bank_conflicts`` counts the extra passes that simdgroup-wide accesses
     to threadgroup memory need because lanes meet in one of 32 banks of 4 bytes.
+    ``patterns_dropped`` counts accesses that could not be matched with those of the other lanes
+    (more than 4,096 of a thread between two meetings of its simdgroup); where it is 0, cache lines
+    and bank conflicts are complete.
     """
 
     buffers: tuple[BufferTraffic, ...] = ()
@@ -61,6 +64,7 @@ class Counters:
     ballots: int = 0
     threadgroup_accesses: int = 0
     bank_conflicts: int = 0
+    patterns_dropped: int = 0
 
     @property
     def collectives(self) -> int:

@@ -30,6 +30,11 @@ from metalgen.simulator import errors
 
 WORKER = Path(__file__).with_name("_worker.py")
 WRITABLE, INITIALISED = 1, 2
+MOST_LIBRARIES = 12
+"""Kernels that a child process loads before a fresh one takes its place.
+
+Each keeps its stacks mapped, 4 mappings a thread of a threadgroup; Linux allows 65,530.
+"""
 REPORT_HEADER = 64
 """Bytes before the runtime's own report: finished threadgroups, address of the mapping."""
 
@@ -154,7 +159,7 @@ class LaunchMemory:
         """Return (file offset, bytes, lead, flags) of each buffer, then of the report."""
         rows = [
             (offset, segment.size, segment.lead, segment.flags)
-            for offset, segment in zip(self.offsets, self.segments)
+            for offset, segment in zip(self.offsets, self.segments, strict=False)
         ]
         rows.append((self.offsets[len(self.segments) + report], self.report_bytes, 0, WRITABLE))
         return rows
@@ -191,6 +196,7 @@ class Worker:
     """One child process and the socket to it."""
 
     def __init__(self) -> None:
+        self.libraries = 0
         if not sys.executable:
             raise errors.SimulatorError(
                 "the simulator starts Python child processes, and sys.executable is empty here"
@@ -233,6 +239,12 @@ class Worker:
             data += part
         return data
 
+    def interrupt(self) -> None:
+        """Stop the kernel where it is: the runtime notes line and thread, and the child ends."""
+        self.process.send_signal(signal.SIGTRAP)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1)
+
     def end(self) -> int:
         """Kill and reap the child; return its exit status (negative: a signal)."""
         self.channel.close()
@@ -267,10 +279,10 @@ class Pool:
             while not self.idle and len(self.busy) >= most:
                 self.lock.wait()
             self._bury()
+            room = max(1, most - len(self.busy))
+            while len(self.idle) < min(wanted, room):
+                self.idle.append(Worker())
             lent = [self.idle.pop() for _ in range(min(wanted, len(self.idle)))]
-            missing = min(wanted - len(lent), most - len(self.busy) - len(lent))
-            if not lent or missing > 0:
-                lent += [Worker() for _ in range(max(missing, 0 if lent else 1))]
             self.busy.update(lent)
         everything = list(lent)
         try:
@@ -278,8 +290,11 @@ class Pool:
         finally:
             with self.lock:
                 self.busy.difference_update(everything)
-                self.idle.extend(lent)
+                self.idle.extend(worker for worker in lent if worker.libraries < MOST_LIBRARIES)
                 self.lock.notify_all()
+            for worker in lent:
+                if worker.libraries >= MOST_LIBRARIES:
+                    worker.leave()
 
     def _bury(self) -> None:
         """Reap idle workers that something else ended meanwhile."""
@@ -323,7 +338,7 @@ class Job:
     def groups(self) -> int:
         """Threadgroups in the grid; the last one along an axis may be partial."""
         count = 1
-        for extent, size in zip(self.grid, self.threadgroup):
+        for extent, size in zip(self.grid, self.threadgroup, strict=True):
             count *= -(-extent // size)
         return count
 
@@ -417,7 +432,7 @@ def _request(
         "stack_bytes": rules.stack_bytes,
         "seed": job.seed,
         "time_limit": rules.seconds,
-        "memory_limit": rules.memory + (256 << 20),  # beside Python itself
+        "memory_limit": rules.memory,
     }
 
 
@@ -445,6 +460,7 @@ def _wait(
         ready = poll.poll(max(0.0, left) * 1000)
         if not ready and left <= 0:
             late = next(index for index in range(len(used)) if index not in answers)
+            used[late].interrupt()
             raise ProcessFailed(_failure(memory, late, timeout=True))
         for fd, _ in ready:
             index = index_of[fd]
@@ -457,6 +473,7 @@ def _wait(
                     raise ProcessFailed(_failure(memory, index, timeout=True))
                 raise ProcessFailed(_failure(memory, index, signal_number=max(0, -status)))
             answers[index] = answer
+            used[index].libraries = answer.get("libraries", 0)
     return [answers[index] for index in range(len(used))]
 
 

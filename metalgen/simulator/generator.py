@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import mlx.core as mx
 
-TemplateValue = Union[bool, int, mx.Dtype]
+TemplateValue = bool | int | mx.Dtype
 
 #: Inputs with fewer elements than this are bound in the ``constant`` address space.
 CONSTANT_BELOW = 8
@@ -179,7 +178,7 @@ def generate(
         bindings.append(Binding(parameter, role, position))
         return line
 
-    for position, (parameter, form) in enumerate(zip(input_names, inputs)):
+    for position, (parameter, form) in enumerate(zip(input_names, inputs, strict=True)):
         space = "constant" if form.in_constant else "device"
         mark = "&" if form.ndim == 0 else "*"
         kind = f"const {space} {form.metal_type}{mark}"
@@ -196,7 +195,7 @@ def generate(
 
     # MLX compares the buffer index with the count of arrays, which leaves out shape parameters.
     last_array = len(inputs) + len(output_names) - 1
-    for position, (parameter, dtype) in enumerate(zip(output_names, output_dtypes)):
+    for position, (parameter, dtype) in enumerate(zip(output_names, output_dtypes, strict=True)):
         element = METAL_TYPES[dtype][0]
         kind = f"device atomic<{element}>*" if atomic_outputs else f"device {element}*"
         more = len(bindings) < last_array or bool(attributes)
@@ -211,5 +210,6 @@ def generate(
     text = f"{signature}{source}\n}}\n"
     if template:
         instance = full_name + template_text(template)
-        text += f'\ntemplate [[host_name("{full_name}")]] [[kernel]] decltype({instance}) {instance};\n'
+        text += f'\ntemplate [[host_name("{full_name}")]] [[kernel]] '
+        text += f"decltype({instance}) {instance};\n"
     return GeneratedSource(full_name, text, tuple(bindings), signature.count("\n") + 1)

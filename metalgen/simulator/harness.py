@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import mlx.core as mx
 
@@ -47,7 +47,7 @@ class Constant:
         self.data = struct.pack(f"@{layout}", *values)
 
 
-Buffer = Union[mx.array, Output, InOut, Constant, bytes]
+Buffer = mx.array | Output | InOut | Constant | bytes
 
 
 def run_metal(
@@ -150,9 +150,7 @@ class _Bound:
             size = METAL_TYPES[value.dtype][1]
             for extent in value.shape:
                 size *= extent
-            return Segment(
-                self.name, size, writable=True, initialised=value.initial is not None
-            )
+            return Segment(self.name, size, writable=True, initialised=value.initial is not None)
         if self.storage is not None:
             return Segment(
                 self.name,

@@ -114,7 +114,7 @@ def check_launch(
             f"the kernel binds {buffers} buffers, and Metal has {MAX_BUFFERS} (shape, strides and "
             "ndim of an input count as one each)"
         )
-    x, y, z = (min(size, extent) for size, extent in zip(threadgroup, grid))
+    x, y, z = (min(size, extent) for size, extent in zip(threadgroup, grid, strict=True))
     return x, y, z
 
 
@@ -188,17 +188,20 @@ def run(
 
 def explain(
     compiled: CompiledKernel, job: Job, memory: LaunchMemory, failure: executor.Failure
-) -> errors.ExecutionError:
+) -> errors.SimulatorError:
     """Turn the end of a child process into the exception that names its cause and place."""
     fatal = report.fatal_error(failure.report, None, compiled, memory.segments)
     if fatal is not None and not failure.timeout:
         return fatal
     if failure.timeout:
         seconds = executor.current_limits().seconds
+        place = report.place(failure.report, compiled)
+        at = f", {place['file']}:{place['line']}" if place["line"] else ""
         return errors.KernelTimeout(
-            f"kernel {job.kernel}: not finished after {seconds:g} s ({failure.finished_groups} of "
-            f"{job.groups} threadgroups done); simulator.limits(seconds=...) changes the limit",
-            kernel=job.kernel,
+            f"kernel {job.kernel}{at}: not finished after {seconds:g} s "
+            f"({failure.finished_groups} of {job.groups} threadgroups done); "
+            "simulator.limits(seconds=...) changes the limit",
+            **place,
         )
     if failure.signal == signal.SIGKILL:
         return errors.WorkerLost(

@@ -29,7 +29,9 @@ NARROWING = "implicit conversion to bfloat"
 KINDS = (UNQUALIFIED, RECURSION, HELPER_VARIABLE, NARROWING)
 
 _SPACES = frozenset(("device", "threadgroup", "constant", "thread", "object_data", "ray_data"))
-_VECTOR = re.compile(r"(bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234](x[234])?$|packed_\w+$")
+_VECTOR = re.compile(
+    r"(bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234](x[234])?$|packed_\w+$"
+)
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,8 @@ def _known_types(tokens: Tokens) -> frozenset[str]:
     known = set(SCALARS) | {"void", "auto", "char", "unsigned", "int"}
     for at in range(len(tokens)):
         word = tokens.word(at)
-        if word in ("struct", "class", "typename", "enum") and tokens.is_name(at + 1):
-            known.add(tokens.word(at + 1))
-        elif word == "using" and tokens.word(at + 2) == "=":
+        declares = word in ("struct", "class", "typename", "enum") and tokens.is_name(at + 1)
+        if declares or (word == "using" and tokens.word(at + 2) == "="):
             known.add(tokens.word(at + 1))
         elif word == "typedef":
             end = at
@@ -149,7 +150,7 @@ def _known_types(tokens: Tokens) -> frozenset[str]:
 
 _BOUNDARY = frozenset("( , ; { } < : = return".split())
 _SPECIFIERS = frozenset(
-    "const volatile static constexpr inline extern typename struct METAL_FUNC unsigned signed".split()
+    "const volatile static constexpr inline extern typename struct unsigned signed".split()
 )
 
 
@@ -163,7 +164,7 @@ def _unqualified(tokens: _Located, types: frozenset[str]) -> Iterator[_Lint]:
         if name is None or name == "auto":  # auto takes the space of what it is made from
             continue
         words = set(tokens.words[start:at])
-        if words & _SPACES or tokens.word(at + 1) in _SPACES and mark == "*":
+        if words & _SPACES or (tokens.word(at + 1) in _SPACES and mark == "*"):
             continue
         following = tokens.word(at + 1)
         if not (tokens.is_name(at + 1) or following in (")", ">", ",", "*", "(", "const")):
@@ -216,7 +217,8 @@ def _helper_variables(tokens: _Located) -> Iterator[_Lint]:
         if kernel:
             continue
         for at in range(start, end):
-            if tokens.word(at) != "threadgroup" or tokens.word(at - 1) not in (";", "{", "}", "static"):
+            starts = tokens.word(at - 1) in (";", "{", "}", "static")
+            if tokens.word(at) != "threadgroup" or not starts:
                 continue
             last = at
             while last < end and tokens.word(last) not in (";", "=", "(", "{"):
@@ -256,6 +258,7 @@ def _functions(tokens: Tokens) -> Iterator[tuple[int, int, bool]]:
 # Clang's syntax tree.
 
 _NODE = re.compile(r"^([| `-]*)(\w+) (0x[0-9a-f]+)?(.*)$")
+_WHERE = re.compile(r"[^<]*<([^<>]*)>(?: (line:\d+:\d+|col:\d+|[^\s:'<>]+:\d+:\d+)(?= |$))?")
 
 
 def _syntax_tree(text: str, folder: Path) -> str:
@@ -287,7 +290,7 @@ def _nodes(tree: str) -> Iterator[_Node]:
             continue
         prefix, kind, address, rest = match.groups()
         begins: tuple[str, int] | None = None
-        where = re.match(r"[^<]*<([^<>]*)>(?: (line:\d+:\d+|col:\d+|[^\s:'<>]+:\d+:\d+)(?= |$))?", rest)
+        where = _WHERE.match(rest)
         if where:
             for part in (*where.group(1).split(", "), where.group(2) or ""):
                 full = re.fullmatch(r"(.+):(\d+):(\d+)", part)

@@ -43,21 +43,21 @@ class _Finding(ctypes.Structure):
     ]
 
 
+_TRAFFIC = (
+    "bytes_read",
+    "bytes_written",
+    "distinct_read",
+    "distinct_written",
+    "reads",
+    "writes",
+    "atomics",
+    "simdgroup_accesses",
+    "lines",
+)
+
+
 class _BufferCounters(ctypes.Structure):
-    _fields_ = [
-        (name, c_uint64)
-        for name in (
-            "bytes_read",
-            "bytes_written",
-            "distinct_read",
-            "distinct_written",
-            "reads",
-            "writes",
-            "atomics",
-            "simdgroup_accesses",
-            "lines",
-        )
-    ]
+    _fields_ = [(name, c_uint64) for name in _TRAFFIC]
 
 
 class _Report(ctypes.Structure):
@@ -89,6 +89,7 @@ class _Report(ctypes.Structure):
         ("thread_barriers", c_uint64),
         ("bank_accesses", c_uint64),
         ("bank_conflicts", c_uint64),
+        ("patterns_dropped", c_uint64),
     ]
 
 
@@ -101,6 +102,7 @@ _UNDEFINED = {
     1: "signed integer overflow",
     2: "shift by an amount outside of the type",
     3: "integer division by zero, or of the least integer by -1",
+    4: "index outside of a thread's own array",
 }
 
 
@@ -137,18 +139,10 @@ def fatal_error(
         if code in (None, 0, 1):
             return None
         return errors.ExecutionError(f"kernel {compiled.kernel}: the runtime returned {code}")
-    # A finding's address is a return address; this one is the faulting instruction itself.
-    file, line = _line(compiled, header.fatal_address + 1)
-    place: dict[str, Any] = dict(
-        kernel=compiled.kernel,
-        file=file,
-        line=line,
-        thread=_position(header.fatal_thread),
-        threadgroup=_position(header.fatal_threadgroup),
-    )
+    place = _fatal_place(header, compiled)
     where = f"kernel {compiled.kernel}"
-    if line:
-        where += f", {file}:{line}"
+    if place["line"]:
+        where += f", {place['file']}:{place['line']}"
     who = f"thread {place['thread']} of threadgroup {place['threadgroup']}"
     if header.status == STACK_OVERFLOW:
         return errors.StackOverflow(
@@ -170,6 +164,26 @@ def fatal_error(
     if header.status == BAD_LAUNCH:
         return errors.LaunchError(f"kernel {compiled.kernel}: the runtime refused the launch")
     return None
+
+
+def place(data: bytes, compiled: CompiledKernel) -> dict[str, Any]:
+    """Return kernel, line, thread and threadgroup where a run was stopped, as far as known."""
+    header = _header(data)
+    if header is None or not header.fatal_address:
+        return {"kernel": compiled.kernel, "file": None, "line": None}
+    return _fatal_place(header, compiled)
+
+
+def _fatal_place(header: _Report, compiled: CompiledKernel) -> dict[str, Any]:
+    # A finding's address is a return address; this one is the instruction itself.
+    file, line = _line(compiled, header.fatal_address + 1)
+    return {
+        "kernel": compiled.kernel,
+        "file": file,
+        "line": line,
+        "thread": _position(header.fatal_thread),
+        "threadgroup": _position(header.fatal_threadgroup),
+    }
 
 
 def _stack_kib() -> int:
@@ -236,13 +250,12 @@ def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Seg
             return f"threadgroup {compiled.variables[raw.buffer]}"
         return "threadgroup memory"
     if raw.buffer < len(segments):
-        return segments[raw.buffer].name
+        name: str = segments[raw.buffer].name
+        return name
     return "memory"
 
 
-def _translate(
-    raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]
-) -> Finding:
+def _translate(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
     file, line = _line(compiled, raw.address)
     verb = _ACCESSES.get(raw.access, "access")
     access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
@@ -389,7 +402,7 @@ def counters(
         sums: dict[str, int] = {}
         for data, header in headers:
             raw = _BufferCounters.from_buffer_copy(data, header.buffer_counters + index * step)
-            for name, _ in _BufferCounters._fields_:
+            for name in _TRAFFIC:
                 sums[name] = sums.get(name, 0) + getattr(raw, name)
         return sums
 
@@ -412,6 +425,7 @@ def counters(
         ballots=total("ballots"),
         threadgroup_accesses=total("bank_accesses"),
         bank_conflicts=total("bank_conflicts"),
+        patterns_dropped=total("patterns_dropped"),
     )
 
 

@@ -260,3 +260,22 @@ class DeviceConformance:
         result = verify(self.device, config, default_schedule(config, self.device.limits))
         assert result.ok, result.detail
         assert 0 < result.error <= result.tolerance
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("splits", [1, 2, 8])
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 300), (5, 70), (64, 65), (9, 4)])
+    def test_decode(self, dtype: str, splits: int, q_len: int, kv_len: int) -> None:
+        """Few queries, heads that share keys in one tile, and keys shared out."""
+        config = AttentionConfig(40, dtype, heads_per_kv=3, causal=True, return_lse=True)
+        if dtype not in TARGETS[self.device.limits.target].dtypes:
+            pytest.skip(f"{self.device.limits.target} has no {dtype} kernels")
+        schedule = default_schedule(config, self.device.limits, "decode")
+        schedule = replace(schedule, splits=splits)
+        q = normal((2, 6, q_len, 40), dtype, 1)
+        k, v = (normal((2, kv_len, 2, 40), dtype, s).swapaxes(1, 2) for s in (2, 3))
+        out, lse = self.device.build(config, schedule, "decode")(q, k, v, 0.2)
+        exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (q, k, v)]
+        expected, expected_lse = attention_float64(*exact, scale=0.2, **config_features(config))
+        assert out.dtype == q.dtype
+        assert relative_error(out, expected) <= TOLERANCE[dtype]
+        np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-5, atol=1e-5)

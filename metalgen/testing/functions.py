@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -123,6 +123,7 @@ class FunctionConformance:
         q_len: int = LENGTH - 13,
         kv_len: int = LENGTH,
         batch: int = 2,
+        splits: int = 0,
     ) -> None:
         limits = self.device.limits
         if dtype not in TARGETS[limits.target].dtypes:
@@ -140,7 +141,10 @@ class FunctionConformance:
             mask_mod=mask.graph.text if mask else None,
             block_mask=blocks is not None,
         )
-        schedule = default_schedule(config, limits)
+        family = "decode" if splits else "forward"
+        schedule = default_schedule(config, limits, family)
+        if splits:
+            schedule = replace(schedule, splits=splits)
         if path is not None:
             of = schedules_of if self.device.target != "cuda" else cuda_schedules
             found: Schedule | None = of(config).get(path)
@@ -153,7 +157,7 @@ class FunctionConformance:
         inputs = FunctionInputs(score.arrays if score else (), mask.arrays if mask else (), given)
         q = normal((batch, HEADS, q_len, 32), dtype, 1)
         k, v = (normal((batch, HEADS // 2, kv_len, 32), dtype, s) for s in (2, 3))
-        out, lse = self.device.build(config, schedule)(q, k, v, 0.25, inputs)
+        out, lse = self.device.build(config, schedule, family)(q, k, v, 0.25, inputs)
         expected, expected_lse = definition(case, q, k, v, 0.25)
         assert relative_error(out, expected) <= TOLERANCE[dtype]
         assert lse is not None
@@ -175,6 +179,13 @@ class FunctionConformance:
         window = cases()["window"].mask_mod
         score = cases()["relative bias, also before the start"].score_mod
         self.check(Case(score, window), "float16", blocks=blocks, path=path)
+
+    @pytest.mark.parametrize("splits", [1, 4])
+    @pytest.mark.parametrize("case", ["ALiBi", "any array", "dilated by head", "captured scalar"])
+    def test_decode(self, case: str, splits: int) -> None:
+        """Rows of several heads in one group, each with its own head's functions."""
+        for q_len in (1, 3, 17):
+            self.check(cases()[case], "float16", q_len=q_len, splits=splits)
 
     def test_lengths_of_one(self) -> None:
         case = Case(cases()["ALiBi"].score_mod, lambda b, h, i, j: j <= i)

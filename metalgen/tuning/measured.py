@@ -118,7 +118,7 @@ class MeasuredSession(Session):
         name, policy = self.device.name, self.policy_key
         best = min(search.times.values(), default=math.inf)
         try:
-            runner = self.device.build(self.problem.config, schedule)
+            runner = self.device.build(self.problem.config, schedule, self.problem.family)
             if cold:
                 bench.warm_up(runner)
             timing = bench.measure(runner, give_up=HOPELESS * best)
@@ -148,7 +148,7 @@ class MeasuredSession(Session):
         for row in ran:
             if len(finalists) == FINALISTS or len(rejected) == CHECKS_A_PROBLEM:
                 break
-            check = self.checker.check(self.problem.config, row.schedule)
+            check = self.checker.check(self.problem.config, row.schedule, self.problem.family)
             if check.ok:
                 finalists.append(row.schedule)
             else:
@@ -158,7 +158,7 @@ class MeasuredSession(Session):
             return None, rejected, "no schedule ran and passed its check"
         self.show(phase="finals")
         if any(m.schedule == self.default for m in ran) and self.default not in finalists:
-            self.checker.check(self.problem.config, self.default)
+            self.checker.check(self.problem.config, self.default, self.problem.family)
             finalists.append(self.default)
         if not {m.schedule for m in self.rows(policy, "final")}.issuperset(finalists):
             self._race(bench, finalists)
@@ -167,7 +167,8 @@ class MeasuredSession(Session):
 
     def _race(self, bench: Bench, schedules: Sequence[Schedule]) -> None:
         """Measure finalists and MLX's own attention, interleaved, and keep the rows."""
-        runners = {s.key: self.device.build(self.problem.config, s) for s in schedules}
+        config, family = self.problem.config, self.problem.family
+        runners = {s.key: self.device.build(config, s, family) for s in schedules}
         own = mlx_runner(self.problem)
         timings = bench.compare(runners | ({"mlx": own} if own else {}))
         default = timings.get(self.default.key)

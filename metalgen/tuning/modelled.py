@@ -113,7 +113,7 @@ class ModelledSession(Session):
         rejected: list[Rejected] = []
         for row in rows:
             try:
-                check = self.checker.check(self.problem.config, row.schedule)
+                check = self.checker.check(self.problem.config, row.schedule, self.problem.family)
             except CannotCheck as error:
                 return None, rejected, f"not checked: {first_line(error)}"
             if check.ok:

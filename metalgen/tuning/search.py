@@ -92,7 +92,7 @@ class Search:
         self.valid = tuple(valid)
         self.seed = seed
         self.small = small
-        default = default_schedule(space.config, space.limits)
+        default = default_schedule(space.config, space.limits, space.family)
         self.first = tuple(dict.fromkeys((default, *first)))
         self.times: dict[Schedule, float] = {}
         self._members = set(self.valid)

@@ -78,11 +78,11 @@ class Session(abc.ABC):
         Raises:
             BudgetSpent: before the problem was finished; what was committed stays.
         """
-        config, limits = problem.config, self.limits
+        config, limits, family = problem.config, self.limits, problem.family
         self.problem = problem
-        self.space = space(config, limits, math_modes=self.math_modes)
-        self.valid = enumerate_valid(config, limits, self.math_modes)
-        self.default = default_schedule(config, limits)
+        self.space = space(config, limits, family, math_modes=self.math_modes)
+        self.valid = enumerate_valid(config, limits, family, self.math_modes)
+        self.default = default_schedule(config, limits, family)
         self.progress = Progress(problem, number, problems, self.provenance == "modelled")
         self.show(valid=len(self.valid), goal=self.goal())
         outcome = self.work()

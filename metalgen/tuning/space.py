@@ -61,6 +61,7 @@ class Space:
 
     config: AttentionConfig
     limits: Limits
+    family: str
     parameters: tuple[Parameter, ...]
 
     def schedule(self, point: Point) -> Schedule:
@@ -81,7 +82,7 @@ class Space:
     def valid(self, schedule: Schedule) -> bool:
         """Whether a schedule keeps every rule."""
         try:
-            check_schedule(self.config, schedule, self.limits)
+            check_schedule(self.config, schedule, self.limits, self.family)
         except InvalidSchedule:
             return False
         return True
@@ -101,13 +102,18 @@ class Space:
 
 
 def space(
-    config: AttentionConfig, limits: Limits = APPLE, *, math_modes: tuple[str, ...] = ("safe",)
+    config: AttentionConfig,
+    limits: Limits = APPLE,
+    family: str = "forward",
+    *,
+    math_modes: tuple[str, ...] = ("safe",),
 ) -> Space:
-    """The space of the forward family.
+    """The space of a family.
 
     Args:
         config: what to compute.
         limits: what a threadgroup may use, and the target.
+        family: ``"forward"`` or ``"decode"``.
         math_modes: Metal's math modes to try; others than ``"safe"`` change nothing that the chip
             model sees, so they are worth trying only where a device measures.
     """
@@ -115,7 +121,7 @@ def space(
     only = dict(target.choices)
     widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
     # The default schedule's slice is among the choices, so that it is a point of every space.
-    slices = {w for w in (32, 64, 128, default_schedule(config, limits).bd) if w <= widest}
+    slices = {w for w in (32, 64, 128, default_schedule(config, limits, family).bd) if w <= widest}
     if target.name == "cuda":  # stages whole rows
         slices = {widest}
     staging = ("threadgroup", "device")
@@ -127,10 +133,12 @@ def space(
     return Space(
         config,
         limits,
+        family,
         (
-            Parameter("row_blocks", (1, 2, 4)),
-            Parameter("simdgroups", (1, 2, 4, 8, 16)),
-            Parameter("bk", tuple(bk for bk in (8, 16, 32, 64) if bk % target.depth == 0)),
+            Parameter("splits", (1, 2, 4, 8, 16, 32, 64) if family == "decode" else (1,)),
+            Parameter("row_blocks", (1, 2) if family == "decode" else (1, 2, 4)),
+            Parameter("simdgroups", (1, 2, 4) if family == "decode" else (1, 2, 4, 8, 16)),
+            Parameter("bk", (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64)),
             Parameter("q_source", ("registers", "threadgroup")),
             Parameter("k_source", only.get("k_source", staging)),
             Parameter("v_source", only.get("v_source", staging)),
@@ -145,11 +153,14 @@ def space(
 
 @functools.lru_cache(maxsize=64)
 def enumerate_valid(
-    config: AttentionConfig, limits: Limits = APPLE, math_modes: tuple[str, ...] = ("safe",)
+    config: AttentionConfig,
+    limits: Limits = APPLE,
+    family: str = "forward",
+    math_modes: tuple[str, ...] = ("safe",),
 ) -> tuple[Schedule, ...]:
     """Every valid schedule of the space, the default one first, each once."""
-    declared = space(config, limits, math_modes=math_modes)
-    found = [default_schedule(config, limits)]
+    declared = space(config, limits, family, math_modes=math_modes)
+    found = [default_schedule(config, limits, family)]
     schedules = map(declared.schedule, declared.points())
     found += [s for s in schedules if s != found[0] and declared.valid(s)]
     return tuple(found)

@@ -12,7 +12,8 @@ from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
 from metalgen.verify import Verification
 
-Verify = Callable[[Device, AttentionConfig, Schedule], Verification]
+Verify = Callable[..., Verification]
+"""``verify(device, config, schedule, *, family)``, as `metalgen.verify.verify`."""
 
 
 class CannotCheck(MetalgenError):
@@ -69,20 +70,23 @@ class Checker:
         self._verify = verify
         self.checked = 0
 
-    def known(self, config: AttentionConfig, schedule: Schedule) -> Check | None:
+    def known(
+        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
+    ) -> Check | None:
         """The check on record: a failed one on any device, else one on this device, or None."""
-        found = self.store.find_check(config, schedule, self.template_hash)
+        kernel = (config, schedule, self.template_hash)
+        found = self.store.find_check(*kernel, family=family)
         if found is None or not found.ok or self.device is None or not self.device.is_gpu:
             return found
-        return self.store.find_check(config, schedule, self.template_hash, self.device.name)
+        return self.store.find_check(*kernel, self.device.name, family=family)
 
-    def check(self, config: AttentionConfig, schedule: Schedule) -> Check:
+    def check(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Check:
         """The check of a kernel: the one on record, or a new one, which is recorded.
 
         Raises:
             CannotCheck: there is none on record and the device cannot make one.
         """
-        found = self.known(config, schedule)
+        found = self.known(config, schedule, family)
         if found is not None:
             return found
         if self.device is None:
@@ -90,7 +94,7 @@ class Checker:
         error = tolerance = None
         shape = detail = ""
         try:
-            result = self._run(config, schedule)
+            result = self._run(config, schedule, family)
         except (MetalgenError, RuntimeError, ValueError, MemoryError) as problem:
             status, detail = failure_status(problem), first_line(problem)
         else:
@@ -108,8 +112,11 @@ class Checker:
             tolerance=tolerance,
             shape=shape,
             detail=detail,
+            family=family,
         )
-        found = self.store.find_check(config, schedule, self.template_hash, self.device.name)
+        found = self.store.find_check(
+            config, schedule, self.template_hash, self.device.name, family=family
+        )
         assert found is not None
         return found
 
@@ -121,6 +128,6 @@ class Checker:
 
         return verify
 
-    def _run(self, config: AttentionConfig, schedule: Schedule) -> Verification:
+    def _run(self, config: AttentionConfig, schedule: Schedule, family: str) -> Verification:
         assert self.device is not None
-        return self._function(self.device, config, schedule)
+        return self._function(self.device, config, schedule, family=family)

@@ -223,10 +223,37 @@ def test_other_machines_have_no_chip_that_is_known(brand: str) -> None:
     assert identify(brand, '"gpu-core-count" = 10') is None
 
 
-def test_detection_is_silent_off_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detection_is_silent_where_neither_macos_nor_cuda_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("mlx.core.cuda.is_available", lambda: False)
     detect_this_machine.cache_clear()
     assert detect_this_machine() is None
+    detect_this_machine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("product", "name"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("", None),
+    ],
+)
+def test_an_nvidia_machine_is_known_by_what_mlx_says(
+    product: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = {"device_name": product, "architecture": "sm_90", "compute_capability_major": 9}
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("mlx.core.cuda.is_available", lambda: True)
+    monkeypatch.setattr("mlx.core.device_info", lambda device: info)
+    detect_this_machine.cache_clear()
+    found = detect_this_machine()
+    detect_this_machine.cache_clear()
+    assert (found and found.name) == name
 
 
 def test_detection_asks_the_two_programs_of_macos(monkeypatch: pytest.MonkeyPatch) -> None:

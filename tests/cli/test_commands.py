@@ -46,7 +46,7 @@ def tuned(database: Path) -> Path:
             get_chip("M3Max"),
             store,
             checker=get_device("reference"),
-            verify=lambda *_: Verification(True, 2e-4, 1e-3, "Lq=9 Lk=9"),
+            verify=lambda *_, **__: Verification(True, 2e-4, 1e-3, "Lq=9 Lk=9"),
         )
     return database
 

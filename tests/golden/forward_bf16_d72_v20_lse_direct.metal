@@ -83,8 +83,9 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_bf16_d72_b1701b5522(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
+// metalgen_forward_bf16_d72_1e672292c7(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
   typedef bfloat T;
+  typedef bfloat Out;
   typedef bfloat F;
   constexpr int D = 72;
   constexpr int DV = 20;
@@ -109,13 +110,13 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   const int q_len = q_shape[2];
   const int kv_len = k_shape[2];
   const int offset = kv_len - q_len;  // query i stands beside key i + offset
+  const int batch = int(threadgroup_position_in_grid.z);
   const int head = int(threadgroup_position_in_grid.y);
   const int kv_head = head / HEADS_PER_KV;
-  const int batch = int(threadgroup_position_in_grid.z);
+  const int row_count = q_len;
   const int q_block = int(threadgroup_position_in_grid.x);
-  const int group_last = min(q_block * BQ + BQ, q_len) - 1;
+  const int64_t row_base = (int64_t(batch) * q_shape[1] + head) * q_len;
   const int first = q_block * BQ + sg * ROWS;
-  const int last = min(first + ROWS, q_len) - 1;
   const device uint8_t* q_head = q + batch * q_strides[0] + head * q_strides[1];
   const device uint8_t* k_head = k + batch * k_strides[0] + kv_head * k_strides[1];
   const device uint8_t* v_head = v + batch * v_strides[0] + kv_head * v_strides[1];
@@ -130,7 +131,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
     const int line = n / 9;
     const int column = n % 9 * 8;
     T x[8];
-    mg_load<8>(x, (const device T*)(q_head + int64_t(min(first + line, q_len - 1)) * q_pitch) + column);
+    mg_load<8>(x, (const device T*)(q_head + int64_t(min(first + line, row_count - 1)) * q_pitch) + column);
     mg_store<8>(q_tile + line * Q_STRIDE + column, x);
   }
 
@@ -158,7 +159,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
 
   for (int k0 = k_begin; k0 < k_end; k0 += BK) {
     // Does any row here see a key of this pass; does each row see all of them?
-    const bool live = first < q_len;
+    const bool live = first < row_count;
     const bool whole = k0 + BK <= kv_len;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
@@ -356,34 +357,34 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
         o[r][f].thread_elements()[e] *= inverse;
       }
     }
-    if (col == 0 && first + r * 8 + row < q_len) {
-      lse[(int64_t(batch) * q_shape[1] + head) * q_len + first + r * 8 + row] = mg_log_sum_exp(m[r] * scale2, sum);
+    if (col == 0 && first + r * 8 + row < row_count) {
+      lse[row_base + first + r * 8 + row] = mg_log_sum_exp(m[r] * scale2, sum);
     }
   }
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) {
-    const int i = first + r * 8 + row;
-    if (i < q_len) {
-      device T* o_row = out + ((int64_t(batch) * q_shape[1] + head) * q_len + i) * DV;
+    const int n = first + r * 8 + row;
+    if (n < row_count) {
+      device Out* o_row = out + (row_base + n) * DV;
       #pragma unroll
       for (int b = 0; b < 1; b++) {
         const int column = (b * 8 + col) * 2;
-        T x[4];
+        Out x[4];
         #pragma unroll
         for (int w = 0; w < 2; w++) {
-          x[2 * w] = T(o[r][b * 2 + w].thread_elements()[0]);
-          x[2 * w + 1] = T(o[r][b * 2 + w].thread_elements()[1]);
+          x[2 * w] = Out(o[r][b * 2 + w].thread_elements()[0]);
+          x[2 * w + 1] = Out(o[r][b * 2 + w].thread_elements()[1]);
         }
         mg_store<4>(o_row + column, x);
       }
       #pragma unroll
       for (int b = 0; b < 1; b++) {
         const int column = 16 + (b * 8 + col) * 1;
-        T x[2];
+        Out x[2];
         #pragma unroll
         for (int w = 0; w < 1; w++) {
-          x[2 * w] = T(o[r][2 + b * 1 + w].thread_elements()[0]);
-          x[2 * w + 1] = T(o[r][2 + b * 1 + w].thread_elements()[1]);
+          x[2 * w] = Out(o[r][2 + b * 1 + w].thread_elements()[0]);
+          x[2 * w + 1] = Out(o[r][2 + b * 1 + w].thread_elements()[1]);
         }
         mg_store_part<2>(o_row + column, x, DV - column);
       }

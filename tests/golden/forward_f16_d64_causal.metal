@@ -83,8 +83,9 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_44578683ae(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_279f2425d9(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
+  typedef half Out;
   typedef half F;
   constexpr int D = 64;
   constexpr int DV = 64;
@@ -110,14 +111,16 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   const int q_len = q_shape[2];
   const int kv_len = k_shape[2];
   const int offset = kv_len - q_len;  // query i stands beside key i + offset
+  const int batch = int(threadgroup_position_in_grid.z);
   const int head = int(threadgroup_position_in_grid.y);
   const int kv_head = head / HEADS_PER_KV;
-  const int batch = int(threadgroup_position_in_grid.z);
+  const int row_count = q_len;
   // Later rows see more keys: they start first, so that the last wave of groups is short.
   const int q_block = int(threadgroups_per_grid.x) - 1 - int(threadgroup_position_in_grid.x);
-  const int group_last = min(q_block * BQ + BQ, q_len) - 1;
+  const int64_t row_base = (int64_t(batch) * q_shape[1] + head) * q_len;
   const int first = q_block * BQ + sg * ROWS;
   const int last = min(first + ROWS, q_len) - 1;
+  const int group_last = min(q_block * BQ + BQ, q_len) - 1;
   const device uint8_t* q_head = q + batch * q_strides[0] + head * q_strides[1];
   const device uint8_t* k_head = k + batch * k_strides[0] + kv_head * k_strides[1];
   const device uint8_t* v_head = v + batch * v_strides[0] + kv_head * v_strides[1];
@@ -131,7 +134,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][D_FRAGMENTS];
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) {
-    const device T* q_row = (const device T*)(q_head + int64_t(min(first + r * 8 + row, q_len - 1)) * q_pitch);
+    const device T* q_row = (const device T*)(q_head + int64_t(min(first + r * 8 + row, row_count - 1)) * q_pitch);
     #pragma unroll
     for (int b = 0; b < 2; b++) {
       const int column = (b * 8 + col) * 4;
@@ -169,7 +172,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
 
   for (int k0 = k_begin; k0 < k_end; k0 += BK) {
     // Does any row here see a key of this pass; does each row see all of them?
-    const bool live = first < q_len && k0 <= last + offset;
+    const bool live = first < row_count && k0 <= last + offset;
     const bool whole = k0 + BK <= kv_len && (k0 + BK - 1) <= first + offset;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
@@ -327,17 +330,17 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   }
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) {
-    const int i = first + r * 8 + row;
-    if (i < q_len) {
-      device T* o_row = out + ((int64_t(batch) * q_shape[1] + head) * q_len + i) * DV;
+    const int n = first + r * 8 + row;
+    if (n < row_count) {
+      device Out* o_row = out + (row_base + n) * DV;
       #pragma unroll
       for (int b = 0; b < 2; b++) {
         const int column = (b * 8 + col) * 4;
-        T x[8];
+        Out x[8];
         #pragma unroll
         for (int w = 0; w < 4; w++) {
-          x[2 * w] = T(o[r][b * 4 + w].thread_elements()[0]);
-          x[2 * w + 1] = T(o[r][b * 4 + w].thread_elements()[1]);
+          x[2 * w] = Out(o[r][b * 4 + w].thread_elements()[0]);
+          x[2 * w + 1] = Out(o[r][b * 4 + w].thread_elements()[1]);
         }
         mg_store<8>(o_row + column, x);
       }

@@ -265,7 +265,7 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
 
 
 def raised(function: Any, *args: Any, **kwargs: Any) -> tuple[type, str]:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - compared below
+    with pytest.raises(Exception) as caught:
         function(*args, **kwargs)
     return caught.type, str(caught.value)
 
@@ -290,9 +290,7 @@ def test_a_bad_call_raises_what_mlx_raises(title: str) -> None:
         threadgroup=(4, 1, 1),
     )
     arguments.update(BAD_CALLS[title])
-    reference = mx.fast.metal_kernel(
-        name="k", input_names=["x"], output_names=["out"], source=COPY
-    )
+    reference = mx.fast.metal_kernel(name="k", input_names=["x"], output_names=["out"], source=COPY)
     kind, message = raised(build(), **arguments)
     their_kind, their_message = raised(reference, **arguments)
     assert "No Metal back-end" not in their_message
@@ -325,7 +323,10 @@ def test_a_launch_that_a_gpu_would_refuse_is_a_launch_error(
 def test_more_than_31_buffers_are_a_launch_error() -> None:
     names = [f"a{i}" for i in range(31)]
     kernel = simulator.metal_kernel(
-        name="k", input_names=names, output_names=["out"], source="out[0] = thread_position_in_grid.x;"
+        name="k",
+        input_names=names,
+        output_names=["out"],
+        source="out[0] = thread_position_in_grid.x;",
     )
     with pytest.raises(LaunchError, match="binds 32 buffers, and Metal has 31"):
         call(kernel, [1.0] * 31)
@@ -414,3 +415,11 @@ def test_record_collects_the_launches_of_a_block() -> None:
     assert inner[0].kernel == "custom_kernel_k_float_float"
     assert inner[0].grid == (8, 1, 1) and inner[0].threadgroup == (4, 1, 1)
     assert inner[0].findings is None and inner[0].counters is None
+
+
+def test_install_may_be_nested() -> None:
+    with simulator.install():
+        with simulator.install():
+            assert mx.fast.metal_kernel is simulator.metal_kernel
+        assert mx.fast.metal_kernel is simulator.metal_kernel and mx.metal.is_available()
+    assert mx.fast.metal_kernel is not simulator.metal_kernel

@@ -58,15 +58,18 @@ def line_of(error: ExecutionError, source: str, needle: str) -> bool:
 @pytest.mark.usefixtures("the_next_call_works")
 def test_an_endless_loop_ends_at_the_time_limit() -> None:
     source = "volatile uint i = thread_position_in_grid.x;\nwhile (true) { i += 1; }"
-    with simulator.limits(seconds=0.5), pytest.raises(KernelTimeout, match="after 0.5 s"):
+    with (
+        simulator.limits(seconds=0.5),
+        pytest.raises(KernelTimeout, match=r"after 0\.5 s") as caught,
+    ):
         run(source)
+    assert line_of(caught.value, source, "while (true)")
+    assert caught.value.thread == (0, 0, 0)
 
 
 @pytest.mark.usefixtures("the_next_call_works")
 def test_a_write_through_a_wild_pointer_is_a_crash_that_names_line_and_thread() -> None:
-    source = (
-        "uint i = thread_position_in_grid.x;\nif (i == 37) {\n  out[i + (1ul << 40)] = 1; // here\n}"
-    )
+    source = "uint i = thread_position_in_grid.x;\nif (i == 37) {\n  out[i + (1ul << 40)] = 1; // here\n}"
     with pytest.raises(KernelCrash, match="touched memory that no buffer owns") as caught:
         run(source)
     assert caught.value.thread == (5, 0, 0) and caught.value.threadgroup == (1, 0, 0)
@@ -291,3 +294,12 @@ def test_a_missing_ziglang_says_what_to_install(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert "ziglang" in done.stdout and "metalgen[simulator]" in done.stdout, done.stderr
+
+
+def test_a_child_that_has_loaded_many_kernels_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "MOST_LIBRARIES", 1)
+    executor._pool.close()
+    with simulator.limits(processes=1):
+        run(DOUBLE)
+        assert executor._pool.idle == []
+        assert run(DOUBLE).tolist() == [2.0 * i for i in range(64)]

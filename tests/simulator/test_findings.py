@@ -94,7 +94,9 @@ def test_a_barrier_with_the_wrong_flag_does_not_order_device_memory() -> None:
     wrong = check(source.replace("BARRIER", FENCE), **changes)
     finding = only(wrong, "race")
     assert finding.memory == "out"
-    right = check(source.replace("BARRIER", FENCE.replace("mem_threadgroup", "mem_device")), **changes)
+    right = check(
+        source.replace("BARRIER", FENCE.replace("mem_threadgroup", "mem_device")), **changes
+    )
     assert right.findings is not None and not len(right.findings)
 
 
@@ -173,8 +175,12 @@ def test_a_threadgroup_array_has_bounds_too() -> None:
 
 
 def test_a_read_of_threadgroup_memory_that_nothing_wrote() -> None:
-    launch = check(HEAD + "threadgroup float tile[64];\nif (t < 32) tile[t] = x[i];\n" + FENCE
-                   + "out[i] = tile[t];")
+    launch = check(
+        HEAD
+        + "threadgroup float tile[64];\nif (t < 32) tile[t] = x[i];\n"
+        + FENCE
+        + "out[i] = tile[t];"
+    )
     finding = only(launch, "uninitialised read")
     assert finding.memory == "threadgroup tile" and finding.count == 32
     assert finding.offset == 4 * 32
@@ -196,9 +202,7 @@ def test_a_barrier_in_divergent_flow() -> None:
 
 
 def test_a_shuffle_from_an_inactive_lane() -> None:
-    launch = check(
-        HEAD + "float y = x[i];\nif (t % 32 < 16) y = simd_shuffle(y, 20);\nout[i] = y;"
-    )
+    launch = check(HEAD + "float y = x[i];\nif (t % 32 < 16) y = simd_shuffle(y, 20);\nout[i] = y;")
     assert launch.findings is not None
     assert "inactive lane" in launch.findings.kinds()
     finding = next(f for f in launch.findings if f.kind == "inactive lane")
@@ -219,7 +223,8 @@ def test_a_matrix_operation_in_divergent_flow() -> None:
 
 def test_a_misaligned_vector_access() -> None:
     launch = check(
-        HEAD + "const device float4* p = (const device float4*)(x + t % 2);\nif (t < 8) out[i] = p[0].x;"
+        HEAD
+        + "const device float4* p = (const device float4*)(x + t % 2);\nif (t < 8) out[i] = p[0].x;"
     )
     finding = only(launch, "misaligned access")
     assert finding.memory == "x" and finding.count == 4
@@ -385,6 +390,35 @@ def test_matrix_products_are_counted() -> None:
     )
     assert launch.counters is not None
     assert launch.counters.multiply_accumulates == 2 * 5
+
+
+@pytest.mark.parametrize("stride, lines", [(1, 1), (2, 2), (32, 32), (0, 1)])
+def test_cache_lines_of_a_simdgroup_access_are_counted(stride: int, lines: int) -> None:
+    launch = check(
+        HEAD + f"out[i] = x[i * {stride}];",
+        inputs=[mx.zeros((64 * 32,))],
+    )
+    assert launch.counters is not None
+    x, out = launch.counters.buffer("x"), launch.counters.buffer("out")
+    assert (x.simdgroup_accesses, x.lines) == (2, 2 * lines)
+    assert x.lines_per_access == lines
+    assert (out.simdgroup_accesses, out.lines) == (2, 2)
+    assert launch.counters.patterns_dropped == 0
+
+
+@pytest.mark.parametrize("stride, passes", [(1, 1), (2, 2), (32, 32), (33, 1), (0, 1)])
+def test_bank_conflicts_are_extra_passes(stride: int, passes: int) -> None:
+    launch = check(
+        HEAD
+        + "threadgroup float tile[1088];\nfor (uint n = t; n < 1088; n += 32) tile[n] = x[t];\n"
+        + FENCE
+        + f"out[i] = tile[t * {stride}];",
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    assert launch.counters is not None
+    assert launch.counters.threadgroup_accesses == 34 + 1
+    assert launch.counters.bank_conflicts == passes - 1
 
 
 def test_an_unknown_buffer_is_named() -> None:

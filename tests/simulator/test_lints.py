@@ -113,8 +113,7 @@ GOOD = {
         "",
     ),
     "a template that recurses at compile time": (
-        "template <int N> int f() { return N + f<N - 1>(); }\n"
-        "template <> int f<0>() { return 0; }",
+        "template <int N> int f() { return N + f<N - 1>(); }\ntemplate <> int f<0>() { return 0; }",
         "out[i] = f<4>();",
     ),
     "threadgroup variables in the kernel": (
@@ -173,7 +172,9 @@ def test_our_forward_kernel_is_clean(dtype: str) -> None:
 
 def test_lints_are_among_the_findings_of_a_checked_launch() -> None:
     kernel = simulator.metal_kernel(
-        name="narrow", input_names=["x"], output_names=["out"],
+        name="narrow",
+        input_names=["x"],
+        output_names=["out"],
         source="uint i = thread_position_in_grid.x;\nout[i] = x[i];",
     )
     with simulator.record(checked=True) as runs:

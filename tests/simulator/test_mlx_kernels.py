@@ -59,9 +59,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return top / top.sum(-1, keepdims=True)
 
 
-def attention_reference(
-    q: mx.array, k: mx.array, v: mx.array, causal: bool = False
-) -> np.ndarray:
+def attention_reference(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> np.ndarray:
     repeats = q.shape[1] // k.shape[1]
     queries, keys, values = (float64(x) for x in (q, k, v))
     keys, values = (np.repeat(x, repeats, axis=1) for x in (keys, values))
@@ -73,9 +71,7 @@ def attention_reference(
     return softmax(scores) @ values
 
 
-def run_attention(
-    q: mx.array, k: mx.array, v: mx.array, causal: bool = False
-) -> mx.array:
+def run_attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx.array:
     """Launch MLX's attention kernel as MLX's host code does."""
     batch, heads, q_len, dim = q.shape
     kv_len = k.shape[2]
@@ -167,7 +163,9 @@ def test_decode_attention(dtype: mx.Dtype, dim: int, kv_len: int, kv_heads: int)
 
 
 @every_type
-@pytest.mark.parametrize("size, threads, looped", [(100, 32, False), (1000, 256, False), (5000, 1024, True)])
+@pytest.mark.parametrize(
+    "size, threads, looped", [(100, 32, False), (1000, 256, False), (5000, 1024, True)]
+)
 def test_softmax(dtype: mx.Dtype, size: int, threads: int, looped: bool) -> None:
     x = normal(3, size, dtype=dtype)
     function = "softmax_looped" if looped else "softmax_single_row"
@@ -288,8 +286,11 @@ def test_matrix_product(dtype: mx.Dtype, m: int, n: int, k: int, transposed: boo
 
 def quantized(n: int, k: int, bits: int, dtype: mx.Dtype) -> tuple[list[mx.array], np.ndarray]:
     parts = mx.quantize(normal(n, k, dtype=dtype, seed=1), group_size=64, bits=bits)
-    whole = mx.dequantize(*(part.astype(mx.float32) if i else part for i, part in enumerate(parts)),
-                          group_size=64, bits=bits)
+    whole = mx.dequantize(
+        *(part.astype(mx.float32) if i else part for i, part in enumerate(parts)),
+        group_size=64,
+        bits=bits,
+    )
     return list(parts), float64(whole)
 
 
@@ -418,7 +419,9 @@ def test_sort(dtype: mx.Dtype, size: int, arguments: bool) -> None:
     if arguments:
         order = np.array(outputs[1])
         assert np.array_equal(np.sort(order, -1), np.tile(np.arange(size), (2, 1)))
-        assert np.array_equal(np.take_along_axis(values, order.astype(int), -1), np.sort(values, -1))
+        assert np.array_equal(
+            np.take_along_axis(values, order.astype(int), -1), np.sort(values, -1)
+        )
     else:
         assert np.array_equal(float64(outputs[1]), np.sort(values, -1))
 

@@ -53,7 +53,9 @@ def load() -> Iterator[Load]:
             del sys.modules[name]
 
 
-def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: mx.Dtype = mx.float32) -> mx.array:
+def normal(
+    *shape: int, seed: int = 0, scale: float = 1.0, dtype: mx.Dtype = mx.float32
+) -> mx.array:
     return (scale * mx.random.normal(shape, key=mx.random.key(seed))).astype(dtype)
 
 
@@ -141,7 +143,9 @@ def test_gated_delta(load: Load, dtype: mx.Dtype, masked: bool, vector: bool) ->
 
 
 @every_type
-def test_gated_delta_packed_equals_its_explicit_tree_bit_by_bit(load: Load, dtype: mx.Dtype) -> None:
+def test_gated_delta_packed_equals_its_explicit_tree_bit_by_bit(
+    load: Load, dtype: mx.Dtype
+) -> None:
     module = load("models.gated_delta")
     inputs = delta_inputs(dtype, dim=128)
     with simulator.record() as runs:

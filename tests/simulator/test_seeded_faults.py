@@ -124,7 +124,8 @@ def barrier_faults() -> dict[str, Fault]:
             case, barrier_fault(1, "if (sg == 0) threadgroup_barrier(mem_flags::mem_threadgroup);")
         )
         faults[f"{case}: barrier 1 reached by half of the lanes"] = Fault(
-            case, barrier_fault(1, "if (lane < 16) threadgroup_barrier(mem_flags::mem_threadgroup);")
+            case,
+            barrier_fault(1, "if (lane < 16) threadgroup_barrier(mem_flags::mem_threadgroup);"),
         )
     staging = r"for \(int n = sg \* 32 \+ lane;"
     faults["staged: barrier 1 moved in front of the staging of K"] = Fault(
@@ -136,13 +137,16 @@ def barrier_faults() -> dict[str, Fault]:
     for title, replacement in list(replacements.items())[:2]:
         faults[f"direct, Q staged: the simdgroup barrier after Q {title}"] = Fault(
             "direct, Q staged",
-            substitute(BARRIER.replace("threadgroup_b", "simdgroup_b", 1),
-                       replacement.replace("threadgroup_b", "simdgroup_b", 1)),
+            substitute(
+                BARRIER.replace("threadgroup_b", "simdgroup_b", 1),
+                replacement.replace("threadgroup_b", "simdgroup_b", 1),
+            ),
         )
     return faults
 
 
 STAGE_BOUND = r"n < BK \* (\d+);"
+OUT_BOUND = r"if \((\w+) < (\w+)\)(?= \{\n[^\n]*o_row = )"
 ROW_BOUND = r"\bk0 \+ line < kv_len"
 
 FAULTS: dict[str, Fault] = {
@@ -171,15 +175,17 @@ FAULTS: dict[str, Fault] = {
         "buffered", substitute(r"k0 \+ BK \+ line < kv_len", "k0 + BK + line <= kv_len")
     ),
     "one row of the output too many is written": Fault(
-        "staged", substitute(r"if \(i < q_len\)", "if (i <= q_len)")
+        "staged", substitute(OUT_BOUND, r"if (\1 <= \2)")
     ),
     "one row of the output too few is written": Fault(
-        "staged", substitute(r"if \(i < q_len\)", "if (i + 1 < q_len)"), checker=False
+        "staged", substitute(OUT_BOUND, r"if (\1 + 1 < \2)"), checker=False
     ),
-    "every row of the output is written": Fault("direct", substitute(r"if \(i < q_len\)", "")),
-    "Q is read one row past its end": Fault("staged", substitute(r"\+ row, q_len - 1", "+ row, q_len")),
+    "every row of the output is written": Fault("direct", substitute(OUT_BOUND, "")),
+    "Q is read one row past its end": Fault(
+        "staged", substitute(r"\+ row, (\w+) - 1", r"+ row, \1")
+    ),
     "Q is read without a bound": Fault(
-        "direct", substitute(r"min\((first \+ r \* 8 \+ row), q_len - 1\)", r"(\1)")
+        "direct", substitute(r"min\((first \+ r \* 8 \+ row), \w+ - 1\)", r"(\1)")
     ),
     "a masked key counts": Fault(
         "staged, not causal", substitute(r"= j < kv_len \?", "= j <= kv_len ?"), checker=False
@@ -208,7 +214,7 @@ FAULTS: dict[str, Fault] = {
         "buffered", substitute(r"if \(n < count\) to\[n\]", "if (n <= count + 9) to[n]")
     ),
     "the output's rows lie too far apart": Fault(
-        "staged", substitute(r"q_len \+ i\) \* DV", "q_len + i) * (DV + 1)")
+        "staged", substitute(r"(o_row = [^;]*\)) \* DV", r"\1 * (DV + 1)")
     ),
     # Arrays too short, pitches too small, vectors out of alignment.
     "the tile is a row short": Fault(
@@ -219,6 +225,16 @@ FAULTS: dict[str, Fault] = {
     ),
     "the second buffer overlaps the first by a row": Fault(
         "buffered", substitute(r"KV_SLOT = (\d+);", r"KV_SLOT = \1 - KV_STRIDE;")
+    ),
+    "the accumulator is one fragment short": Fault(
+        "staged",
+        substitute(r"o\[ROW_BLOCKS\]\[V_FRAGMENTS\]", "o[ROW_BLOCKS][V_FRAGMENTS - 1]"),
+        checker=False,
+    ),
+    "the scores are one fragment short": Fault(
+        "direct",
+        substitute(r"s\[ROW_BLOCKS\]\[K_FRAGMENTS\]", "s[ROW_BLOCKS][K_FRAGMENTS - 1]"),
+        checker=False,
     ),
     "the pitch of the tile is odd": Fault(
         "staged", substitute(r"KV_STRIDE = (\d+);", r"KV_STRIDE = \1 - 1;")
@@ -242,29 +258,41 @@ FAULTS: dict[str, Fault] = {
     ),
     # Wrong lane maps.
     "the row of a lane takes the wrong bit": Fault(
-        "staged", substitute(r"row = \(\(lane >> 2\) & 4\)", "row = ((lane >> 1) & 4)"), checker=False
+        "staged",
+        substitute(r"row = \(\(lane >> 2\) & 4\)", "row = ((lane >> 1) & 4)"),
+        checker=False,
     ),
     "the column of a lane takes the wrong bit": Fault(
-        "staged", substitute(r"col = \(\(lane >> 1\) & 4\)", "col = ((lane >> 2) & 4)"), checker=False
+        "staged",
+        substitute(r"col = \(\(lane >> 1\) & 4\)", "col = ((lane >> 2) & 4)"),
+        checker=False,
     ),
     "row and column of a lane are exchanged": Fault(
         "direct",
-        substitute(r"const int row = ([^;]*);\s*const int col = ([^;]*);",
-                   r"const int col = \1;\n  const int row = \2;"),
+        substitute(
+            r"const int row = ([^;]*);\s*const int col = ([^;]*);",
+            r"const int col = \1;\n  const int row = \2;",
+        ),
         checker=False,
     ),
     "the row maximum takes the wrong lanes": Fault(
-        "staged", substitute(r"return max\(x, simd_shuffle_xor\(x, 8\)\)",
-                             "return max(x, simd_shuffle_xor(x, 4))"), checker=False
+        "staged",
+        substitute(
+            r"return max\(x, simd_shuffle_xor\(x, 8\)\)", "return max(x, simd_shuffle_xor(x, 4))"
+        ),
+        checker=False,
     ),
     "the row sum takes the wrong lanes": Fault(
-        "staged", substitute(r"return x \+ simd_shuffle_xor\(x, 8\)",
-                             "return x + simd_shuffle_xor(x, 2)"), checker=False
+        "staged",
+        substitute(r"return x \+ simd_shuffle_xor\(x, 8\)", "return x + simd_shuffle_xor(x, 2)"),
+        checker=False,
     ),
     "the two elements of a lane of P are exchanged": Fault(
         "staged",
-        substitute(r"p\[r\]\.thread_elements\(\)\[1\] = F\(s\[r\]\[f\]\.thread_elements\(\)\[1\]\)",
-                   "p[r].thread_elements()[1] = F(s[r][f].thread_elements()[0])"),
+        substitute(
+            r"p\[r\]\.thread_elements\(\)\[1\] = F\(s\[r\]\[f\]\.thread_elements\(\)\[1\]\)",
+            "p[r].thread_elements()[1] = F(s[r][f].thread_elements()[0])",
+        ),
         checker=False,
     ),
 }
@@ -291,7 +319,9 @@ def test_a_seeded_fault_is_found(title: str) -> None:
     findings, right = run(fault.case, fault.edit)
     reported = sum(len(each) for each in findings)
     if fault.checker:
-        assert reported, f"the checker said nothing; the numbers were {'right' if right else 'wrong'}"
+        assert reported, (
+            f"the checker said nothing; the numbers were {'right' if right else 'wrong'}"
+        )
     else:
         assert reported or not right
 

@@ -30,8 +30,8 @@ from metalgen.tuning.space import enumerate_valid
 from metalgen.tuning.verifying import CannotCheck, failure_status
 
 CHIP = get_chip("M3Max")
-SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16)
-PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32)]
+SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
+PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
 POLICY = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, rounds=2)
 
 
@@ -136,7 +136,7 @@ def test_a_run_that_is_repeated_ranks_and_checks_nothing_again(store: Store) -> 
 
 def test_one_check_serves_all_problems_of_a_config_and_schedule(store: Store) -> None:
     verify = FakeVerify()
-    problems = [Problem(SMALL.config, 2, n, n) for n in (16, 32, 64, 128)]
+    problems = [Problem(SMALL.config, 2, n, n, family="forward") for n in (16, 32, 64, 128)]
     report = model(store, verify, problems)
     winners = {o.winner.schedule for o in report.outcomes if o.winner}
     assert sorted(s.key for _, s in verify.asked) == sorted(s.key for s in winners)
@@ -176,7 +176,7 @@ def test_without_anything_that_executes_there_is_no_winner_but_the_rows_are_kept
 
 
 def test_a_device_that_cannot_check_leaves_no_verdict(store: Store) -> None:
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **_: object) -> Any:
         raise simulator.MissingToolchain("ziglang is not installed")
 
     report = model(store, broken, [SMALL])  # type: ignore[arg-type]
@@ -239,7 +239,7 @@ def test_a_spent_budget_stops_the_run_and_keeps_what_was_done(store: Store) -> N
 
 
 def test_a_run_that_breaks_is_recorded_as_failed(store: Store) -> None:
-    def broken(p: Progress) -> None:
+    def broken(p: Progress, **_: object) -> None:
         raise RuntimeError("a defect")
 
     with pytest.raises(RuntimeError, match="a defect"):

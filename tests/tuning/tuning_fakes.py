@@ -50,7 +50,7 @@ class FakeGpu(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         self.built.append(schedule)
         error = self.fails(schedule)
         if error:
@@ -72,7 +72,9 @@ class FakeVerify:
         self.wrong = wrong
         self.asked: list[tuple[AttentionConfig, Schedule]] = []
 
-    def __call__(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
+    def __call__(
+        self, device: Device, config: AttentionConfig, schedule: Schedule, family: str = "forward"
+    ) -> Verification:
         self.asked.append((config, schedule))
         if self.wrong(schedule):
             return Verification(False, 0.5, 1e-3, "Lq=9 Lk=9", "relative error 5e-01")

@@ -1,8 +1,8 @@
 """Refuses code in which a vector's bits were silently read as another type.
 
-clang takes `(int4)f4`, for a float4, as a reinterpretation of bits, where Metal converts values. The
-source transformation rewrites every such cast that it can see; this check, on the code clang emits
-before any optimisation, sees the rest: there, such a cast is a `bitcast` between vectors, and
+clang takes `(int4)f4`, for a float4, as a reinterpretation of bits, where Metal converts values.
+The source transformation rewrites every such cast that it can see; this check, on the code clang
+emits before any optimisation, sees the rest: there, such a cast is a `bitcast` between vectors, and
 nothing else makes one (`as_type` goes through memory).
 """
 

@@ -48,6 +48,11 @@ def headers(mode: str, machine: Machine) -> Path:
 
 def runtime(mode: str, machine: Machine) -> Path:
     """The runtime's object file."""
-    arguments = ["clang", *toolchain.RUNTIME_FLAGS, *machine, f"-DMG_CHECKED={int(mode == 'checked')}"]
+    arguments = [
+        "clang",
+        *toolchain.RUNTIME_FLAGS,
+        *machine,
+        f"-DMG_CHECKED={int(mode == 'checked')}",
+    ]
     arguments += ["-c", str(toolchain.RUNTIME / "runtime.cpp")]
     return _once(f"runtime-{mode}.o", arguments, _key(mode, machine))

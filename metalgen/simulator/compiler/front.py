@@ -38,8 +38,8 @@ class BufferParameter:
 class CompiledKernel:
     """A kernel as a shared object in the cache. `threadgroup_bytes`: its static threadgroup memory.
 
-    `threadgroup_variables`: name and bytes of each threadgroup variable, by the number that findings
-    give; 0 bytes for one of another kernel of the source.
+    `threadgroup_variables`: name and bytes of each threadgroup variable, by the number that
+    findings give; 0 bytes for one of another kernel of the source.
     """
 
     path: Path
@@ -84,8 +84,16 @@ def compile_metal(
     constants = dict(constants or {})
     folders = [str(Path(p).resolve()) for p in include_dirs]
     key = cache.digest(
-        [cache.own_sources(), str(toolchain.zig()), *toolchain.machine_flags(), mode, kernel, source,
-         repr(sorted(constants.items(), key=repr)), *folders]
+        [
+            cache.own_sources(),
+            str(toolchain.zig()),
+            *toolchain.machine_flags(),
+            mode,
+            kernel,
+            source,
+            repr(sorted(constants.items(), key=repr)),
+            *folders,
+        ]
     )
     base = cache.directory() / key
     found = _load(base)
@@ -111,8 +119,14 @@ def _load(base: Path) -> CompiledKernel | None:
         if (status.st_size, status.st_mtime_ns) != (size, modified):
             return None
     buffers = tuple(BufferParameter(**b) for b in note["buffers"])
-    return CompiledKernel(path, note["kernel"], note["mode"], buffers, note["threadgroup_bytes"],
-                          tuple((name, size) for name, size in note["variables"]))
+    return CompiledKernel(
+        path,
+        note["kernel"],
+        note["mode"],
+        buffers,
+        note["threadgroup_bytes"],
+        tuple((name, size) for name, size in note["variables"]),
+    )
 
 
 @dataclass(frozen=True)
@@ -126,8 +140,14 @@ class Unit:
 
 
 def compile_unit(
-    source: str, kernel: str, folder: Path, *, mode: Mode, constants: Mapping[str | int, object],
-    include_dirs: Iterable[str] = (), machine: build.Machine | None = None,
+    source: str,
+    kernel: str,
+    folder: Path,
+    *,
+    mode: Mode,
+    constants: Mapping[str | int, object],
+    include_dirs: Iterable[str] = (),
+    machine: build.Machine | None = None,
 ) -> Unit:
     """Compiles `kernel` to an object file in `folder`, for this machine or for the given one.
 
@@ -135,43 +155,82 @@ def compile_unit(
     """
     machine = toolchain.machine_flags() if machine is None else machine
     preprocessed = preprocess(source, folder, include_dirs)
+
+    def language(thorough: bool = False, merged: bool = False) -> tuple[Transformed, Kernel, str]:
+        return _language(preprocessed, kernel, folder, mode, constants, machine, thorough, merged)
+
     try:
-        unit = transform(preprocessed, constants)
-        chosen, expression = choose(unit, kernel)
-    except TransformError as error:
-        raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
-    (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
-    headers = build.headers(mode, machine)
-    done = toolchain.run(
-        ["clang", *build.language_flags(mode, machine), "-include-pch", str(headers), "-S", "-emit-llvm",
-         "-o", "unit.ll", "unit.cl"], folder)
-    if done.returncode != 0:
-        raise _compile_error(done.stderr)
-    code = (folder / "unit.ll").read_text()
-    bad = bitcasts.find_reinterpretation(code)
-    if bad is not None:
-        raise CompileError(f"{SOURCE_NAME}:{bad[0]}: {bad[1]}", file=SOURCE_NAME, line=bad[0] or None)
+        unit, chosen, code = language()
+    except CompileError as error:
+        casts, copies = (re.search(p, str(error)) for p in (_VECTOR_CAST, _CONSTANT_COPY))
+        if not (casts or copies):
+            raise
+        try:
+            unit, chosen, code = language(thorough=casts is not None, merged=copies is not None)
+        except CompileError:
+            raise error from None
     final = instrument(code) if mode == "checked" else code
     if not toolchain.is_x86(machine):
         final = toolchain.retarget(final)
     if final is not code:
         (folder / "unit.ll").write_text(final)
     done = toolchain.run(
-        ["clang", "-x", "ir", *toolchain.CODE, *machine, "-c", "unit.ll", "-o", "unit.o"], folder)
+        ["clang", "-x", "ir", *toolchain.CODE, *machine, "-c", "unit.ll", "-o", "unit.o"], folder
+    )
     if done.returncode != 0:
         raise CompileError(f"the compiler failed on {kernel!r}:\n{_shorten(done.stderr)}")
-    sizes = re.findall(r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)", code)
+    sizes = re.findall(_VARIABLE, code)
     by_number = {int(i): int(n) for i, n in sizes}
     names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
     variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
     return Unit(folder / "unit.o", chosen, variables, tuple(_files(preprocessed)))
 
 
+def _language(
+    preprocessed: str,
+    kernel: str,
+    folder: Path,
+    mode: Mode,
+    constants: Mapping[str | int, object],
+    machine: build.Machine,
+    thorough: bool,
+    merged: bool,
+) -> tuple[Transformed, Kernel, str]:
+    """The language stage: the transformed text, the chosen kernel, LLVM assembly (also in unit.ll).
+
+    `thorough`, `merged`: see transform.
+    """
+    try:
+        unit = transform(preprocessed, constants, thorough=thorough, merged=merged)
+        chosen, expression = choose(unit, kernel)
+    except TransformError as error:
+        raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
+    (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
+    arguments = ["clang", *build.language_flags(mode, machine)]
+    arguments += ["-include-pch", str(build.headers(mode, machine))]
+    done = toolchain.run([*arguments, "-S", "-emit-llvm", "-o", "unit.ll", "unit.cl"], folder)
+    if done.returncode != 0:
+        raise _compile_error(done.stderr)
+    code = (folder / "unit.ll").read_text()
+    bad = bitcasts.find_reinterpretation(code)
+    if bad is not None:
+        message = f"{SOURCE_NAME}:{bad[0]}: {bad[1]}"
+        raise CompileError(message, file=SOURCE_NAME, line=bad[0] or None)
+    return unit, chosen, code
+
+
 def _compile(
-    folder: Path, base: Path, source: str, kernel: str, mode: Mode,
-    constants: Mapping[str | int, object], folders: list[str],
+    folder: Path,
+    base: Path,
+    source: str,
+    kernel: str,
+    mode: Mode,
+    constants: Mapping[str | int, object],
+    folders: list[str],
 ) -> CompiledKernel:
-    unit = compile_unit(source, kernel, folder, mode=mode, constants=constants, include_dirs=folders)
+    unit = compile_unit(
+        source, kernel, folder, mode=mode, constants=constants, include_dirs=folders
+    )
     runtime = build.runtime(mode, toolchain.machine_flags())
     done = toolchain.run(toolchain.link([unit.object.name, str(runtime)], "unit.so"), folder)
     if done.returncode != 0:
@@ -181,8 +240,12 @@ def _compile(
     result = CompiledKernel(path, kernel, mode, _buffers(unit.kernel), total, unit.variables)
     (folder / "unit.so").replace(path)
     note = {
-        "kernel": kernel, "mode": mode, "threadgroup_bytes": total, "variables": unit.variables,
-        "buffers": [asdict(b) for b in result.buffers], "files": unit.files,
+        "kernel": kernel,
+        "mode": mode,
+        "threadgroup_bytes": total,
+        "variables": unit.variables,
+        "buffers": [asdict(b) for b in result.buffers],
+        "files": unit.files,
     }
     cache.replace(base.with_suffix(".json"), json.dumps(note).encode())
     return result
@@ -191,9 +254,23 @@ def _compile(
 def preprocess(source: str, folder: Path, include_dirs: Iterable[str] = ()) -> str:
     """Metal `source` with its includes and macros resolved, by clang, in `folder`."""
     (folder / SOURCE_NAME).write_text(source)
-    arguments = ["clang", "-E", "-x", "c++", "-std=c++17", "-undef", "-nostdinc", "-nostdinc++",
-                 "-DMG_MACROS_ONLY", "-D__cpp_variable_templates=201304L", "-Wno-everything",
-                 "-include", "metal_config", "-I", str(toolchain.INCLUDE)]
+    arguments = [
+        "clang",
+        "-E",
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-undef",
+        "-nostdinc",
+        "-nostdinc++",
+        "-DMG_MACROS_ONLY",
+        "-D__cpp_variable_templates=201304L",
+        "-Wno-everything",
+        "-include",
+        "metal_config",
+        "-I",
+        str(toolchain.INCLUDE),
+    ]
     for path in include_dirs:
         arguments += ["-I", path]
     done = toolchain.run([*arguments, SOURCE_NAME], folder)
@@ -213,11 +290,14 @@ def choose(unit: Transformed, kernel: str) -> tuple[Kernel, str]:
         known = sorted({*unit.kernels, *unit.instantiations})
         listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         raise TransformError(
-            f"the source has no kernel {kernel!r}; it has {listed}" if known
-            else f"the source has no kernel {kernel!r}, and no [[kernel]] function at all")
+            f"the source has no kernel {kernel!r}; it has {listed}"
+            if known
+            else f"the source has no kernel {kernel!r}, and no [[kernel]] function at all"
+        )
     if found.template and "<" not in expression:
         raise TransformError(
-            f"{kernel!r} is a template: name an instantiation of it, such as {kernel}<float>")
+            f"{kernel!r} is a template: name an instantiation of it, such as {kernel}<float>"
+        )
     return found, expression
 
 
@@ -236,7 +316,8 @@ def entry(kernel: Kernel, expression: str) -> str:
     return (
         f'\n#line 1 "metalgen_entry"\n'
         f"typedef mg::signature<decltype({expression})> mg_entry_signature;\n"
-        f'extern "C" void mg_kernel(const __private mg_thread* thread_) {{ {expression}({call}); }}\n'
+        f'extern "C" void mg_kernel(const __private mg_thread* thread_) '
+        f"{{ {expression}({call}); }}\n"
     )
 
 
@@ -253,12 +334,18 @@ def _buffers(kernel: Kernel) -> tuple[BufferParameter, ...]:
     return tuple(sorted(found, key=lambda b: b.index))
 
 
+# Errors that a cast to a vector through a template's type parameter makes.
+_VECTOR_CAST = r"from vector|excess elements|reinterpretation of bits"
+# Errors that the copy of a structure out of constant memory makes.
+_CONSTANT_COPY = r"cannot bind reference in address space 'constant'"
+_VARIABLE = r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)"
 _DIAGNOSTIC = re.compile(r"^(\S[^:\n]*):(\d+):(\d+): (?:fatal )?error: (.*)$", re.MULTILINE)
 
 
 def _compile_error(text: str) -> CompileError:
     text = text.replace("__global", "device").replace("__local", "threadgroup")
     text = text.replace("__private", "thread").replace("__constant", "constant")
+    text = re.sub(r"static assertion failed due to requirement '.*?': ", "", text)
     text = _shorten(text)
     first = _DIAGNOSTIC.search(text)
     if first is None:
@@ -266,10 +353,14 @@ def _compile_error(text: str) -> CompileError:
     file, line, message = first.group(1), int(first.group(2)), first.group(4)
     if file != SOURCE_NAME:
         inside = re.search(
-            rf"^{re.escape(SOURCE_NAME)}:(\d+):\d+: note: in instantiation", text, re.MULTILINE)
+            rf"^{re.escape(SOURCE_NAME)}:(\d+):\d+: note: in instantiation", text, re.MULTILINE
+        )
         if inside:
-            return CompileError(f"{SOURCE_NAME}:{inside.group(1)}: {message} (at {file}:{line})\n\n"
-                                + text.strip(), file=SOURCE_NAME, line=int(inside.group(1)))
+            return CompileError(
+                f"{SOURCE_NAME}:{inside.group(1)}: {message} (at {file}:{line})\n\n" + text.strip(),
+                file=SOURCE_NAME,
+                line=int(inside.group(1)),
+            )
     return CompileError(f"{file}:{line}: {message}\n\n{text.strip()}", file=file, line=line)
 
 

@@ -28,11 +28,16 @@ _STORE = re.compile(
 )
 _COPY = re.compile(
     r"^(  call void @llvm\.mem(?:cpy|move|set)\.)(\S*?)\((ptr(?: addrspace\((\d)\))?)([^%@,]*)"
-    r"([%@][\w.]+), (?:(ptr(?: addrspace\((\d)\))?)([^%@,]*)([%@][\w.]+)|(i8 \S+)), (i64 \S+?), (.*)$"
+    r"([%@][\w.]+), (?:(ptr(?: addrspace\((\d)\))?)([^%@,]*)([%@][\w.]+)|(i8 \S+)), "
+    r"(i64 \S+?), (.*)$"
 )
-_DIVISION = re.compile(r"^(  %\S+ = )([su])(div|rem)( exact)? (i8|i16|i32|i64) (\S+), (%\S+?)(, !dbg.*)?$")
+_DIVISION = re.compile(
+    r"^(  %\S+ = )([su])(div|rem)( exact)? (i8|i16|i32|i64) (\S+), (%\S+?)(, !dbg.*)?$"
+)
 _MASK = re.compile(r"^  (%\S+) = and (i16|i32|i64) (%\S+), (\d+)(, !dbg.*)?$")
-_SHIFT = re.compile(r"^  %\S+ = (?:shl|lshr|ashr)(?: nuw| nsw| exact)* (i\d+) \S+, (%\S+?)(, !dbg.*)?$")
+_SHIFT = re.compile(
+    r"^  %\S+ = (?:shl|lshr|ashr)(?: nuw| nsw| exact)* (i\d+) \S+, (%\S+?)(, !dbg.*)?$"
+)
 _DEBUG = re.compile(r", (!dbg !\d+)")
 _SPACE = re.compile(r" addrspace\(\d\)")
 _INTRINSIC = re.compile(r"(@llvm\.[\w.]+)")
@@ -40,17 +45,20 @@ _SPACE_SUFFIX = re.compile(r"\.p[1-9](?=\.|$)")
 _STRUCT = re.compile(r"^(%\S+) = type (.*)$", re.MULTILINE)
 
 _SCALARS = {"half": 2, "bfloat": 2, "float": 4, "double": 8}
-_DECLARATIONS = "\n".join(
-    f"declare ptr @mg_{what}_{space}(ptr, i32) #9990"
-    for what in ("read", "write")
-    for space in _SPACES.values()
-) + """
+_DECLARATIONS = (
+    "\n".join(
+        f"declare ptr @mg_{what}_{space}(ptr, i32) #9990"
+        for what in ("read", "write")
+        for space in _SPACES.values()
+    )
+    + """
 declare ptr @mg_read_range(ptr, i64, i32) #9990
 declare ptr @mg_write_range(ptr, i64, i32) #9990
 declare i64 @mg_divisor(i64, i64, i32) #9990
 declare void @mg_shift(i64, i32) #9990
 attributes #9990 = { nounwind willreturn memory(inaccessiblemem: readwrite) }
 """
+)
 
 
 def instrument(code: str) -> str:
@@ -72,8 +80,10 @@ def instrument(code: str) -> str:
             size = size_of(kind, structs) or int(align)
             counter += 1
             info = size | int(align) << 16
-            out.append(f"  %mg.{counter} = call ptr @mg_{access}_{_SPACES[space]}"
-                       f"(ptr {pointer}, i32 {info}){_debug(line)}")
+            out.append(
+                f"  %mg.{counter} = call ptr @mg_{access}_{_SPACES[space]}"
+                f"(ptr {pointer}, i32 {info}){_debug(line)}"
+            )
             out.append(f"{head}{what}, ptr %mg.{counter}, align 1{tail}")
             continue
         if "@llvm.mem" in line and (match := _COPY.match(line)):
@@ -128,17 +138,22 @@ def size_of(kind: str, structs: dict[str, str]) -> int | None:
 
 
 def _copy(match: re.Match[str], out: list[str], counter: int, line: str) -> int:
-    head, _, _, to_space, to_attr, to, _, from_space, from_attr, source, value, size, tail = match.groups()
+    head, _, _, to_space, to_attr, to = match.groups()[:6]
+    _, from_space, from_attr, source, value, size, tail = match.groups()[6:]
     debug = _debug(line)
     if from_space and source.startswith("%"):
         counter += 1
-        out.append(f"  %mg.{counter} = call ptr @mg_read_range(ptr {source}, {size}, "
-                   f"i32 {_alignment(from_attr)}){debug}")
+        out.append(
+            f"  %mg.{counter} = call ptr @mg_read_range(ptr {source}, {size}, "
+            f"i32 {_alignment(from_attr)}){debug}"
+        )
         source, from_attr = f"%mg.{counter}", " "
     if to_space and to.startswith("%"):
         counter += 1
-        out.append(f"  %mg.{counter} = call ptr @mg_write_range(ptr {to}, {size}, "
-                   f"i32 {_alignment(to_attr)}){debug}")
+        out.append(
+            f"  %mg.{counter} = call ptr @mg_write_range(ptr {to}, {size}, "
+            f"i32 {_alignment(to_attr)}){debug}"
+        )
         to, to_attr = f"%mg.{counter}", " "
     if value:
         out.append(f"{head}p0.i64(ptr{to_attr}{to}, {value}, {size}, {tail}")
@@ -167,7 +182,9 @@ def _division(match: re.Match[str], out: list[str], counter: int, line: str) -> 
         wide.append(f"%mg.{counter}")
     counter += 1
     code = bits | (128 if sign == "s" else 0)
-    out.append(f"  %mg.{counter} = call i64 @mg_divisor(i64 {wide[0]}, i64 {wide[1]}, i32 {code}){debug}")
+    out.append(
+        f"  %mg.{counter} = call i64 @mg_divisor(i64 {wide[0]}, i64 {wide[1]}, i32 {code}){debug}"
+    )
     safe = f"%mg.{counter}"
     if bits != 64:
         counter += 1
@@ -177,8 +194,9 @@ def _division(match: re.Match[str], out: list[str], counter: int, line: str) -> 
     return counter
 
 
-def _shift(match: re.Match[str], masked: tuple[str, str, str], out: list[str], counter: int,
-           line: str) -> int:
+def _shift(
+    match: re.Match[str], masked: tuple[str, str, str], out: list[str], counter: int, line: str
+) -> int:
     kind, operand, mask = masked
     width = int(match[1][1:])
     if int(mask) != width - 1:

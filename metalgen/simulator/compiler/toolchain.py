@@ -23,7 +23,8 @@ PINNED = "0.17"
 LANGUAGE = (
     "-target x86_64-linux-musl "
     "-x cl -cl-std=CLC++2021 -cl-no-stdinc -nostdinc "
-    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,-cl_khr_fp64,-__opencl_c_fp64 "
+    "-Xclang -cl-ext=+cl_khr_fp16,+__cl_clang_function_pointers,+__cl_clang_bitfields,"
+    "-cl_khr_fp64,-__opencl_c_fp64 "
     "-Xclang -fnative-half-type -fsigned-char "
     "-Xclang -ffloat16-excess-precision=none -Xclang -fbfloat16-excess-precision=none "
     "-flax-vector-conversions=none -Wno-everything -O2 -g1 -fPIC -fstack-clash-protection "
@@ -34,8 +35,8 @@ CHECKED = (
     "-fsanitize=signed-integer-overflow,shift,array-bounds "
     "-fsanitize-recover=signed-integer-overflow,shift,array-bounds"
 ).split()
-# Arrays of a thread lie on a stack of their own (runtime/memory.cpp), so that a write past the end of
-# one, which a GPU survives, does not change a saved pointer.
+# Arrays of a thread lie on a stack of their own (runtime/memory.cpp), so that a write past the end
+# of one, which a GPU survives, does not change a saved pointer.
 CODE = (
     "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything -mllvm -safestack-use-pointer-address"
 ).split()
@@ -65,8 +66,21 @@ def zig() -> Path:
 def link(objects: Sequence[str], output: str) -> list[str]:
     """The arguments that link `objects` to a shared object. On macOS: best effort, untested."""
     if platform.system() == "Darwin":
-        return ["ld64.lld", "-dylib", "-arch", "arm64", "-platform_version", "macos", "13.0", "13.0",
-                "-undefined", "dynamic_lookup", "-o", output, *objects]
+        return [
+            "ld64.lld",
+            "-dylib",
+            "-arch",
+            "arm64",
+            "-platform_version",
+            "macos",
+            "13.0",
+            "13.0",
+            "-undefined",
+            "dynamic_lookup",
+            "-o",
+            output,
+            *objects,
+        ]
     return ["ld.lld", "-shared", "-o", output, *objects]
 
 
@@ -82,14 +96,20 @@ def run(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]
 
 def is_x86(machine: Sequence[str]) -> bool:
     """Whether the flags of `machine` mean x86-64."""
-    target = machine[machine.index("-target") + 1] if "-target" in machine else platform.machine().lower()
+    target = (
+        machine[machine.index("-target") + 1]
+        if "-target" in machine
+        else platform.machine().lower()
+    )
     return target.startswith(("x86_64", "amd64"))
 
 
 def retarget(code: str) -> str:
     """LLVM assembly of the language stage without what names its target."""
     code = re.sub(r"^target (?:datalayout|triple) = .*$", "", code, flags=re.MULTILINE)
-    return re.sub(r' "(?:target-cpu|target-features|tune-cpu|min-legal-vector-width)"="[^"]*"', "", code)
+    return re.sub(
+        r' "(?:target-cpu|target-features|tune-cpu|min-legal-vector-width)"="[^"]*"', "", code
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,7 +118,9 @@ def machine_flags() -> tuple[str, ...]:
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         try:
-            flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n")[0].split())
+            flags = set(
+                Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n")[0].split()
+            )
         except (OSError, IndexError):
             flags = set()
         return ("-march=x86-64-v3",) if {"avx2", "fma", "f16c", "bmi2"} <= flags else ("-mcx16",)

@@ -25,14 +25,14 @@ SCALARS = frozenset(
     """bool char uchar short ushort int uint long ulong half float bfloat size_t ptrdiff_t
     int8_t uint8_t int16_t uint16_t int32_t uint32_t int64_t uint64_t""".split()
 )
-_VECTOR = re.compile(
-    r"(bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234]$"
-)
+_VECTOR = re.compile(r"(bool|u?char|u?short|u?int|u?long|half|float|bfloat)[234]$")
 _BFLOAT_LITERAL = re.compile(r"([\d.]+(?:[eE][+-]?\d+)?)(bf|BF)$")
 _BFLOATS = frozenset(("bfloat", "bfloat16_t"))
 # After one of these, `(T)x` is a cast and `T(x)` a construction.
-_BEFORE_EXPRESSION = frozenset("( , = + - * / % < > ? : ! ~ & | ^ && || == != <= << [ { } ; += -= *= /= "
-                               "%= &= |= ^= <<= return case else do".split())
+_BEFORE_EXPRESSION = frozenset(
+    "( , = + - * / % < > ? : ! ~ & | ^ && || == != <= << [ { } ; += -= *= /= "
+    "%= &= |= ^= <<= return case else do".split()
+)
 
 
 class TransformError(Exception):
@@ -53,9 +53,18 @@ class Transformed:
     function_constants: dict[str, int] = field(default_factory=dict)
 
 
-def transform(text: str, constants: Mapping[str | int, object] | None = None) -> Transformed:
+def transform(
+    text: str,
+    constants: Mapping[str | int, object] | None = None,
+    *,
+    thorough: bool = False,
+    merged: bool = False,
+) -> Transformed:
     """Rewrites preprocessed Metal `text`; `constants` gives function constants by name or index.
 
+    A cast to a template's type parameter is rewritten only if `thorough`: the type is seldom a
+    vector, and the rewritten form takes longer to compile. If `merged`, constant memory becomes a
+    part of device memory: C++ for OpenCL cannot copy a whole structure out of constant memory.
     Raises TransformError for a malformed kernel declaration.
     """
     tokens = Tokens(text)
@@ -65,7 +74,9 @@ def transform(text: str, constants: Mapping[str | int, object] | None = None) ->
     _attributes(tokens)
     _address_spaces(tokens)
     _threadgroup_variables(tokens)
-    _vectors(tokens)
+    _vectors(tokens, thorough)
+    if merged:
+        _merge_constant(tokens)
     result.text = tokens.text()
     return result
 
@@ -97,8 +108,9 @@ def _attribute_list(tokens: Tokens, at: int, end: int) -> list[tuple[str, str]]:
     return [attribute_of(tokens.words[a : b + 1]) for a, b in inner]
 
 
-def _function_constants(tokens: Tokens, result: Transformed,
-                        constants: Mapping[str | int, object]) -> None:
+def _function_constants(
+    tokens: Tokens, result: Transformed, constants: Mapping[str | int, object]
+) -> None:
     for at in range(len(tokens)):
         if tokens.word(at) == "function_constant" and tokens.word(at - 2) == "[":
             start = at - 2
@@ -106,7 +118,9 @@ def _function_constants(tokens: Tokens, result: Transformed,
             if end is None or tokens.word(end + 1) != ";":
                 continue
             index_words = tokens.words[at + 2 : tokens.close(at + 1)]
-            index = int(index_words[0], 0) if len(index_words) == 1 and index_words[0].isdigit() else -1
+            index = (
+                int(index_words[0], 0) if len(index_words) == 1 and index_words[0].isdigit() else -1
+            )
             name = tokens.word(start - 1)
             result.function_constants[name] = index
             value = constants.get(name, constants.get(index))
@@ -175,7 +189,9 @@ def _instantiation(tokens: Tokens, at: int, result: Transformed) -> int:
         while stop > i and tokens.word(stop) != ")":
             stop -= 1
         expression = tokens.source(i, tokens.opening(stop) - 1)
-    result.instantiations[host_name or expression] = Instantiation(host_name or expression, expression)
+    result.instantiations[host_name or expression] = Instantiation(
+        host_name or expression, expression
+    )
     tokens.blank(at, last)
     return last + 1
 
@@ -273,7 +289,10 @@ def _aligned_structures(tokens: Tokens) -> set[str]:
     """The names in `struct alignas(n) name`."""
     found = set()
     for i in range(len(tokens)):
-        if tokens.word(i) in ("struct", "class") and tokens.word(i + 1) in ("alignas", "__attribute__"):
+        if tokens.word(i) in ("struct", "class") and tokens.word(i + 1) in (
+            "alignas",
+            "__attribute__",
+        ):
             found.add(tokens.word(tokens.close(i + 2) + 1))
     return found
 
@@ -305,11 +324,17 @@ def _refers_to_const(tokens: Tokens, at: int) -> bool:
             i = end
         elif word == "&":
             return const
-        elif not (tokens.is_name(i) or word == "::"):
-            return False
-        elif tokens.word(i + 1) in ("(", "=", ";", ","):
+        elif not (tokens.is_name(i) or word == "::") or tokens.word(i + 1) in ("(", "=", ";", ","):
             return False
         i += 1
+
+
+def _merge_constant(tokens: Tokens) -> None:
+    """`constant` to `const device`, but where it qualifies a member function."""
+    for at in range(len(tokens)):
+        before = at - 2 if tokens.word(at - 1) == "const" else at - 1
+        if tokens.word(at) == "constant" and tokens.word(before) != ")":
+            tokens.set(at, "const __global")
 
 
 def _threadgroup_variables(tokens: Tokens) -> None:
@@ -321,7 +346,10 @@ def _threadgroup_variables(tokens: Tokens) -> None:
         start = at
         while tokens.word(start - 1) in ("static", "const", "volatile"):
             start -= 1
-        if tokens.word(start - 1) == ")" and tokens.word(tokens.opening(start - 1) - 1) == "alignas":
+        if (
+            tokens.word(start - 1) == ")"
+            and tokens.word(tokens.opening(start - 1) - 1) == "alignas"
+        ):
             start = tokens.opening(start - 1) - 1
         if tokens.word(start - 1) not in (";", "{", "}"):
             continue
@@ -362,8 +390,14 @@ def _mapped(text: str) -> str:
     return re.sub(r"\bvec\b(?= <)", "mapped_vec", text)
 
 
-def _vectors(tokens: Tokens) -> None:
+def _vectors(tokens: Tokens, thorough: bool) -> None:
     aliases = _vector_aliases(tokens)
+    if thorough:
+        aliases |= {
+            tokens.word(i + 1)
+            for i in range(len(tokens))
+            if tokens.word(i) in ("typename", "class") and tokens.word(i + 2) in (",", ">", "=")
+        }
     typedef_until = -1
     for at in range(len(tokens)):
         word = tokens.word(at)
@@ -384,13 +418,18 @@ def _vectors(tokens: Tokens) -> None:
             last = (tokens.close_angle(at + 1) or at + 2) - 1
             if not {"*", "&"} & set(tokens.words[at + 2 : last + 1]):
                 tokens.set(at, "mg::cast")
-        elif word in _BFLOATS and tokens.word(at + 1) == "(" and (
-            tokens.word(at - 1) in _BEFORE_EXPRESSION
+        elif (
+            word in _BFLOATS
+            and tokens.word(at + 1) == "("
+            and (tokens.word(at - 1) in _BEFORE_EXPRESSION)
         ):
             tokens.set(at, f"mg::cast<{word}>")
         elif tokens.kinds[at] == "number" and (match := _BFLOAT_LITERAL.match(word)):
             digits = match.group(1)
-            tokens.set(at, f"((bfloat){digits if '.' in digits or 'e' in digits.lower() else digits + '.0'}f)")
+            tokens.set(
+                at,
+                f"((bfloat){digits if '.' in digits or 'e' in digits.lower() else digits + '.0'}f)",
+            )
 
 
 def _vector_aliases(tokens: Tokens) -> set[str]:
@@ -441,16 +480,17 @@ def _vector_expression(tokens: Tokens, at: int, end: int) -> None:
         operand = end + 2
         if tokens.kinds[operand] in ("name", "number") or tokens.word(operand) in "(-!~*&+":
             tokens.blank(at - 1, end + 1)
-            if tokens.word(operand) == "(" and len(
-                list(tokens.split(operand + 1, tokens.close(operand) - 1))
-            ) > 1:
+            if (
+                tokens.word(operand) == "("
+                and len(list(tokens.split(operand + 1, tokens.close(operand) - 1))) > 1
+            ):
                 tokens.set(at - 1, f"mg::make<{spelled}>")
             else:
                 tokens.set(at - 1, f"mg::caster<{spelled}>{{}}->*")
 
 
 def _are_values(tokens: Tokens, first: int, last: int) -> bool:
-    """Whether first..last, between parentheses, are a variable's values, not a function's parameters."""
+    """Whether first..last, between parentheses, are values (and not a function's parameters)."""
     if first > last:
         return False
     for start, end in tokens.split(first, last):

@@ -9,7 +9,9 @@
 static const uint32_t kPlaces = 4096;
 static uint64_t places[kPlaces];          // kind, code and other code of a finding: its identity
 static uint32_t place_finding[kPlaces];
+static uint64_t place_access[kPlaces];    // the access that met it last
 static uint32_t place_count;
+static uint64_t access_number;            // of the access, or other event, now checked
 
 extern "C" {
 extern char _end[] __attribute__((weak, visibility("hidden")));
@@ -23,7 +25,8 @@ static mg_finding *find(uint32_t kind, uintptr_t code, uint64_t other_code, Lane
   uint32_t slot = (uint32_t)((identity * 0x9e3779b97f4a7c15ull) >> 52);
   for (; places[slot]; slot = (slot + 1) % kPlaces) {
     if (places[slot] == identity) {
-      findings()[place_finding[slot]].count++;
+      if (place_access[slot] != access_number) findings()[place_finding[slot]].count++;
+      place_access[slot] = access_number;
       return nullptr;
     }
   }
@@ -34,6 +37,7 @@ static mg_finding *find(uint32_t kind, uintptr_t code, uint64_t other_code, Lane
   place_count++;
   places[slot] = identity;
   place_finding[slot] = report->finding_count;
+  place_access[slot] = access_number;
   mg_finding *f = &findings()[report->finding_count++];
   memset(f, 0, sizeof *f);
   f->kind = kind;
@@ -45,10 +49,6 @@ static mg_finding *find(uint32_t kind, uintptr_t code, uint64_t other_code, Lane
   f->other_address = other_code;
   return f;
 }
-
-// A threadgroup's number in records: unlike that of any threadgroup of an earlier launch, whose
-// records are still in the arena's cells.
-static uint32_t first_stamp = 1, next_stamp = 1;
 
 static uint32_t code_of(uintptr_t site) { return (uint32_t)(site - image_base()); }
 
@@ -95,10 +95,13 @@ __attribute__((noinline, cold)) static void report_race(const Access &a, const R
   mg_finding *f = report_access(kind, a, mine.code, other.code);
   if (!f) return;
   thread_position(other.what & kThread, f->other_thread);
-  group_position(other.group - first_stamp, f->other_threadgroup);
+  group_position(other.group - 1, f->other_threadgroup);
   bool other_atomic = (other.what & kAtomic) != 0;
-  f->other_access = other_writes ? (other_atomic ? MG_ATOMIC_UPDATE : MG_WRITE)
-                                 : (other_atomic ? MG_ATOMIC_READ : MG_READ);
+  bool update = other_atomic && (other_writes || (other.what & kWritten));
+  f->other_access = update          ? MG_ATOMIC_UPDATE
+                    : other_writes  ? MG_WRITE
+                    : other_atomic  ? MG_ATOMIC_READ
+                                    : MG_READ;
 }
 
 // --- the memory of a launch ---------------------------------------------------------------------
@@ -111,7 +114,8 @@ struct Buffer {
 };
 static Buffer buffers[MG_MAX_BUFFERS];
 static uint32_t buffer_total, last_buffer;
-static Cell arena_cells[kArenaBytes / 2];
+static Cell *arena_cells;  // of the arena
+static const uint64_t kArenaCellBytes = kArenaBytes / 2 * sizeof(Cell);
 static uint16_t arena_owner[kArenaBytes / 16]; // variable index + 1 of each 16 bytes
 alignas(64) static char scratch[4096];         // what an access out of bounds gets
 alignas(64) static char scratch_zero[4096];
@@ -121,13 +125,14 @@ static uint32_t simdgroup_epoch[2][kMaxThreads / kLanes];
 enum { kDevice = 0, kThreadgroup = 1 };
 
 bool check_begin() {
-  first_stamp = next_stamp;
-  next_stamp += (uint32_t)launch->end_group;
   memset(places, 0, sizeof places);
+  memset(place_access, 0, sizeof place_access);
   place_count = 0;
   buffer_total = 0;
   last_buffer = 0;
   memset(arena_owner, 0, sizeof arena_owner);
+  arena_cells = (Cell *)map_memory(kArenaCellBytes);
+  if (!arena_cells) return false;
   uint32_t bound = 0;
   for (uint32_t i = 0; i < launch->buffer_count && i < MG_MAX_BUFFERS; ++i) {
     const mg_buffer &b = launch->buffers[i];
@@ -141,10 +146,8 @@ bool check_begin() {
     o.flags = b.flags;
     o.cells = nullptr;
     if ((b.flags & MG_BUFFER_WRITABLE) && o.end > o.begin) {
-      void *cells = mmap(nullptr, ((o.end - o.begin) / 2 + 1) * sizeof(Cell), kProtReadWrite,
-                         kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-      if (cells == (void *)-1) return false;
-      o.cells = (Cell *)cells;
+      o.cells = (Cell *)map_memory(((o.end - o.begin) / 2 + 1) * sizeof(Cell));
+      if (!o.cells) return false;
     }
   }
   if (!counters_begin(launch)) return false;
@@ -167,6 +170,8 @@ void check_end() {
     if (b.cells) munmap(b.cells, ((b.end - b.begin) / 2 + 1) * sizeof(Cell));
     b.cells = nullptr;
   }
+  if (arena_cells) munmap(arena_cells, kArenaCellBytes);
+  arena_cells = nullptr;
   counters_end();
 }
 
@@ -174,7 +179,9 @@ void check_threadgroup_begin() {
   epoch[0] = epoch[1] = 0;
   memset(simdgroup_epoch, 0, sizeof simdgroup_epoch);
 }
-void check_threadgroup_end() {}
+void check_threadgroup_end() {
+  for (uint32_t s = 0; s < group.simdgroup_count; ++s) count_lanes(simdgroup_at(s), ~0u);
+}
 
 void check_variable(const Variable *v) {
   uint64_t first = v->offset / 16, last = (v->offset + v->bytes - 1) / 16;
@@ -200,6 +207,7 @@ void check_simdgroup_barrier(Simdgroup *s, uint32_t flags) {
 // --- barriers and collectives -------------------------------------------------------------------
 
 void finding_divergent_barrier(Lane *lane, uintptr_t other_site, uint32_t came) {
+  access_number++;
   mg_finding *f = find(MG_DIVERGENT_BARRIER, code_of(lane->site),
                        other_site ? code_of(other_site) : 0, lane);
   if (f) f->value = came;
@@ -207,11 +215,13 @@ void finding_divergent_barrier(Lane *lane, uintptr_t other_site, uint32_t came) 
 void finding_divergent_collective(Simdgroup *s, uint32_t active) {
   Lane *lane = &s->lanes[__builtin_ctz(active)];
   uint32_t waiting = s->at_collective | s->at_barrier;
+  access_number++;
   uintptr_t other = waiting ? s->lanes[__builtin_ctz(waiting)].site : 0;
   mg_finding *f = find(MG_DIVERGENT_COLLECTIVE, code_of(lane->site), other ? code_of(other) : 0, lane);
   if (f) f->value = __builtin_popcount(active);
 }
 void finding_inactive_lane(Lane *lane, int source) {
+  access_number++;
   mg_finding *f = find(MG_INACTIVE_LANE, code_of(lane->site), 0, lane);
   if (f) f->value = source;
 }
@@ -225,7 +235,7 @@ static MG_ALWAYS_INLINE Record record(uint32_t space, uint32_t code, bool atomic
   what |= (uint64_t)(epoch[space] & 0xffffff) << kEpochShift;
   what |= (uint64_t)simdgroup_epoch[space][s->index] << kSimdgroupEpochShift;
   if (atomic) what |= kAtomic;
-  return Record{what, first_stamp + (uint32_t)group.linear, code};
+  return Record{what, (uint32_t)group.linear + 1, code};
 }
 
 static MG_ALWAYS_INLINE bool conflicts(const Record &r, const Record &mine, uint64_t mask, bool device) {
@@ -236,6 +246,7 @@ static MG_ALWAYS_INLINE bool conflicts(const Record &r, const Record &mine, uint
 
 static MG_ALWAYS_INLINE void check_read(Cell *c, const Access &a, const Record &mine, uint64_t mask,
                                         bool device, bool initialised) {
+  bool update = a.access == MG_ATOMIC_UPDATE;
   if (MG_UNLIKELY(conflicts(c->writer, mine, mask, device))) report_race(a, mine, c->writer, true);
   if (!initialised) {
     uint64_t need = mask << (kWrittenShift - kMaskShift);
@@ -244,7 +255,7 @@ static MG_ALWAYS_INLINE void check_read(Cell *c, const Access &a, const Record &
   }
   Record old = c->reader;
   Record next = mine;
-  next.what |= mask;
+  next.what |= mask | (update ? kWritten : 0);
   c->reader = next;
   if (old.group == mine.group) {
     uint64_t x = old.what ^ mine.what;
@@ -347,6 +358,7 @@ static MG_ALWAYS_INLINE void check_alignment(const Access &a, uint32_t alignment
 
 static MG_ALWAYS_INLINE char *access_threadgroup(uintptr_t p, uint32_t bytes, uint32_t alignment,
                                                  uint32_t access, uint32_t code) {
+  access_number++;
   uint64_t offset = p - (uintptr_t)arena;
   Access a = {p, bytes, access, MG_SPACE_THREADGROUP, ~0u, 0, 0};
   if (MG_UNLIKELY(offset >= kArenaBytes)) return out_of_bounds(a, code);
@@ -360,7 +372,7 @@ static MG_ALWAYS_INLINE char *access_threadgroup(uintptr_t p, uint32_t bytes, ui
   check_alignment(a, alignment, code);
   bool atomic = access >= MG_ATOMIC_READ;
   count_access(MG_THREADGROUP_MEMORY, access, bytes, offset);
-  count_pattern(kThreadgroup, code, p, bytes);
+  count_pattern(MG_THREADGROUP_MEMORY, code, p, bytes);
   check_cells(arena_cells, offset, a, record(kThreadgroup, code, atomic), false, false);
   return (char *)p;
 }
@@ -379,6 +391,7 @@ static MG_ALWAYS_INLINE Buffer *find_buffer(uintptr_t p) {
 
 static char *access_device(uintptr_t p, uint32_t bytes, uint32_t alignment, uint32_t access,
                            uint32_t space, uint32_t code) {
+  access_number++;
   Access a = {p, bytes, access, space, ~0u, 0, 0};
   Buffer *b = buffer_total ? find_buffer(p) : nullptr;
   if (MG_UNLIKELY(!b)) {
@@ -387,6 +400,7 @@ static char *access_device(uintptr_t p, uint32_t bytes, uint32_t alignment, uint
       return (char *)p;
     return out_of_bounds(a, code);
   }
+  if (!a.space) a.space = MG_SPACE_DEVICE;
   a.buffer = b->index;
   a.offset = (int64_t)(p - b->base);
   a.limit = b->end - b->base;
@@ -399,7 +413,7 @@ static char *access_device(uintptr_t p, uint32_t bytes, uint32_t alignment, uint
   }
   uint64_t offset = p - b->begin;
   count_access(b->index, access, bytes, offset);
-  count_pattern(kDevice, code, p, bytes);
+  count_pattern(b->index, code, p, bytes);
   if (b->cells)
     check_cells(b->cells, offset, a, record(kDevice, code, access >= MG_ATOMIC_READ), true,
                 (b->flags & MG_BUFFER_INITIALISED) != 0);
@@ -443,6 +457,7 @@ void mg_count_exponential(uint32_t n) { report->exponentials += n; }
 // --- undefined integer arithmetic ---------------------------------------------------------------
 
 static void undefined(uint32_t what, uintptr_t site) {
+  access_number++;
   mg_finding *f = find(MG_UNDEFINED, code_of(site), what, current);
   if (!f) return;
   f->value = what;

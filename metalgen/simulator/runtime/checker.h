@@ -10,6 +10,8 @@ static const bool kChecked = MG_CHECKED;
 uintptr_t image_base();
 bool check_begin();
 void check_end();
+// The lanes of a mask have met (or are done): what they accessed is counted together.
+void count_lanes(Simdgroup *simdgroup, uint32_t lanes);
 void check_variable(const Variable *variable);
 void check_simdgroup_barrier(Simdgroup *simdgroup, uint32_t flags);
 void finding_divergent_barrier(Lane *lane, uintptr_t other_site, uint32_t came);

@@ -41,4 +41,29 @@ static MG_ALWAYS_INLINE void count_access(uint32_t buffer, uint32_t access, uint
   }
 }
 
-static MG_ALWAYS_INLINE void count_pattern(uint32_t, uint32_t, uintptr_t, uint32_t) {}
+// What each lane accessed since its simdgroup last met. Lanes run one after another, so what they do
+// together is only known when they meet: then the k-th accesses of all lanes, at one instruction, are
+// one access of the simdgroup. One LogRow holds the k-th accesses of the 32 lanes.
+struct LogRow {
+  uint32_t code[kLanes];
+  uint32_t what[kLanes];  // bytes << 8 | buffer (MG_THREADGROUP_MEMORY, or a buffer's index)
+  uint64_t address[kLanes];
+};
+enum { kLogRows = 4096 };
+extern LogRow *log_rows;  // kLogRows of each simdgroup, touched as far as needed
+extern uint32_t log_lengths[kMaxThreads];
+
+static MG_ALWAYS_INLINE void count_pattern(uint32_t buffer, uint32_t code, uintptr_t p, uint32_t bytes) {
+  uint32_t lane = current->lane, simdgroup = current->simdgroup->index;
+  uint32_t *length = &log_lengths[simdgroup * kLanes + lane];
+  uint32_t n = *length;
+  if (MG_UNLIKELY(n == kLogRows)) {
+    report->patterns_dropped++;
+    return;
+  }
+  LogRow &row = log_rows[simdgroup * kLogRows + n];
+  row.code[lane] = code;
+  row.what[lane] = bytes << 8 | buffer;
+  row.address[lane] = p;
+  *length = n + 1;
+}

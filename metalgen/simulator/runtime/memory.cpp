@@ -17,7 +17,6 @@ extern const char __ehdr_start[] __attribute__((weak, visibility("hidden")));
 static uint64_t stack_bytes, fibre_bytes;
 static const uint64_t kPage = 65536;  // a multiple of every page size in use
 static const uint64_t kArrayGap = 1 << 20;
-static uint32_t mapped_stacks;
 alignas(64) static char arena_memory[kArenaBytes];
 static uint64_t threadgroup_bytes;
 static char *signal_stack;
@@ -58,6 +57,11 @@ extern "C" uint64_t mg_threadgroup_argument(uint32_t index) {
 }
 extern "C" uint32_t mg_lane() { return current->lane; }
 extern "C" void mg_log(const char *) {}
+
+void *map_memory(uint64_t bytes) {
+  void *p = mmap(nullptr, bytes, kProtReadWrite, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
+  return p == (void *)-1 ? nullptr : p;
+}
 
 void report_begin() {
   memset(report, 0, sizeof(mg_report));
@@ -129,26 +133,18 @@ static void on_signal(int signal, char *info, char *context) {
 }
 
 bool memory_begin(uint32_t threads) {
-  uint64_t bytes = launch->fibre_stack_bytes ? launch->fibre_stack_bytes : 256 << 10;
-  bytes = (bytes + kPage - 1) & ~(kPage - 1);
-  if (threads > mapped_stacks || bytes != stack_bytes) {
-    if (stacks_begin) munmap(stacks_begin, (size_t)(stacks_end - stacks_begin));
-    stack_bytes = bytes;
-    fibre_bytes = kArrayGap + bytes + kPage + bytes;
-    mapped_stacks = 0;
-    uint64_t total = threads * fibre_bytes + kPage;
-    char *p = (char *)mmap(nullptr, total, kProtNone, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
-    if (p == (char *)-1) {
-      stacks_begin = stacks_end = nullptr;
+  stack_bytes = launch->fibre_stack_bytes ? launch->fibre_stack_bytes : 256 << 10;
+  stack_bytes = (stack_bytes + kPage - 1) & ~(kPage - 1);
+  fibre_bytes = kArrayGap + stack_bytes + kPage + stack_bytes;
+  uint64_t total = threads * fibre_bytes + kPage;
+  char *p = (char *)mmap(nullptr, total, kProtNone, kMapPrivateAnonymous | kMapNoReserve, -1, 0);
+  if (p == (char *)-1) return false;
+  stacks_begin = p;
+  stacks_end = p + total;
+  for (uint32_t i = 0; i < threads; ++i) {
+    char *arrays = p + i * fibre_bytes + kArrayGap, *own = arrays + stack_bytes + kPage;
+    if (mprotect(arrays, stack_bytes, kProtReadWrite) || mprotect(own, stack_bytes, kProtReadWrite))
       return false;
-    }
-    stacks_begin = p;
-    stacks_end = p + total;
-    for (uint32_t i = 0; i < threads; ++i) {
-      char *arrays = p + i * fibre_bytes + kArrayGap, *own = arrays + bytes + kPage;
-      if (mprotect(arrays, bytes, kProtReadWrite) || mprotect(own, bytes, kProtReadWrite)) return false;
-    }
-    mapped_stacks = threads;
   }
   if (!signal_stack) {
     signal_stack = (char *)mmap(nullptr, kSignalStackBytes, kProtReadWrite, kMapPrivateAnonymous, -1, 0);
@@ -171,5 +167,7 @@ bool memory_begin(uint32_t threads) {
   return true;
 }
 
-// The stacks stay for the next launch.
-void memory_end() {}
+void memory_end() {
+  if (stacks_begin) munmap(stacks_begin, (size_t)(stacks_end - stacks_begin));
+  stacks_begin = stacks_end = nullptr;
+}

@@ -22,3 +22,4 @@ extern char *stacks_begin, *stacks_end;
 extern "C" char mg_dummy_buffer[4096];
 
 void report_begin();
+void *map_memory(uint64_t bytes);  // zeros, not yet in use; null when there is no room

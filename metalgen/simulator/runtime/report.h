@@ -85,5 +85,8 @@ struct mg_report {
   uint64_t simdgroup_barriers;       // one a simdgroup
   uint64_t shuffles, reductions, ballots;  // one a simdgroup
   uint64_t thread_barriers;          // threadgroup barriers, one a simdgroup
-  uint64_t bank_accesses, bank_conflicts;  // simdgroup-wide threadgroup accesses; extra passes
+  // Simdgroup-wide threadgroup accesses, and the passes that 32 banks of 4 bytes need beyond the
+  // fewest: most distinct words in one bank, less the distinct words / 32 (rounded up).
+  uint64_t bank_accesses, bank_conflicts;
+  uint64_t patterns_dropped;  // accesses too far from the next meeting of the lanes to be matched
 };

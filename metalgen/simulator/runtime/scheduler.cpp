@@ -17,6 +17,8 @@ static Lane lanes[kMaxThreads];
 static Simdgroup simdgroups[kMaxThreads / kLanes];
 static Fibre main_fibre;
 static uint32_t barrier_flags;
+
+Simdgroup *simdgroup_at(uint32_t index) { return &simdgroups[index]; }
 static uint64_t random_state;
 
 static inline uint64_t next_random() {
@@ -113,6 +115,7 @@ static MG_ALWAYS_INLINE void leave(Simdgroup *s, uint32_t lane) {
   }
   if (MG_LIKELY(s->at_collective)) {
     uint32_t active = take_collective(s);
+    if (kChecked) count_lanes(s, ~(s->at_collective | s->at_barrier));
     s->operations[__builtin_ctz(active)](s, active);
     s->runnable = active;
     // Simdgroups take turns, a collective each, as they do on hardware; a pseudo-random one when seeded.
@@ -129,6 +132,7 @@ static MG_ALWAYS_INLINE void leave(Simdgroup *s, uint32_t lane) {
     switch_to(&t->lanes[choose(t->runnable, 31)]);
     return;
   }
+  if (kChecked) count_lanes(s, ~0u);
   if (s->live) group.waiting_simdgroups++;
   Lane *next = next_lane_elsewhere(s->index);
   if (next) {
@@ -271,8 +275,11 @@ extern "C" int mg_run(const mg_launch *l) {
     groups[d] = empty ? 1 : (l->grid[d] + l->threadgroup[d] - 1) / l->threadgroup[d];
   }
   if (empty) return (int)(report->status = MG_STATUS_BAD_LAUNCH);
-  if (!memory_begin((uint32_t)threads) || !check_begin())
+  if (!memory_begin((uint32_t)threads) || !check_begin()) {
+    check_end();
+    memory_end();
     return (int)(report->status = MG_STATUS_OUT_OF_MEMORY);
+  }
   report->status = MG_STATUS_RUNNING;
   random_state = l->seed * 0x9e3779b97f4a7c15ull;
   for (uint64_t g = l->first_group; g < l->end_group; g += l->step) {

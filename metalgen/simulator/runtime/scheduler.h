@@ -58,6 +58,8 @@ extern mg_report *report;
 // run; chooses who runs now.
 void collective(Operation operation);
 
+Simdgroup *simdgroup_at(uint32_t index);
+
 // Checked mode (checker.cpp); the plain build has empty ones.
 void check_threadgroup_begin();
 void check_threadgroup_end();

@@ -16,7 +16,7 @@ struct Record {
 };
 
 // thread 12 bits, atomic 1, mask 2 (which of the two bytes), written 2 (in writer records: bytes
-// ever written), threadgroup epoch 24, simdgroup epoch 23
+// ever written; in reader records: an atomic update), threadgroup epoch 24, simdgroup epoch 23
 enum : uint64_t {
   kThread = 0xfff,
   kThreadSimdgroup = 0xfe0,

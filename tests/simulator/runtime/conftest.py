@@ -18,22 +18,36 @@ _COUNTERS = (
     "threadgroups threads threadgroup_bytes multiply_accumulates exponentials threadgroup_barriers "
     "simdgroup_barriers shuffles reductions ballots thread_barriers bank_accesses bank_conflicts"
 ).split()
-_BUFFER = ("bytes_read bytes_written distinct_read distinct_written reads writes atomics "
-           "simdgroup_accesses lines").split()
+_BUFFER = (
+    "bytes_read bytes_written distinct_read distinct_written reads writes atomics "
+    "simdgroup_accesses lines"
+).split()
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("flags", ctypes.c_uint32),
-                ("pad", ctypes.c_uint32), ("lead", ctypes.c_uint64)]
+    _fields_ = [
+        ("base", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("lead", ctypes.c_uint64),
+    ]
 
 
 class _Launch(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint32 * 3), ("threadgroup", ctypes.c_uint32 * 3),
-        ("first_group", ctypes.c_uint64), ("end_group", ctypes.c_uint64), ("step", ctypes.c_uint64),
-        ("buffer_count", ctypes.c_uint32), ("buffers", ctypes.POINTER(_Buffer)),
-        ("fibre_stack_bytes", ctypes.c_uint64), ("seed", ctypes.c_uint64),
-        ("report", ctypes.c_void_p), ("report_bytes", ctypes.c_uint64), ("progress", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("threadgroup", ctypes.c_uint32 * 3),
+        ("first_group", ctypes.c_uint64),
+        ("end_group", ctypes.c_uint64),
+        ("step", ctypes.c_uint64),
+        ("buffer_count", ctypes.c_uint32),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("fibre_stack_bytes", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+        ("report", ctypes.c_void_p),
+        ("report_bytes", ctypes.c_uint64),
+        ("progress", ctypes.c_void_p),
     ]
 
 
@@ -71,9 +85,14 @@ class Result:
         return {f.kind for f in self.findings}
 
 
-def launch(kernel: CompiledKernel, arrays: Sequence[np.ndarray[Any, Any] | None],
-           grid: tuple[int, int, int], threadgroup: tuple[int, int, int], seed: int = 0,
-           flags: Mapping[int, int] | None = None) -> Result:
+def launch(
+    kernel: CompiledKernel,
+    arrays: Sequence[np.ndarray[Any, Any] | None],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    seed: int = 0,
+    flags: Mapping[int, int] | None = None,
+) -> Result:
     """Runs all threadgroups; arrays are written in place. flags: other than 3 (writable, initialised)."""
     library = ctypes.CDLL(str(kernel.path))
     buffers = (_Buffer * len(arrays))()
@@ -81,8 +100,14 @@ def launch(kernel: CompiledKernel, arrays: Sequence[np.ndarray[Any, Any] | None]
         if array is not None:
             buffers[i] = _Buffer(array.ctypes.data, array.nbytes, (flags or {}).get(i, 3), 0, 0)
     report = ctypes.create_string_buffer(1 << 19)
-    asked = _Launch(step=1, buffer_count=len(arrays), buffers=buffers, seed=seed,
-                    report=ctypes.addressof(report), report_bytes=len(report))
+    asked = _Launch(
+        step=1,
+        buffer_count=len(arrays),
+        buffers=buffers,
+        seed=seed,
+        report=ctypes.addressof(report),
+        report_bytes=len(report),
+    )
     asked.grid[:], asked.threadgroup[:] = grid, threadgroup
     asked.end_group = int(np.prod([-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]))
     code = library.mg_run(ctypes.byref(asked))
@@ -91,7 +116,11 @@ def launch(kernel: CompiledKernel, arrays: Sequence[np.ndarray[Any, Any] | None]
     assert head[0] == b"MGREPORT"
     counters = dict(zip(_COUNTERS, struct.unpack_from(f"<{len(_COUNTERS)}Q", raw, 96), strict=True))
     traffic = [
-        dict(zip(_BUFFER, struct.unpack_from(f"<{len(_BUFFER)}Q", raw, head[3] + 72 * i), strict=True))
+        dict(
+            zip(
+                _BUFFER, struct.unpack_from(f"<{len(_BUFFER)}Q", raw, head[3] + 72 * i), strict=True
+            )
+        )
         for i in range(33)
     ]
 
@@ -102,8 +131,9 @@ def launch(kernel: CompiledKernel, arrays: Sequence[np.ndarray[Any, Any] | None]
     findings = []
     for i in range(head[5]):
         v = struct.unpack_from("<" + _FINDING, raw, head[4] + struct.calcsize("<" + _FINDING) * i)
-        findings.append(RawFinding(*v[:7], line(v[8]), v[9:12], v[12:15], line(v[15]), v[16:19], v[19:22],
-                                   v[22], v[24], v[25]))
+        places = (line(v[8]), v[9:12], v[12:15], line(v[15]), v[16:19], v[19:22])
+        fields = [*v[:7], *places, v[22], v[24], v[25]]
+        findings.append(RawFinding(*fields))
     return Result(code, findings, counters, traffic)
 
 
@@ -123,12 +153,26 @@ def run() -> Run:
     Buffers are named a, b, c ...; i, t, lane and group are the usual indices.
     """
 
-    def execute(body: str, arrays: Sequence[np.ndarray[Any, Any]],
-                mode: Literal["plain", "checked"] = "checked", threads: int = 64, threadgroup: int = 64,
-                seed: int = 0, flags: Mapping[int, int] | None = None, before: str = "") -> Result:
-        types = {"float32": "float", "int32": "int", "uint32": "uint", "float16": "half", "uint8": "uchar"}
+    def execute(
+        body: str,
+        arrays: Sequence[np.ndarray[Any, Any]],
+        mode: Literal["plain", "checked"] = "checked",
+        threads: int = 64,
+        threadgroup: int = 64,
+        seed: int = 0,
+        flags: Mapping[int, int] | None = None,
+        before: str = "",
+    ) -> Result:
+        types = {
+            "float32": "float",
+            "int32": "int",
+            "uint32": "uint",
+            "float16": "half",
+            "uint8": "uchar",
+        }
         parameters = ", ".join(
-            f"device {types[str(x.dtype)]}* {'abcdef'[i]} [[buffer({i})]]" for i, x in enumerate(arrays)
+            f"device {types[str(x.dtype)]}* {'abcdef'[i]} [[buffer({i})]]"
+            for i, x in enumerate(arrays)
         )
         source = (
             "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\nusing namespace metal;\n"

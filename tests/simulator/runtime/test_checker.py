@@ -10,8 +10,23 @@ import pytest
 
 Run = Callable[..., Any]
 
-(RACE, BETWEEN, ATOMIC, BOUNDS, WILD, UNINITIALISED, READ_ONLY, MISALIGNED, BARRIER, COLLECTIVE, INACTIVE,
- UNDEFINED, TOO_LARGE, _, TOO_MANY_THREADS) = range(1, 16)
+(
+    RACE,
+    BETWEEN,
+    ATOMIC,
+    BOUNDS,
+    WILD,
+    UNINITIALISED,
+    READ_ONLY,
+    MISALIGNED,
+    BARRIER,
+    COLLECTIVE,
+    INACTIVE,
+    UNDEFINED,
+    TOO_LARGE,
+    _,
+    TOO_MANY_THREADS,
+) = range(1, 16)
 READ, WRITE = 1, 2
 DEVICE, THREADGROUP = 1, 2
 
@@ -30,18 +45,16 @@ TG, DEV, NONE = "mem_flags::mem_threadgroup", "mem_flags::mem_device", "mem_flag
 CLEAN = {
     "a barrier with the right flag": SHARE.format(f"threadgroup_barrier({TG});"),
     "a barrier with both flags": SHARE.format(f"threadgroup_barrier({TG} | {DEV});"),
-    "a simdgroup barrier within the simdgroup":
-        f"threadgroup float s[64];\ns[t] = a[i];\nsimdgroup_barrier({TG});\nb[i] = s[t ^ 5];",
+    "a simdgroup barrier within the simdgroup": f"threadgroup float s[64];\ns[t] = a[i];\nsimdgroup_barrier({TG});\nb[i] = s[t ^ 5];",
     "the own element without a barrier": "threadgroup float s[64];\ns[t] = a[i];\nb[i] = s[t];",
     "many readers": "threadgroup float s[64];\ns[t] = a[i];\n"
-                    f"threadgroup_barrier({TG});\nb[i] = s[0] + s[t] + s[63];",
-    "device memory through a barrier":
-        f"b[i] = a[i];\nthreadgroup_barrier({DEV});\nfloat x = b[63 - i];\n"
-        f"threadgroup_barrier({DEV});\nb[i] = x;",
+    f"threadgroup_barrier({TG});\nb[i] = s[0] + s[t] + s[63];",
+    "device memory through a barrier": f"b[i] = a[i];\nthreadgroup_barrier({DEV});\nfloat x = b[63 - i];\n"
+    f"threadgroup_barrier({DEV});\nb[i] = x;",
     "the buffer's last element": "b[63 - i] = a[63];",
     "divergent lanes in a reduction": "if (lane < 9) b[i] = simd_sum(a[i]);",
-    "neighbouring bytes by different threads":
-        "threadgroup uchar s[64];\ns[t] = uchar(t);\n" f"threadgroup_barrier({TG});\nb[i] = s[63 - t];",
+    "neighbouring bytes by different threads": "threadgroup uchar s[64];\ns[t] = uchar(t);\n"
+    f"threadgroup_barrier({TG});\nb[i] = s[63 - t];",
     "unsigned arithmetic": "uint x = 4294967295u + uint(i);\nb[i] = float(x << (i & 31));",
     "a swizzle written in place": "float4 v = float4(a[i]);\nv.xy += 1.0f;\nb[i] = v.x;",
 }
@@ -51,32 +64,68 @@ FAULTS = {
     "a missing barrier": (SHARE.format(""), RACE, None),
     "a barrier for the other memory": (SHARE.format(f"threadgroup_barrier({DEV});"), RACE, 4),
     "a barrier for no memory": (SHARE.format(f"threadgroup_barrier({NONE});"), RACE, 4),
-    "a simdgroup barrier across simdgroups": (SHARE.format(f"simdgroup_barrier({TG});"), RACE, None),
-    "a collective in place of a barrier":
-        ("threadgroup float s[64];\ns[t] = a[i];\nfloat x = simd_sum(1.0f);\nb[i] = x + s[t ^ 1];", RACE, 4),
-    "a write after a read": ("threadgroup float s[64];\ns[t] = a[i];\n"
-                             f"threadgroup_barrier({TG});\nb[i] = s[63 - t];\ns[t] = 0;", RACE, None),
+    "a simdgroup barrier across simdgroups": (
+        SHARE.format(f"simdgroup_barrier({TG});"),
+        RACE,
+        None,
+    ),
+    "a collective in place of a barrier": (
+        "threadgroup float s[64];\ns[t] = a[i];\nfloat x = simd_sum(1.0f);\nb[i] = x + s[t ^ 1];",
+        RACE,
+        4,
+    ),
+    "a write after a read": (
+        "threadgroup float s[64];\ns[t] = a[i];\n"
+        f"threadgroup_barrier({TG});\nb[i] = s[63 - t];\ns[t] = 0;",
+        RACE,
+        None,
+    ),
     "two writers": ("b[0] = a[i];", RACE, 1),
     "past the end of a buffer": ("b[i] = a[i + 1];", BOUNDS, 1),
     "before the start of a buffer": ("b[i] = a[int(i) - 1];", BOUNDS, 1),
-    "past the end of a threadgroup array": ("threadgroup float s[63];\ns[t] = a[i];\nb[i] = 0;", BOUNDS, 2),
+    "past the end of a threadgroup array": (
+        "threadgroup float s[63];\ns[t] = a[i];\nb[i] = 0;",
+        BOUNDS,
+        2,
+    ),
     "a vector half out of bounds": ("float2 v = *(device float2*)(a + i);\nb[i] = v.x;", BOUNDS, 1),
-    "a structure out of bounds": ("struct w { float v[4]; };\nw x = *(device w*)(a + i);\nb[i] = x.v[0];",
-                                  BOUNDS, 2),
+    "a structure out of bounds": (
+        "struct w { float v[4]; };\nw x = *(device w*)(a + i);\nb[i] = x.v[0];",
+        BOUNDS,
+        2,
+    ),
     "a wild pointer": ("b[i] = *(device float*)(ulong)(0x123450 + 4 * i);", WILD, 1),
-    "threadgroup memory that nothing wrote":
-        ("threadgroup float s[64];\nif (t < 60) s[t] = a[i];\nb[i] = s[t];", UNINITIALISED, 3),
-    "a misaligned vector": ("device float2* p = (device float2*)(b + 1);\nif (t < 31) p[t] = float2(a[i]);",
-                            MISALIGNED, 2),
-    "barriers in two branches":
-        (f"if (t < 40)\nthreadgroup_barrier({TG});\nelse\nthreadgroup_barrier({TG});\nb[i] = 1;", BARRIER, None),
-    "a thread that returns before a barrier":
-        (f"if (t == 5) return;\nthreadgroup_barrier({TG});\nb[i] = 1;", BARRIER, 2),
-    "half a simdgroup in a matrix product":
-        ("simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8, 8>(1.0f);\nif (lane < 16)\n"
-         "simdgroup_multiply_accumulate(m, m, m, m);\nb[i] = m.thread_elements()[0];", COLLECTIVE, 3),
-    "a shuffle from an inactive lane":
-        ("float x = a[i];\nif (lane < 7)\nx += simd_shuffle_xor(x, ushort(8));\nb[i] = x;", INACTIVE, 3),
+    "threadgroup memory that nothing wrote": (
+        "threadgroup float s[64];\nif (t < 60) s[t] = a[i];\nb[i] = s[t];",
+        UNINITIALISED,
+        3,
+    ),
+    "a misaligned vector": (
+        "device float2* p = (device float2*)(b + 1);\nif (t < 31) p[t] = float2(a[i]);",
+        MISALIGNED,
+        2,
+    ),
+    "barriers in two branches": (
+        f"if (t < 40)\nthreadgroup_barrier({TG});\nelse\nthreadgroup_barrier({TG});\nb[i] = 1;",
+        BARRIER,
+        None,
+    ),
+    "a thread that returns before a barrier": (
+        f"if (t == 5) return;\nthreadgroup_barrier({TG});\nb[i] = 1;",
+        BARRIER,
+        2,
+    ),
+    "half a simdgroup in a matrix product": (
+        "simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8, 8>(1.0f);\nif (lane < 16)\n"
+        "simdgroup_multiply_accumulate(m, m, m, m);\nb[i] = m.thread_elements()[0];",
+        COLLECTIVE,
+        3,
+    ),
+    "a shuffle from an inactive lane": (
+        "float x = a[i];\nif (lane < 7)\nx += simd_shuffle_xor(x, ushort(8));\nb[i] = x;",
+        INACTIVE,
+        3,
+    ),
 }
 INTEGER_FAULTS = {
     "an overflowing sum": ("b[i] = 2147483600 + a[i];", 1),
@@ -117,7 +166,7 @@ def test_a_race_names_both_accesses(run: Run) -> None:
     (found,) = run(body, floats()).findings
     assert (found.access, found.line, found.thread) == (READ, 4, (3, 0, 0))
     assert (found.other_access, found.other_line, found.other_thread) == (WRITE, 2, (40, 0, 0))
-    assert (found.space, found.buffer, found.offset, found.count) == (THREADGROUP, 0, 160, 2)
+    assert (found.space, found.buffer, found.offset, found.count) == (THREADGROUP, 0, 160, 1)
 
 
 def test_out_of_bounds_tells_the_buffer_and_the_distance(run: Run) -> None:
@@ -135,7 +184,11 @@ def test_a_write_out_of_bounds_changes_nothing(run: Run) -> None:
 def test_threadgroups_are_never_ordered(run: Run) -> None:
     body = f"threadgroup_barrier({DEV});\nif (t == 0) b[0] = a[i];"
     (found,) = run(body, floats(), threadgroup=32).findings
-    assert (found.kind, found.threadgroup, found.other_threadgroup) == (BETWEEN, (1, 0, 0), (0, 0, 0))
+    assert (found.kind, found.threadgroup, found.other_threadgroup) == (
+        BETWEEN,
+        (1, 0, 0),
+        (0, 0, 0),
+    )
 
 
 def test_an_atomic_and_a_plain_access_race(run: Run) -> None:

@@ -18,8 +18,10 @@ LANE = np.arange(64) % 32
 @pytest.mark.parametrize("mode", ["plain", "checked"])
 def test_lanes_that_left_a_loop_wait_for_those_inside(run: Run, mode: str, seed: int) -> None:
     """Lane k takes k % 4 turns; each turn counts the lanes still inside; then all meet again."""
-    body = ("float n = 0;\nfor (uint k = 0; k < lane % 4; k++) n += simd_sum(1.0f);\n"
-            "a[i] = n * 100 + simd_sum(1.0f);")
+    body = (
+        "float n = 0;\nfor (uint k = 0; k < lane % 4; k++) n += simd_sum(1.0f);\n"
+        "a[i] = n * 100 + simd_sum(1.0f);"
+    )
     out = [np.zeros(64, np.float32)]
     assert run(body, out, mode=mode, seed=seed).code == 0
     inside = np.array([0, 24, 24 + 16, 24 + 16 + 8])
@@ -40,8 +42,10 @@ def test_both_branches_may_hold_a_collective(run: Run) -> None:
 
 
 def test_a_seed_changes_the_order_not_the_result(run: Run) -> None:
-    body = ("threadgroup int next; if (t == 0) next = 0;\nthreadgroup_barrier(mem_flags::mem_threadgroup);\n"
-            "a[i] = atomic_fetch_add_explicit((threadgroup atomic_int*)&next, 1, memory_order_relaxed);")
+    body = (
+        "threadgroup int next; if (t == 0) next = 0;\nthreadgroup_barrier(mem_flags::mem_threadgroup);\n"
+        "a[i] = atomic_fetch_add_explicit((threadgroup atomic_int*)&next, 1, memory_order_relaxed);"
+    )
     orders = []
     for seed in (0, 5):
         out = [np.zeros(64, np.int32)]
@@ -80,15 +84,23 @@ conftest.launch(kernel, [np.zeros(4, np.int32)], (4, 1, 1), (4, 1, 1))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the report of a process that a Linux signal ended")
-@pytest.mark.parametrize(("call", "status"), [("deep(1000000 + a[i], &y)", 3), ("*(device int*)16ul", 4)])
-def test_a_fatal_signal_leaves_its_cause_in_the_report(call: str, status: int, tmp_path: Any) -> None:
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the report of a process that a Linux signal ended"
+)
+@pytest.mark.parametrize(
+    ("call", "status"), [("deep(1000000 + a[i], &y)", 3), ("*(device int*)16ul", 4)]
+)
+def test_a_fatal_signal_leaves_its_cause_in_the_report(
+    call: str, status: int, tmp_path: Any
+) -> None:
     from pathlib import Path
 
     report = tmp_path / "report"
     report.write_bytes(bytes(1 << 19))
-    ended = subprocess.run([sys.executable, "-c", CRASH, str(Path(__file__).parent), call, str(report)],
-                           capture_output=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", CRASH, str(Path(__file__).parent), call, str(report)],
+        capture_output=True,
+    )
     assert ended.returncode == -11, ended.stderr
     raw = report.read_bytes()
     assert raw[:8] == b"MGREPORT"
