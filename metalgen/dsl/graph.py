@@ -97,11 +97,6 @@ class Graph:
         """Type of the result."""
         return self.nodes[-1].dtype
 
-    @property
-    def exact(self) -> bool:
-        """Whether no value is rounded to 16 bits on the way."""
-        return all(node.dtype not in ("float16", "bfloat16") for node in self.nodes)
-
     @functools.cached_property
     def digest(self) -> str:
         """Eight hexadecimal digits for names."""

@@ -275,7 +275,15 @@ class _Reader:
         elif len(values) == 1 and isinstance(values[0], View):
             changed = self._moved(name, arguments, values[0], shape)
             self.known[outputs[0][0]] = changed
-        elif name in ("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Broadcast", "Full"):
+        elif name in (
+            "Squeeze",
+            "ExpandDims",
+            "Reshape",
+            "Flatten",
+            "Unflatten",
+            "Broadcast",
+            "Full",
+        ):
             if any(extent != 1 for extent in shape):
                 raise self._misplaced(name, f"an array of shape {shape}")
             self.known[outputs[0][0]] = values[0]  # a scalar, with axes of one element
