@@ -151,8 +151,7 @@ class _Printer:
             name = f"{self.prefix}_{n}"
             lines[level].append(f"const {self.types[node.dtype]} {name} = {self._value(node)};")
             self.names.append(name)
-        group, row, element = map(tuple, lines)
-        return Printed(group, row, element, self.names[-1])
+        return Printed(tuple(lines[0]), tuple(lines[1]), tuple(lines[2]), self.names[-1])
 
     def _constant(self, node: Node) -> str:
         if node.dtype in FLOATS:

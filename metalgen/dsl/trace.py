@@ -334,7 +334,7 @@ class _Reader:
                 if node.op != "const":
                     return None
                 kind: Any = getattr(mx, "bool_" if node.dtype == "bool" else node.dtype)
-                arrays.append(mx.array(node.value, kind))  # type: ignore[arg-type]
+                arrays.append(mx.array(node.value, kind))
         return arrays
 
     def _on_arrays(

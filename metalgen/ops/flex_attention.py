@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -73,9 +72,7 @@ def flex_attention(
             raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
         if x.ndim != 4:
             raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
-    if not isinstance(block_mask, (BlockMask, NoneType)):
-        expected = "what create_block_mask returns, or None (a function goes to mask_mod)"
-        raise ArgumentError("block_mask", expected, block_mask)
+    _check_block_mask(block_mask)
     score = None if score_mod is None else trace(score_mod, "score_mod")
     mask = None if mask_mod is None else trace(mask_mod, "mask_mod")
     if block_mask is not None:
@@ -110,6 +107,12 @@ def flex_attention(
         () if score is None else score.arrays, () if mask is None else mask.arrays, block_mask
     )
     return kernel(q, k, v, scale=scale, inputs=inputs)
+
+
+def _check_block_mask(block_mask: object) -> None:
+    if block_mask is not None and not isinstance(block_mask, BlockMask):
+        expected = "what create_block_mask returns, or None (a function goes to mask_mod)"
+        raise ArgumentError("block_mask", expected, block_mask)
 
 
 def and_masks(*masks: MaskMod) -> MaskMod:
