@@ -20,7 +20,8 @@ from pathlib import Path
 
 from metalgen.chips import Chip, UnknownChip, get_chip
 from metalgen.chips.counts import forward_counts, pass_sums
-from metalgen.chips.model import Work, estimate, predict
+from metalgen.chips.model import estimate, predict
+from metalgen.chips.work import Work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule, is_valid, padded

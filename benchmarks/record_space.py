@@ -2,7 +2,7 @@
 
     python -m benchmarks.record_space DATABASE [--only NAME] [--sample N] [--processes 12]
 
-Of "forward" and "decode" every valid schedule, of the others a seeded sample of N. Processes compile
+Of "forward" and "decode" every valid schedule, of the others the default and a seeded sample of N. Processes compile
 side by side and time one at a time, under a lock. A row is committed when it is measured, so that a
 run can be cut short and go on. Then each problem is tuned from these rows: the best are measured
 again, interleaved with the default and MLX's own attention, and checked against float64.
@@ -123,8 +123,9 @@ def main() -> None:
             run = store.begin_run(chip.name, 0, {"exhaustive": name})
         chosen = valid
         if name not in WHOLE:
-            chosen = random.Random(0).sample(valid, min(options.sample, len(valid)))
-        left = [schedule for schedule in chosen if schedule not in done]
+            sample = random.Random(0).sample(valid, min(options.sample, len(valid)))
+            chosen = (valid[0], *sample)  # the default first
+        left = [schedule for schedule in dict.fromkeys(chosen) if schedule not in done]
         tasks = context.Queue()
         for schedule in left:
             tasks.put((schedule, chip.name, chip.cores, run))

@@ -22,8 +22,8 @@ import mlx.core as mx
 
 from metalgen import simulator
 from metalgen.simulator.api import mlx_include_dir
-from metalgen.simulator.executor import usable_cores
 from metalgen.simulator.harness import Constant, Output, run_metal
+from metalgen.simulator.launch_limits import usable_cores
 
 HEADS, LENGTH, DIM = 2, 512, 64
 BQ, BK = 32, 32

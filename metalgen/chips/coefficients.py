@@ -1,6 +1,9 @@
 """The named coefficients of the chip model: what a kernel's parts cost, where no chip says so.
 
-None is tied to a config, a schedule or a chip. ``measured`` ones come from the source named in
+None is tied to a kernel, a config, a schedule or a chip. Those in `FITTED` were fitted by
+``metalgen chips fit`` to a table of published measurements (docs/chip-model.md tells which, and how
+well they predict what they were not fitted to); what is written here is their value before any fit,
+from elsewhere, towards which the fit is drawn. ``measured`` ones come from the source named in
 their comment, ``set`` ones were chosen by hand so that the model agrees roughly with a published
 measurement, and ``guessed`` ones nobody outside Apple knows. Issue cycles are per instruction of
 a simdgroup on one of a core's schedulers.
@@ -10,17 +13,48 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from metalgen.chips.fitted import VALUES
+
+FITTED = (
+    "matrix",
+    "matrix_wide",
+    "alu",
+    "page",
+    "barrier",
+    "spill",
+    "leak",
+    "saturation",
+    "stage_wait",
+    "parallel_issue",
+)
+"""The coefficients that a fit may change."""
+
 
 class Coefficients(NamedTuple):
     """Units in brackets; docs/chip-model.md explains each."""
 
-    # [cycles] 8x8x8 multiply-accumulate with 16-bit and with float32 operands. 16 is the peak, 17
-    # to 20 were seen in loops (metal-benchmarks). Set: MLX's kernel on an M1 Max takes 23 in all,
-    # of which 6 to 7 are other instructions; metal-flash-attention takes 3 more in float32.
-    matrix: float = 16.0
-    matrix_wide: float = 19.0
+    # [cycles] 8x8x8 multiply-accumulate; 16 is the peak, 17 to 20 were seen in loops
+    # (metal-benchmarks). What float32 operands take on top.
+    matrix: float = 17.0
+    matrix_wide: float = 1.0
     # [cycles] any other arithmetic. Measured: 1 for float, up to 4 for some integer.
     alu: float = 1.0
+    # [cycles] to load or store a fragment straight from or to device memory each pass.
+    page: float = 3.0
+    # [cycles] of a simdgroup for the barriers of a staged slice.
+    barrier: float = 15.0
+    # [cycles] to store and load again a 16-bit register that does not fit.
+    spill: float = 4.0
+    # [share] of every resource's busy time but the busiest's that is not overlapped.
+    leak: float = 0.05
+    # [share] of a core's register file below which latency cannot be hidden. Measured: arithmetic
+    # saturates near 24 simdgroups a core (metal-benchmarks), where 32 of a kernel that uses 52
+    # 32-bit registers fill the file.
+    saturation: float = 0.75
+    # [cycles] that a threadgroup idles a staged slice, between asking for it and having it, with
+    # one buffer; with two it is guessed. About the latency of a device read.
+    stage_wait: float = 300.0
+    stage_wait_two: float = 150.0
     # [cycles] exp2, on a unit of its own beside arithmetic. Measured (metal-benchmarks).
     exp2: float = 4.0
     # [cycles] simdgroup shuffle. Measured (metal-benchmarks).
@@ -28,31 +62,17 @@ class Coefficients(NamedTuple):
     # [share] of the instructions other than products that a chip with parallel issue hides beneath
     # them. Set: MLX's kernel on an M3 Max runs at 83 % of peak, on an M1 Max at 69 %.
     parallel_issue: float = 0.7
-    # [share] of every resource's busy time but the busiest's that is not overlapped. Guessed.
-    leak: float = 0.05
-    # [simdgroups a core] at which latency within a simdgroup costs half of the time. Guessed; the
-    # only evidence is that arithmetic saturates near 24 simdgroups (metal-benchmarks).
-    latency: float = 0.2
-    # [share] of the time of a simdgroup whose rows are all masked, and which waits for the others
-    # of its threadgroup, that its scheduler loses when no other threadgroup is there. Guessed.
-    masked: float = 0.2
-    # [cycles] that a threadgroup idles a staged slice, between asking for it and having it, with
-    # one buffer and with two. Guessed from the latency of a device read.
-    stage_wait: float = 400.0
-    stage_wait_two: float = 150.0
     # [cycles] that a simdgroup idles for a fragment read directly when it misses. Guessed: less
     # than for a staged slice, because compilers ask for some of it ahead.
     direct_wait: float = 300.0
-    # [share] of a threadgroup's redundant device reads that the core's data cache serves, on chips
-    # whose published kernels read K and V directly and on others. Guessed, on the careful side:
-    # simdgroups that stage nothing do not wait for each other either, and drift apart.
-    shared_hits: float = 0.0
-    shared_hits_direct: float = 0.25
+    # [share] of repeated device reads that hit because groups that read the same keys run nearly
+    # in step: staged reads in the L2; direct ones in the core's data cache, on chips whose
+    # published kernels read directly. Set: metal-flash-attention's kernels are bound by no cache on
+    # an M1 Max and an M4, which takes more than half.
+    in_step: float = 0.6
     # [share] of a thread's most registers that it holds on average, where a chip hands them out as
-    # they are needed. Guessed.
-    live_registers: float = 0.75
-    # [cycles] to store and load again a 16-bit register that does not fit. Guessed, carefully.
-    spill: float = 8.0
+    # they are needed. Set: kernels of 128 32-bit registers a thread on an M4 lose no residency.
+    live_registers: float = 0.25
     # [bytes] of an instruction, on average; and the share that an instruction costs on top when it
     # is not in the instruction cache. Measured for code of Mesa's compiler; guessed.
     instruction_bytes: float = 8.0
@@ -68,4 +88,7 @@ class Coefficients(NamedTuple):
     launch: float = 35e-6
 
 
-DEFAULT = Coefficients()
+PRIOR = Coefficients()
+"""Before any fit."""
+DEFAULT = PRIOR._replace(**VALUES)
+"""What predictions use: the fitted values over the prior ones."""

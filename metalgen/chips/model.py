@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 from metalgen.chips.chip import Chip, IncompleteChip
 from metalgen.chips.coefficients import DEFAULT, Coefficients
-from metalgen.chips.counts import Counts, forward_counts
+from metalgen.chips.counts import forward_counts
+from metalgen.chips.work import Work, forward_work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
-from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, register_estimate
+from metalgen.schedule import SIMD_WIDTH, Schedule
 
 HALF_REGISTER_BYTES = 2 * SIMD_WIDTH
 """Bytes that a 16-bit register takes for a whole simdgroup."""
-REGISTERS = 256
-"""16-bit registers that a thread can address."""
+SHARPNESS = 6.0
+"""Power of the mean that joins too few simdgroups to enough of them, without a corner."""
 
 
 class Prediction(NamedTuple):
@@ -32,62 +33,12 @@ class Prediction(NamedTuple):
 
     Parts: ``matrix``, ``arithmetic`` (products included), ``exp2``, ``slots`` (issuing every
     instruction), ``on_core`` (threadgroup memory and the core's data cache), ``l2``, ``slc``,
-    ``dram``: how long each resource is busy; ``wait`` (barriers and staging), ``tail``, ``launch``:
-    what is added.
+    ``dram``: how long each resource is busy; ``spill``, ``idle`` (too few simdgroups), ``wait``
+    (staging and direct reads), ``tail``, ``launch``: what is added.
     """
 
     seconds: float
     parts: dict[str, float]
-
-
-class Work(NamedTuple):
-    """What one launch asks of a chip, whatever its kernel; totals over the launch.
-
-    Args:
-        groups, simdgroups: threadgroups, and simdgroups in each.
-        registers: 16-bit registers a thread.
-        threadgroup_memory: bytes a threadgroup.
-        products, exponentials, shuffles, moves, arithmetic: instructions, each one of a simdgroup:
-            8x8x8 multiply-accumulates, exp2, shuffles, loads and stores, and all others.
-        wide: whether the products' operands are float32.
-        spill_uses: times that a spilled register is stored and loaded, summed over simdgroups.
-        loop: instructions of one pass of the loop, unrolled, for the instruction cache.
-        on_core_bytes: to and from threadgroup memory, and read directly from device memory.
-        direct_bytes: device reads that several simdgroups of a group repeat.
-        other_bytes: device reads that no other simdgroup of a group repeats, and writes.
-        distinct_bytes: bytes of the arrays.
-        reused_bytes: bytes of the arrays that all threadgroups of a head read again.
-        heads: heads that have such arrays of their own.
-        slices: staged slices, each with its barriers, summed over groups.
-        reads: fragments of keys or values read directly, each at once, summed over simdgroups.
-        two_buffers: whether the next slice is fetched while one is used.
-        masked: passes of simdgroups whose rows are all masked, over passes that compute.
-        longest: work of the longest group over that of the mean group.
-    """
-
-    groups: int
-    simdgroups: int
-    registers: int
-    threadgroup_memory: int
-    products: float
-    exponentials: float
-    shuffles: float
-    moves: float
-    arithmetic: float
-    wide: bool
-    spill_uses: float
-    loop: float
-    on_core_bytes: float
-    direct_bytes: float
-    other_bytes: float
-    distinct_bytes: float
-    reused_bytes: float
-    heads: int
-    slices: float
-    reads: float
-    two_buffers: bool
-    masked: float
-    longest: float
 
 
 def predict(
@@ -164,93 +115,6 @@ def predict_sizes(
     return estimate(work, chip, coefficients)
 
 
-def forward_work(
-    config: AttentionConfig,
-    schedule: Schedule,
-    counts: Counts,
-    batch_heads: int,
-    q_len: int,
-    kv_len: int,
-) -> Work:
-    """The work of a launch of the forward family. Instructions are estimated, the rest is counted.
-
-    The estimate follows the static study in docs/chip-model.md: a pass is a fixed part, a part for
-    each fragment of 8 keys, and what staging takes.
-    """
-    s = schedule
-    blocks, fragments, wide = s.row_blocks, s.bk // FRAGMENT, s.load_width // 2
-    k_padded, v_padded = padded(config.head_dim), padded(config.v_dim)
-    k_fragments, v_fragments = k_padded // FRAGMENT, v_padded // FRAGMENT
-    item = config.itemsize
-
-    # A float32 block of 8 elements takes two vector loads where one does for 16 bits.
-    vector = 2 if item == 4 and s.load_width == 8 else 1
-    k_loads, v_loads = vector * 2 * -(-k_fragments // wide), vector * -(-v_fragments // wide)
-    # The two elements of a fragment of K or Q come from two vectors: a move pairs them. Widening
-    # takes two conversions.
-    wider = s.fragment == "float32"
-    spread = k_fragments + (2 * (k_fragments + v_fragments) if wider else 0)
-    # An element of S: maximum, FMA, sum, conversion to P; exp2 is counted apart.
-    per_fragment = spread + 8 * blocks
-    per_pass = 60.0 + blocks * (12 + 2 * v_fragments + 2 * fragments)
-    loads = fragments * (k_loads + v_loads)
-    if s.q_source == "threadgroup":
-        per_pass += blocks * k_fragments
-        loads += blocks * k_loads
-    if k_direct := s.k_source == "device":
-        per_fragment += 4  # two row addresses, clamped
-    if v_direct := s.v_source == "device":
-        per_fragment += 2
-    per_pass += fragments * per_fragment
-    live = counts.live_passes
-    arithmetic = live * per_pass
-    moves: float = live * loads
-
-    # Staging a vector a lane: load and store; bounds, and two addresses with their divisions.
-    staged = counts.group_passes * s.bk * (k_padded * (not k_direct) + v_padded * (not v_direct))
-    vectors = staged / (SIMD_WIDTH * (s.load_width if item == 2 else min(4, s.load_width)))
-    arithmetic += 6 * vectors
-    moves += 2 * vectors
-    # Start and end of a simdgroup: Q loaded (and staged), O scaled and stored.
-    arithmetic += counts.simdgroups * (100 + blocks * (2 * k_fragments + 4 * v_fragments))
-    if s.q_source == "threadgroup":
-        arithmetic += counts.simdgroups * blocks * k_loads * 6
-    moves += counts.simdgroups * blocks * (k_loads + v_loads)
-
-    direct = counts.k_read * k_direct + counts.v_read * v_direct
-    device = counts.device_read + counts.device_written
-    widths = (config.head_dim + config.v_dim) * item
-    kv_bytes = kv_len * widths
-    heads = max(1, batch_heads // config.heads_per_kv)
-    return Work(
-        groups=counts.groups,
-        simdgroups=s.simdgroups,
-        registers=register_estimate(config, s),
-        threadgroup_memory=counts.threadgroup_memory,
-        products=counts.multiply_accumulates,
-        exponentials=counts.exponentials / SIMD_WIDTH,
-        shuffles=counts.shuffles,
-        moves=moves,
-        arithmetic=arithmetic,
-        wide=wider or item == 4,
-        # O and S are touched once for each fragment of 8 keys.
-        spill_uses=live * fragments,
-        loop=per_pass + loads + blocks * fragments * (k_fragments + v_fragments),
-        on_core_bytes=counts.threadgroup_read + counts.threadgroup_written + direct,
-        direct_bytes=direct,
-        other_bytes=device - direct,
-        distinct_bytes=heads * kv_bytes + batch_heads * q_len * widths + counts.lse_written,
-        reused_bytes=kv_bytes,
-        heads=heads,
-        slices=counts.barriers / s.simdgroups / (1 if s.buffers == 2 else 2),
-        reads=live * fragments * (k_direct + v_direct),
-        two_buffers=s.buffers == 2,
-        masked=counts.group_passes * s.simdgroups / live - 1.0,
-        # The last rows of a causal head see all keys, its mean row about half of them.
-        longest=-(-kv_len // s.bk) * counts.groups / counts.group_passes,
-    )
-
-
 class _Core(NamedTuple):
     """A chip's figures as the model uses them; none is missing."""
 
@@ -303,6 +167,11 @@ def _core(chip: Chip) -> _Core:
     )
 
 
+def require_figures(chip: Chip) -> None:
+    """Raise `IncompleteChip`, with all that is missing, for a chip that cannot be modelled."""
+    _core(chip)
+
+
 def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Prediction:
     """The modelled time of some work on a chip; raises as `predict`.
 
@@ -311,76 +180,101 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     """
     c, core, w = coefficients, _core(chip), work
     cores, simdgroups = core.cores, w.simdgroups
+    share = w.groups / cores
 
-    # Registers that a thread, or one threadgroup, cannot have are spilled.
+    # Registers that a thread may not have are spilled; how many threadgroups a core holds.
+    spilled = max(0.0, float(w.registers - w.register_limit))
     held = c.live_registers if core.dynamic_registers else 1.0
     file = core.register_bytes / (simdgroups * HALF_REGISTER_BYTES)
-    spilled = max(0.0, w.registers - min(REGISTERS, file / held))
-
-    # How many threadgroups a core holds; fewer when there are not enough of them.
+    if (most := file / held) < w.registers - spilled:  # not even one threadgroup fits
+        spilled = w.registers - most
     room = int(file / (held * (w.registers - spilled)))
     room = min(room, core.threads // (simdgroups * SIMD_WIDTH))
     if w.threadgroup_memory:
         room = min(room, core.threadgroup_memory // w.threadgroup_memory)
-    share = w.groups / cores
-    resident = max(1.0, min(float(max(1, room)), share))
+    room = max(1, room)
 
     # Arithmetic, on all schedulers of a core; loads and stores run beside it.
     per_scheduler = 1.0 / (cores * core.schedulers)
-    matrix = w.products * (c.matrix_wide if w.wide else c.matrix) * per_scheduler
+    matrix = w.products * (c.matrix + c.matrix_wide if w.wide else c.matrix) * per_scheduler
     other = (w.arithmetic + w.exponentials) * c.alu + w.shuffles * c.shuffle
+    other += w.paged * c.page + w.slices * simdgroups * c.barrier
     other *= per_scheduler
     if core.parallel_issue:
         other -= c.parallel_issue * min(other, matrix)
-    spill = w.spill_uses * spilled * c.spill * per_scheduler
-    missing = max(0.0, 1.0 - core.instruction_cache / (w.loop * c.instruction_bytes))
-    arithmetic = (matrix + other) * (1.0 + c.fetch * missing) + spill
+    code = w.loop * c.instruction_bytes
+    missing = max(0.0, 1.0 - core.instruction_cache / code) if code else 0.0
+    arithmetic = (matrix + other) * (1.0 + c.fetch * missing)
+    spill = (w.spill_uses * spilled + w.reloads) * c.spill * per_scheduler
     exp2 = w.exponentials * c.exp2 * per_scheduler
     slots = (w.products + w.arithmetic + w.exponentials + w.shuffles + w.moves) * per_scheduler
     on_core = w.on_core_bytes / (cores * core.on_core)
 
     # What the core's data cache does not serve goes to the L2; what that does not hold, to the SLC.
-    hits = c.shared_hits_direct if core.direct_reads else c.shared_hits
-    missed = w.direct_bytes * (1.0 - hits * (1.0 - 1.0 / simdgroups)) + w.other_bytes
-    l2 = missed / (cores * core.l2)
-    heads = min(w.heads, max(1.0, resident * cores * w.heads / w.groups))
-    held = min(1.0, core.l2_bytes / (heads * w.reused_bytes))
-    below_l2 = w.distinct_bytes + max(0.0, missed - w.distinct_bytes) * (1.0 - held)
+    # Groups that stage wait for each other, and those that read the same keys run nearly in step:
+    # what one has just fetched serves others.
+    hits = 0.0
+    if core.direct_reads:  # shared by the simdgroups of a core that work on the same head
+        alike = simdgroups * max(1.0, min(room, share, share / w.heads))
+        hits = c.in_step * (1.0 - 1.0 / alike)
+    drifting = w.direct_bytes * (1.0 - hits)
+    l2 = (drifting + w.other_bytes) / (cores * core.l2)
+    heads = min(w.heads, max(1.0, min(room, share) * cores * w.heads / w.groups))
+    kept = min(1.0, core.l2_bytes / (heads * w.reused_bytes))
+    below_l2 = drifting * (1.0 - kept) + w.other_bytes * (1.0 - max(kept, c.in_step))
+    below_l2 = max(below_l2, w.distinct_bytes)
     slc = below_l2 / (cores * core.slc)
-    held = min(1.0, core.slc_bytes / (heads * w.reused_bytes))
-    below_slc = w.distinct_bytes + max(0.0, below_l2 - w.distinct_bytes) * (1.0 - held)
+    kept = min(1.0, core.slc_bytes / (heads * w.reused_bytes))
+    below_slc = w.distinct_bytes + max(0.0, below_l2 - w.distinct_bytes) * (1.0 - kept)
     dram = below_slc / (core.dram * c.dram) * core.hertz
 
-    # Latency that too few simdgroups leave in the open, and schedulers with nothing to do.
-    running = resident * simdgroups / (1.0 + w.masked)
-    idle = 1.0 + c.latency / running + c.masked * w.masked / resident
-    if running < core.schedulers:
-        idle *= core.schedulers / running
-    arithmetic *= idle
     memory = max(l2, slc, dram)  # one after another on the same way
     busiest = max(arithmetic, exp2, slots, on_core, memory)
     total = arithmetic + exp2 + slots + on_core + memory
-    busy = busiest + c.leak * (total - busiest)
+    busy = busiest + c.leak * (total - busiest) + spill
 
-    # Waits, hidden as far as others compute meanwhile: a threadgroup for a staged slice, a
-    # simdgroup for what it reads directly.
-    wait = 0.0
-    if w.slices:
-        stall = c.stage_wait_two if w.two_buffers else c.stage_wait
-        wait = w.slices / cores * _exposed(stall, busy * cores / w.slices, resident)
-    if w.reads:
-        stall = c.direct_wait * (1.0 - hits)
-        turns = w.reads * per_scheduler
-        wait += turns * _exposed(stall, busy / turns, max(1.0, running / core.schedulers))
-    spent = busy + wait
+    # Simdgroups whose rows are all masked wait for the others of their group.
+    lone = 1.0 + w.masked
+    # Waves of groups: as many as fit, then the rest. What is in flight to hide latency needs
+    # registers, of many simdgroups or of few: too few of them leave latency in the open.
+    # Where groups differ in length, the long ones start first and the short ones fill the gaps.
+    group = busy / share
+    stall = c.stage_wait_two if w.two_buffers else c.stage_wait
+    slices = w.slices / w.groups
+    turns = w.reads / w.groups / simdgroups
+    in_use = (w.registers - spilled) / (file * lone)
 
-    # The last wave: some cores have a group more than others. Where groups differ, the long ones
-    # start first and the short ones fill the gaps, unless one alone takes longer than a core's
-    # share.
-    tail = -(-w.groups // cores) / share - 1.0
+    def wave(groups: float) -> tuple[float, float]:
+        """Cycles of a core that runs `groups` side by side: busy, and waiting."""
+        running = groups * simdgroups / (lone * core.schedulers)
+        few = c.saturation / (groups * in_use)
+        idle = max((1.0 + few**SHARPNESS) ** (1.0 / SHARPNESS), 1.0 / running)
+        compute = groups * group * idle
+        wait = 0.0
+        if slices:
+            wait = slices * _exposed(stall, group / slices, groups)
+        if turns:
+            alone = group * core.schedulers / simdgroups / turns
+            wait += turns * _exposed(c.direct_wait * (1.0 - hits), alone, max(1.0, running))
+        return compute, wait
+
+    most_groups = -(-w.groups // cores)
     if w.longest > 1.0:
-        tail = max(c.uneven_tail * tail, w.longest / share - 1.0)
-    tail *= spent
+        resident = max(1.0, min(float(room), share))
+        compute, wait = wave(resident)
+        spent, waited = compute * share / resident, wait * share / resident
+        tail = max(c.uneven_tail * (most_groups / share - 1.0), w.longest / share - 1.0)
+        tail *= spent + waited
+    else:
+        full, rest = divmod(most_groups, room)
+        compute, waited = wave(room) if full else (0.0, 0.0)
+        spent, waited = compute * full, waited * full
+        if rest:
+            last, wait = wave(rest)
+            spent, waited = spent + last, waited + wait
+        even = share / most_groups
+        tail = (1.0 - even) * (spent + waited)
+        spent, waited = even * spent, even * waited
 
     second = 1.0 / core.hertz
     parts = {
@@ -392,11 +286,13 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
         "l2": l2 * second,
         "slc": slc * second,
         "dram": dram * second,
-        "wait": wait * second,
+        "spill": spill * second,
+        "idle": max(0.0, spent - busy) * second,
+        "wait": waited * second,
         "tail": tail * second,
         "launch": c.launch,
     }
-    return Prediction((spent + tail) * second + c.launch, parts)
+    return Prediction((spent + waited + tail) * second + c.launch, parts)
 
 
 def _exposed(stall: float, compute: float, others: float) -> float:
@@ -404,4 +300,4 @@ def _exposed(stall: float, compute: float, others: float) -> float:
 
     All of it for one alone, next to nothing once the rest compute for longer than the stall.
     """
-    return stall * stall / (stall + (others - 1.0) * compute) / others
+    return stall * stall / (stall + max(0.0, others - 1.0) * compute)

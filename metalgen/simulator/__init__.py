@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metalgen.simulator.api import MetalKernel, install, metal_kernel
+    from metalgen.simulator.api import MetalKernel, metal_kernel
     from metalgen.simulator.counters import BufferTraffic, Counters
     from metalgen.simulator.errors import (
         CheckFailed,
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
         SimulatorError,
         StackOverflow,
     )
-    from metalgen.simulator.executor import Limits, limits
     from metalgen.simulator.findings import Access, Finding, Findings
+    from metalgen.simulator.installing import install
     from metalgen.simulator.launch import Launch, Recorder, record
+    from metalgen.simulator.launch_limits import Limits, limits
 
 _HOMES = {
-    "api": ("MetalKernel", "install", "metal_kernel"),
+    "api": ("MetalKernel", "metal_kernel"),
     "counters": ("BufferTraffic", "Counters"),
     "errors": (
         "CheckFailed",
@@ -49,8 +50,9 @@ _HOMES = {
         "SimulatorError",
         "StackOverflow",
     ),
-    "executor": ("Limits", "limits"),
+    "launch_limits": ("Limits", "limits"),
     "findings": ("Access", "Finding", "Findings"),
+    "installing": ("install",),
     "launch": ("Launch", "Recorder", "record"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

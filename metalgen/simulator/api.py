@@ -5,9 +5,8 @@ The call is eager: it evaluates its inputs, executes the kernel here, and return
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 
 from metalgen.simulator import arrays, errors
-from metalgen.simulator.executor import LaunchMemory, Segment
 from metalgen.simulator.generator import (
     METAL_TYPES,
     GeneratedSource,
@@ -24,6 +22,7 @@ from metalgen.simulator.generator import (
     generate,
 )
 from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.memory import LaunchMemory, Segment
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
@@ -35,8 +34,12 @@ SOURCE_NAME = "program.metal"
 PREAMBLE = "mlx/backend/metal/kernels/utils.h"
 """MLX's header that stands before every ``metal_kernel``; read from the installed wheel."""
 
-# MLX's own functions, also while `install` has put ours in their place.
+# MLX's own, also while `install` has put ours in its place.
 _mlx_metal_kernel = mx.fast.metal_kernel
+
+stand_in_streams: list[Any] = []
+"""CPU streams that `install` has handed out where code asked for streams of the GPU."""
+
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -212,7 +215,7 @@ class MetalKernel:
                 )
         stream = call.pop("stream")
         device = getattr(stream, "device", stream)
-        if device is not None and device != mx.Device(mx.gpu):
+        if stream is not None and device != mx.Device(mx.gpu) and stream not in stand_in_streams:
             raise errors.LaunchError("[metal_kernel] Only supports the GPU.")
         # MLX checks the arguments itself, and only then notices that there is no Metal (on a Mac
         # it returns lazy arrays, which nobody evaluates).
@@ -318,36 +321,3 @@ def _shape_bytes(given: _Input, role: str) -> bytes:
         return given.array.ndim.to_bytes(4, "little")
     values, width = (given.array.shape, 4) if role == "shape" else (given.storage.strides, 8)
     return b"".join(value.to_bytes(width, "little", signed=True) for value in values)
-
-
-@contextlib.contextmanager
-def install() -> Iterator[None]:
-    """Let code that calls ``mx.fast.metal_kernel`` run here unchanged, inside a ``with`` block.
-
-    Replaces ``mx.fast.metal_kernel``, and answers as a Mac would where such code asks:
-    ``mx.metal.is_available()`` and ``mx.is_available(mx.gpu)`` are true and
-    ``mx.default_device()`` is the GPU. ``mx.compile`` is off meanwhile, because the simulator's
-    kernels are eager. Affects the whole process; code that was imported before the block and
-    then decided that there is no Metal stays so.
-    """
-    gpu = mx.Device(mx.gpu)
-    really_available = mx.is_available
-    replacements: list[tuple[Any, str, Any]] = [
-        (mx.fast, "metal_kernel", metal_kernel),
-        (mx.metal, "is_available", lambda: True),
-        (mx, "default_device", lambda: gpu),
-        (mx, "is_available", lambda device: device == gpu or really_available(device)),
-    ]
-    saved = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in replacements]
-    outermost = mx.fast.metal_kernel is not metal_kernel
-    if outermost:
-        mx.disable_compile()
-    try:
-        for owner, attribute, value in replacements:
-            setattr(owner, attribute, value)
-        yield
-    finally:
-        for owner, attribute, value in saved:
-            setattr(owner, attribute, value)
-        if outermost:
-            mx.enable_compile()

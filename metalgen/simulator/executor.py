@@ -1,8 +1,8 @@
 """Runs compiled kernels in child processes that stay warm, and survives whatever they do.
 
-The caller lays out a launch's buffers in one ``LaunchMemory`` (an anonymous file that both sides
-map), then calls ``execute``. A child that crashes, hangs or eats memory is ended and replaced;
-the calling process only sees an exception. Safe with several Python threads and after ``fork``.
+The caller lays out a launch's buffers in one ``LaunchMemory``, then calls ``execute``. A child that
+crashes, hangs or eats memory is ended and replaced; the calling process only sees an exception.
+Safe with several Python threads and after ``fork``.
 """
 
 from __future__ import annotations
@@ -11,185 +11,29 @@ import atexit
 import contextlib
 import ctypes
 import marshal
-import mmap
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from metalgen.simulator import errors
+from metalgen.simulator.launch_limits import Limits, current_limits
+from metalgen.simulator.memory import REPORT_HEADER, LaunchMemory
 
 WORKER = Path(__file__).with_name("_worker.py")
-WRITABLE, INITIALISED = 1, 2
 MOST_LIBRARIES = 12
 """Kernels that a child process loads before a fresh one takes its place.
 
 Each keeps its stacks mapped, 4 mappings a thread of a threadgroup; Linux allows 65,530.
 """
-REPORT_HEADER = 64
-"""Bytes before the runtime's own report: finished threadgroups, address of the mapping."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one launch may take. Change it with ``simulator.limits(...)``."""
-
-    seconds: float = 120.0
-    """Wall-clock time of one launch."""
-    memory_bytes: int = 0
-    """Buffers, fibre stacks and the checker's shadow together; 0: half of this machine's memory."""
-    processes: int = 0
-    """Child processes that one launch may use; 0: one for each core this process may use."""
-    stack_bytes: int = 64 * 1024
-    """Stack of one GPU thread."""
-
-    @property
-    def memory(self) -> int:
-        return self.memory_bytes or _physical_memory() // 2
-
-    @property
-    def workers(self) -> int:
-        return self.processes or usable_cores()
-
-
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-_limits = Limits()
-
-
-def current_limits() -> Limits:
-    """Return the limits now in force for every thread of this process."""
-    return _limits
-
-
-@contextlib.contextmanager
-def limits(**changes: Any) -> Iterator[Limits]:
-    """Change ``Limits`` inside a ``with`` block; the names are the fields of ``Limits``.
-
-    Raises ``TypeError`` for an unknown name.
-    """
-    global _limits
-    before = _limits
-    _limits = replace(before, **changes)
-    try:
-        yield _limits
-    finally:
-        _limits = before
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One Metal buffer: ``size`` bytes, of which ``lead`` lie before the address it is bound at."""
-
-    name: str
-    size: int
-    writable: bool = False
-    initialised: bool = True
-    lead: int = 0
-
-    @property
-    def flags(self) -> int:
-        return (WRITABLE if self.writable else 0) | (INITIALISED if self.initialised else 0)
-
-
-def _pages(size: int) -> int:
-    return max(mmap.PAGESIZE, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-
-
-class LaunchMemory:
-    """The buffers of one launch and a report for each process, in one anonymous shared file.
-
-    Raises ``MemoryLimit`` when the launch would need more than ``limits.memory``.
-    """
-
-    def __init__(self, segments: Sequence[Segment], report_bytes: int, reports: int = 1) -> None:
-        self.segments = tuple(segments)
-        self.report_bytes = report_bytes + REPORT_HEADER
-        sizes = [segment.size for segment in segments] + [self.report_bytes] * reports
-        self.offsets: list[int] = []
-        total = 0
-        for size in sizes:
-            self.offsets.append(total)
-            total += _pages(size)
-        allowed = current_limits().memory
-        if total > allowed:
-            largest = max(self.segments, key=lambda segment: segment.size)
-            raise errors.MemoryLimit(
-                f"the launch needs {total:,} bytes of buffers (the largest is {largest.name!r} "
-                f"with {largest.size:,}), and the simulator may take {allowed:,}; "
-                "simulator.limits(memory_bytes=...) raises that"
-            )
-        self.total = total
-        self.fd = _anonymous_file(total)
-        try:
-            self._map = mmap.mmap(self.fd, total)
-        except BaseException:
-            os.close(self.fd)
-            raise
-
-    def view(self, index: int) -> memoryview:
-        """Return the bytes of buffer ``index``."""
-        offset = self.offsets[index]
-        return memoryview(self._map)[offset : offset + self.segments[index].size]
-
-    def report(self, index: int) -> bytes:
-        """Return a copy of the whole report of process ``index``, header included."""
-        offset = self.offsets[len(self.segments) + index]
-        return self._map[offset : offset + self.report_bytes]
-
-    def table(self, report: int) -> list[tuple[int, int, int, int]]:
-        """Return (file offset, bytes, lead, flags) of each buffer, then of the report."""
-        rows = [
-            (offset, segment.size, segment.lead, segment.flags)
-            for offset, segment in zip(self.offsets, self.segments, strict=False)
-        ]
-        rows.append((self.offsets[len(self.segments) + report], self.report_bytes, 0, WRITABLE))
-        return rows
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            with contextlib.suppress(BufferError):  # a caller may still hold a view
-                self._map.close()
-
-    def __enter__(self) -> LaunchMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _anonymous_file(size: int) -> int:
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("metalgen-launch", os.MFD_CLOEXEC)
-    else:  # macOS
-        fd, path = tempfile.mkstemp(prefix="metalgen-launch-")
-        os.unlink(path)
-    try:
-        os.ftruncate(fd, size)
-    except OSError as error:
-        os.close(fd)
-        raise errors.MemoryLimit(f"cannot reserve {size:,} bytes for a launch: {error}") from error
-    return fd
 
 
 class Worker:

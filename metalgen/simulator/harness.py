@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen.simulator import arrays, errors
-from metalgen.simulator.executor import LaunchMemory, Segment
 from metalgen.simulator.findings import Finding
 from metalgen.simulator.generator import METAL_TYPES
 from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.memory import LaunchMemory, Segment
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def run_metal(
     constants by index or name; ``include_dirs`` defaults to MLX's include folder.
 
     Returns the contents of every ``Output`` and ``InOut`` by buffer index. A buffer index that the
-    kernel has and ``buffers`` lacks is bound to an empty buffer, as an argument that function
-    constants disable. Raises what ``metal_kernel`` raises for source and launch.
+    kernel has and ``buffers`` lacks is bound to a page of zeros: an argument that function
+    constants disable may still be read where the value is not used. Raises what ``metal_kernel``
+    raises for source and launch.
     """
     from metalgen.simulator.api import SOURCE_NAME, mlx_include_dir
     from metalgen.simulator.compiler import compile_metal
@@ -99,7 +100,7 @@ def run_metal(
     names = {parameter.index: parameter.name for parameter in compiled.buffers}
     last = max([*buffers, *names], default=-1)
     bound = {
-        index: _Bound(names.get(index, f"buffer {index}"), buffers.get(index, b""))
+        index: _Bound(names.get(index, f"buffer {index}"), buffers.get(index, _UNBOUND))
         for index in range(last + 1)
     }
 
@@ -129,6 +130,9 @@ def run_metal(
             for index, each in bound.items()
             if isinstance(each.value, InOut)
         }
+
+
+_UNBOUND = bytes(4096)
 
 
 class _Bound:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from metalgen.simulator import errors, executor, report
 from metalgen.simulator.counters import Counters
-from metalgen.simulator.executor import Job, LaunchMemory, ProcessFailed, Segment
+from metalgen.simulator.executor import Job, ProcessFailed
 from metalgen.simulator.findings import Finding, Findings
+from metalgen.simulator.launch_limits import current_limits
+from metalgen.simulator.memory import LaunchMemory, Segment
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
@@ -194,7 +196,7 @@ def explain(
     if fatal is not None and not failure.timeout:
         return fatal
     if failure.timeout:
-        seconds = executor.current_limits().seconds
+        seconds = current_limits().seconds
         place = report.place(failure.report, compiled)
         at = f", {place['file']}:{place['line']}" if place["line"] else ""
         return errors.KernelTimeout(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_char, c_int64, c_uint32, c_uint64
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from metalgen.simulator import errors
 from metalgen.simulator.counters import BufferTraffic, Counters
 from metalgen.simulator.findings import Access, Finding, Findings
+from metalgen.simulator.wording import ACCESSES, describe
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
-    from metalgen.simulator.executor import Segment
+    from metalgen.simulator.memory import Segment
 
 VERSION = 1
 LINE_BYTES = 128
 
 
-class _Finding(ctypes.Structure):
+class RawFinding(ctypes.Structure):
     _fields_ = [
         ("kind", c_uint32),
         ("access", c_uint32),
@@ -97,13 +98,6 @@ MAX_BUFFERS = 32
 THREADGROUP_ENTRY = 32
 
 RUNNING, DONE, STACK_OVERFLOW, CRASH, OUT_OF_MEMORY, BAD_LAUNCH = 1, 2, 3, 4, 5, 6
-_ACCESSES = {1: "read", 2: "write", 3: "atomic read", 4: "atomic write", 5: "atomic update"}
-_UNDEFINED = {
-    1: "signed integer overflow",
-    2: "shift by an amount outside of the type",
-    3: "integer division by zero, or of the least integer by -1",
-    4: "index outside of a thread's own array",
-}
 
 
 def size(checked: bool) -> int:
@@ -187,7 +181,7 @@ def _fatal_place(header: _Report, compiled: CompiledKernel) -> dict[str, Any]:
 
 
 def _stack_kib() -> int:
-    from metalgen.simulator.executor import current_limits
+    from metalgen.simulator.launch_limits import current_limits
 
     return current_limits().stack_bytes // 1024
 
@@ -222,9 +216,9 @@ def findings(
             continue
         dropped += header.findings_dropped
         kept = min(header.finding_count, header.finding_capacity)
-        step = ctypes.sizeof(_Finding)
+        step = ctypes.sizeof(RawFinding)
         for index in range(kept):
-            raw = _Finding.from_buffer_copy(data, header.findings + index * step)
+            raw = RawFinding.from_buffer_copy(data, header.findings + index * step)
             finding = _translate(raw, compiled, segments)
             key = _place(finding, raw)
             before = merged.get(key)
@@ -234,7 +228,7 @@ def findings(
     return Findings((*lints, *merged.values()), dict(sources), dropped)
 
 
-def _place(finding: Finding, raw: _Finding) -> tuple[Any, ...]:
+def _place(finding: Finding, raw: RawFinding) -> tuple[Any, ...]:
     """Return what makes two findings one: a race is the same seen from either of its accesses."""
     ends = [
         (access.kind.split()[0], access.file, access.line or address)
@@ -244,7 +238,7 @@ def _place(finding: Finding, raw: _Finding) -> tuple[Any, ...]:
     return finding.kind, finding.memory, frozenset(ends)
 
 
-def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
+def _memory_name(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
     if raw.space == 2:
         if raw.buffer < len(compiled.variables):
             return f"threadgroup {compiled.variables[raw.buffer]}"
@@ -255,25 +249,25 @@ def _memory_name(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Seg
     return "memory"
 
 
-def _translate(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
+def _translate(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
     file, line = _line(compiled, raw.address)
-    verb = _ACCESSES.get(raw.access, "access")
+    verb = ACCESSES.get(raw.access, "access")
     access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
     other = None
     if raw.other_address:
         other_file, other_line = _line(compiled, raw.other_address)
         other = Access(
-            _ACCESSES.get(raw.other_access, "access"),
+            ACCESSES.get(raw.other_access, "access"),
             other_file,
             other_line,
             _position(raw.other_thread),
             _position(raw.other_threadgroup),
         )
     memory = _memory_name(raw, compiled, segments) if raw.space else None
-    kind, write_message = _KINDS.get(raw.kind, ("unknown", _unknown))
+    kind, message = describe(raw, memory or "memory")
     return Finding(
         kind=kind,
-        message=write_message(raw, verb, memory or "memory"),
+        message=message,
         kernel=compiled.kernel,
         file=file,
         line=line,
@@ -283,109 +277,6 @@ def _translate(raw: _Finding, compiled: CompiledKernel, segments: Sequence[Segme
         other=other,
         count=raw.count,
     )
-
-
-def _race(raw: _Finding, verb: str, memory: str) -> str:
-    other = _ACCESSES.get(raw.other_access, "access")
-    return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, and no barrier orders it "
-        f"after a {other} by another thread"
-    )
-
-
-def _race_threadgroups(raw: _Finding, verb: str, memory: str) -> str:
-    other = _ACCESSES.get(raw.other_access, "access")
-    return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, where another threadgroup "
-        f"did a {other}; nothing orders threadgroups"
-    )
-
-
-def _race_atomic(raw: _Finding, verb: str, memory: str) -> str:
-    other = _ACCESSES.get(raw.other_access, "access")
-    return (
-        f"{verb} of {memory} at byte {raw.offset} and {other} of the same bytes by another thread: "
-        "an atomic and a plain access with nothing to order them"
-    )
-
-
-def _out_of_bounds(raw: _Finding, verb: str, memory: str) -> str:
-    if raw.offset < 0:
-        where = f"starts {-raw.offset} bytes before"
-    else:
-        where = f"ends {raw.offset + raw.bytes - raw.limit} bytes past the end of"
-    return f"{verb} of {raw.bytes} bytes {where} {memory}, which has {raw.limit} bytes"
-
-
-def _wild(raw: _Finding, verb: str, memory: str) -> str:
-    return f"{verb} of {raw.bytes} bytes at {raw.memory:#x}, which is near no buffer"
-
-
-def _uninitialised(raw: _Finding, verb: str, memory: str) -> str:
-    return f"read of {raw.bytes} bytes of {memory} at byte {raw.offset}, which nothing has written"
-
-
-def _read_only(raw: _Finding, verb: str, memory: str) -> str:
-    return f"{verb} to {memory}, which the kernel may only read"
-
-
-def _misaligned(raw: _Finding, verb: str, memory: str) -> str:
-    return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, which is not a multiple "
-        f"of {raw.value}"
-    )
-
-
-def _divergent_barrier(raw: _Finding, verb: str, memory: str) -> str:
-    return f"only {raw.value} threads reached this barrier while others wait elsewhere or are done"
-
-
-def _divergent_collective(raw: _Finding, verb: str, memory: str) -> str:
-    return f"only {raw.value} lanes reached this simdgroup function together"
-
-
-def _inactive_lane(raw: _Finding, verb: str, memory: str) -> str:
-    return f"reads lane {raw.value}, which is not active here: the value is undefined"
-
-
-def _undefined(raw: _Finding, verb: str, memory: str) -> str:
-    return _UNDEFINED.get(raw.value, "undefined behaviour")
-
-
-def _too_large(raw: _Finding, verb: str, memory: str) -> str:
-    return f"{raw.value} bytes of threadgroup memory, and a threadgroup has 32768"
-
-
-def _too_many_buffers(raw: _Finding, verb: str, memory: str) -> str:
-    return f"{raw.value} buffers, and Metal binds 31"
-
-
-def _too_many_threads(raw: _Finding, verb: str, memory: str) -> str:
-    return f"{raw.value} threads in a threadgroup, and Metal allows 1024"
-
-
-def _unknown(raw: _Finding, verb: str, memory: str) -> str:
-    return f"a finding of kind {raw.kind} that this version does not know"
-
-
-_KINDS: dict[int, tuple[str, Callable[[_Finding, str, str], str]]] = {
-    1: ("race", _race),
-    2: ("race between threadgroups", _race_threadgroups),
-    3: ("atomic and plain access", _race_atomic),
-    4: ("out of bounds", _out_of_bounds),
-    5: ("wild access", _wild),
-    6: ("uninitialised read", _uninitialised),
-    7: ("write to read-only memory", _read_only),
-    8: ("misaligned access", _misaligned),
-    9: ("divergent barrier", _divergent_barrier),
-    10: ("divergent collective", _divergent_collective),
-    11: ("inactive lane", _inactive_lane),
-    12: ("undefined integer behaviour", _undefined),
-    13: ("too much threadgroup memory", _too_large),
-    14: ("too many buffers", _too_many_buffers),
-    15: ("too many threads", _too_many_threads),
-}
-KINDS = tuple(name for name, _ in _KINDS.values())
 
 
 def counters(

@@ -11,7 +11,8 @@ import pytest
 from metalgen.chips import Chip, IncompleteChip, all_chips, get_chip
 from metalgen.chips.coefficients import Coefficients
 from metalgen.chips.counts import forward_counts, pass_sums
-from metalgen.chips.model import Work, estimate, predict, predict_sizes
+from metalgen.chips.model import estimate, predict, predict_sizes
+from metalgen.chips.work import Work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule
@@ -21,7 +22,9 @@ M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]
 
 # Nothing but products: every penalty is off.
-IDEAL = Coefficients(leak=0.0, latency=0.0, masked=0.0, fetch=0.0, launch=0.0, matrix=16.0)
+IDEAL = Coefficients(
+    leak=0.0, saturation=0.0, fetch=0.0, launch=0.0, matrix=16.0, barrier=0.0, in_step=0.0
+)
 
 PRODUCTS = Work(
     groups=32 * 64,
@@ -35,6 +38,8 @@ PRODUCTS = Work(
     arithmetic=0.0,
     wide=False,
     spill_uses=0.0,
+    reloads=0.0,
+    paged=0.0,
     loop=100.0,
     on_core_bytes=0.0,
     direct_bytes=0.0,
@@ -87,7 +92,7 @@ def test_the_busiest_resource_sets_the_time_and_the_others_leak_into_it() -> Non
 
 
 def test_float32_operands_take_their_own_time() -> None:
-    wide = estimate(PRODUCTS._replace(wide=True), M1_MAX, IDEAL._replace(matrix_wide=32.0))
+    wide = estimate(PRODUCTS._replace(wide=True), M1_MAX, IDEAL._replace(matrix_wide=16.0))
     assert wide.seconds == pytest.approx(2 * estimate(PRODUCTS, M1_MAX, IDEAL).seconds)
 
 
@@ -101,15 +106,15 @@ def test_registers_that_do_not_fit_are_paid_for_at_each_use() -> None:
     fits = PRODUCTS._replace(registers=256, spill_uses=1e6)
     over = fits._replace(registers=266)
     extra = estimate(over, M1_MAX, IDEAL).seconds - estimate(fits, M1_MAX, IDEAL).seconds
-    assert extra == pytest.approx(10 * 8.0 * 1e6 / (32 * 4 * 1.296e9))
+    assert extra == pytest.approx(10 * 4.0 * 1e6 / (32 * 4 * 1.296e9))
 
 
 def test_a_staged_slice_is_waited_for_in_full_when_a_core_holds_one_group() -> None:
     work = PRODUCTS._replace(simdgroups=8, registers=220, slices=64_000.0)  # 220 * 64 * 8: one fits
-    # 2000 slices a core, 400 cycles each.
-    assert estimate(work, M1_MAX, IDEAL).parts["wait"] == pytest.approx(2000 * 400 / 1.296e9)
+    # 2000 slices a core, 300 cycles each.
+    assert estimate(work, M1_MAX, IDEAL).parts["wait"] == pytest.approx(2000 * 300 / 1.296e9)
     several = work._replace(simdgroups=4)
-    assert estimate(several, M1_MAX, IDEAL).parts["wait"] < 2000 * 400 / 1.296e9 / 10
+    assert estimate(several, M1_MAX, IDEAL).parts["wait"] < 2000 * 300 / 1.296e9 / 10
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

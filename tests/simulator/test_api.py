@@ -423,3 +423,23 @@ def test_install_may_be_nested() -> None:
             assert mx.fast.metal_kernel is simulator.metal_kernel
         assert mx.fast.metal_kernel is simulator.metal_kernel and mx.metal.is_available()
     assert mx.fast.metal_kernel is not simulator.metal_kernel
+
+
+def test_install_stands_in_for_devices_and_streams_of_the_gpu() -> None:
+    kernel_source = "out[thread_position_in_grid.x] = 2 * x[thread_position_in_grid.x];"
+    with simulator.install():
+        before = mx.default_device()
+        mx.set_default_device(mx.cpu)
+        assert mx.default_device() == mx.cpu
+        mx.set_default_device(before)
+        assert mx.default_device() == mx.gpu
+        stream = mx.new_stream(mx.default_device())
+        with mx.stream(mx.gpu):
+            x = mx.ones((8,)) + 1
+        kernel = mx.fast.metal_kernel(
+            name="k", input_names=["x"], output_names=["out"], source=kernel_source
+        )
+        assert call(kernel, [x], stream=stream)[0].tolist() == [4.0] * 8
+        with pytest.raises(LaunchError, match="Only supports the GPU"):
+            call(kernel, [x], stream=mx.cpu)
+    assert mx.default_device() == mx.cpu

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from metalgen import simulator
-from metalgen.simulator import executor
+from metalgen.simulator import executor, launch_limits
 from metalgen.simulator.errors import (
     ExecutionError,
     KernelCrash,
@@ -188,7 +188,7 @@ def test_no_zombie_and_no_surplus_child_is_left() -> None:
             run("out[1ul << 40] = thread_position_in_grid.x;")
     run(DOUBLE)
     ours = {worker.process.pid for worker in executor._pool.idle}
-    assert ours and len(ours) <= executor.usable_cores()
+    assert ours and len(ours) <= launch_limits.usable_cores()
     states = {
         pid: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         for pid in children()
@@ -255,14 +255,14 @@ def test_a_large_grid_is_split_over_processes_and_gives_the_same_result() -> Non
             whole = run(DOUBLE, size=1 << 16)
     assert mx.array_equal(split, whole).item()
     assert runs[1].processes == 1
-    assert runs[0].processes == min(executor.usable_cores(), (1 << 16) // 64)
+    assert runs[0].processes == min(launch_limits.usable_cores(), (1 << 16) // 64)
 
 
 def test_limits_are_restored_and_unknown_ones_are_refused() -> None:
-    before = executor.current_limits()
+    before = launch_limits.current_limits()
     with simulator.limits(seconds=3) as inside:
-        assert inside.seconds == 3 and executor.current_limits() == inside
-    assert executor.current_limits() == before
+        assert inside.seconds == 3 and launch_limits.current_limits() == inside
+    assert launch_limits.current_limits() == before
     with pytest.raises(TypeError), simulator.limits(minutes=3):
         pass
 

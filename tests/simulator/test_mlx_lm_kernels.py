@@ -318,6 +318,21 @@ def test_the_checker_reports_the_race_on_shared_in_both_directions_of_each_loss(
     )
 
 
+def test_the_checker_reports_lanes_that_write_the_same_zero(load: Load) -> None:
+    module = load("models.gated_delta")
+    mask = mx.array([[True, True, False, True, True], [False, True, True, True, False]])
+    for vector, findings in ((False, {"race"}), (True, {"race"})):
+        with simulator.record(checked=True) as runs:
+            module.gated_delta_kernel(*delta_inputs(mx.float32, vector=vector), mask)
+            module.gated_delta_kernel(*delta_inputs(mx.float32, vector=vector))
+        masked, plain = runs
+        assert masked.findings is not None and plain.findings is not None
+        assert set(masked.findings.kinds()) == findings
+        assert {f.memory for f in masked.findings} == {"y"}
+        assert {(f.access.kind, f.other.kind) for f in masked.findings} == {("write", "write")}
+        assert not len(plain.findings)
+
+
 # Fused kernels of mlx_lm/kernels, against the modules that they replace.
 
 

@@ -16,6 +16,7 @@ from . import bitcasts, build, cache, toolchain
 from .instrument import instrument
 from .kernels import Kernel
 from .lines import LineTable
+from .reconverge import WAITS, inline_waiting, reconverge
 from .transform import Transformed, TransformError, transform
 
 Mode = Literal["plain", "checked"]
@@ -169,21 +170,30 @@ def compile_unit(
             unit, chosen, code = language(thorough=casts is not None, merged=copies is not None)
         except CompileError:
             raise error from None
-    final = instrument(code) if mode == "checked" else code
-    if not toolchain.is_x86(machine):
-        final = toolchain.retarget(final)
-    if final is not code:
-        (folder / "unit.ll").write_text(final)
-    done = toolchain.run(
-        ["clang", "-x", "ir", *toolchain.CODE, *machine, "-c", "unit.ll", "-o", "unit.o"], folder
-    )
-    if done.returncode != 0:
-        raise CompileError(f"the compiler failed on {kernel!r}:\n{_shorten(done.stderr)}")
+    _generate(code, folder, mode, machine)
     sizes = re.findall(_VARIABLE, code)
     by_number = {int(i): int(n) for i, n in sizes}
     names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
     variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
     return Unit(folder / "unit.o", chosen, variables, tuple(_files(preprocessed)))
+
+
+def _generate(code: str, folder: Path, mode: Mode, machine: build.Machine) -> None:
+    """From the language stage's assembly to unit.o: checks put in, optimised, lanes brought together."""
+    code = inline_waiting(instrument(code) if mode == "checked" else code)
+    if not toolchain.is_x86(machine):
+        code = toolchain.retarget(code)
+    (folder / "unit.ll").write_text(code)
+    waits = WAITS in code
+    stage = ["-S", "-emit-llvm", "-o", "optimised.ll"] if waits else ["-c", "-o", "unit.o"]
+    done = toolchain.run(["clang", "-x", "ir", *toolchain.CODE, *machine, *stage, "unit.ll"], folder)
+    if waits and done.returncode == 0:
+        optimised = (folder / "optimised.ll").read_text()
+        (folder / "optimised.ll").write_text(reconverge(optimised))
+        arguments = ["clang", "-x", "ir", *toolchain.CODE, "-Xclang", "-disable-llvm-passes", *machine]
+        done = toolchain.run([*arguments, "-c", "-o", "unit.o", "optimised.ll"], folder)
+    if done.returncode != 0:
+        raise CompileError(f"the compiler failed on its own code:\n{_shorten(done.stderr)}")
 
 
 def _language(

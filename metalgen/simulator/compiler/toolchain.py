@@ -38,7 +38,8 @@ CHECKED = (
 # Arrays of a thread lie on a stack of their own (runtime/memory.cpp), so that a write past the end
 # of one, which a GPU survives, does not change a saved pointer.
 CODE = (
-    "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything -mllvm -safestack-use-pointer-address"
+    "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything -mllvm -safestack-use-pointer-address "
+    "-mllvm -jump-threading-threshold=0"  # a threaded jump would miss where lanes meet
 ).split()
 RUNTIME_FLAGS = (
     "-x c++ -std=c++20 -ffreestanding -nostdinc -nostdinc++ -fno-exceptions -fno-rtti "

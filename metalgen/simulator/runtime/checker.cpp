@@ -217,6 +217,7 @@ void finding_divergent_collective(Simdgroup *s, uint32_t active) {
   uint32_t waiting = s->at_collective | s->at_barrier;
   access_number++;
   uintptr_t other = waiting ? s->lanes[__builtin_ctz(waiting)].site : 0;
+  if (other >= kMeetingPoint) other = 0;
   mg_finding *f = find(MG_DIVERGENT_COLLECTIVE, code_of(lane->site), other ? code_of(other) : 0, lane);
   if (f) f->value = __builtin_popcount(active);
 }

@@ -225,3 +225,12 @@ extern "C" MG_WAITS void mg_arrive_simdgroup_barrier(uint32_t flags) {
   collective(simdgroup_barrier);
 }
 MG_STUB(simdgroup_barrier);
+
+// Where lanes that parted meet again (compiler/reconverge.py): after all other waits, the innermost
+// meeting point first.
+static void converge(Simdgroup *, uint32_t) {}
+extern "C" MG_WAITS void mg_arrive_converge(uint32_t order) {
+  mg_site = kMeetingPoint + order;
+  collective(converge);
+}
+MG_STUB(converge);

@@ -3,7 +3,8 @@
 // Everything here is global: a process runs one threadgroup at a time, on one operating system
 // thread. A simdgroup's lanes run one after another until each waits at a collective or a barrier or
 // is done. When no lane can run, the lanes at the collective of the lowest code address (and only
-// those) take part in it: lanes that left a loop early so wait for those still inside.
+// those) take part in it. The meeting points at the ends of branches and loops come after all
+// collectives: lanes that left a loop early so wait for those still inside.
 #pragma once
 #include "abi.h"
 #include "fibre.h"
@@ -40,6 +41,9 @@ struct Simdgroup {
   alignas(64) char result[kLanes][kSlotBytes];
   alignas(64) float a[8][8], b[8][8], c[8][8], d[8][8];
 };
+
+// The sites of mg_converge: above those of all code.
+static const uintptr_t kMeetingPoint = (uintptr_t)1 << 63;
 
 struct Threadgroup {
   uint32_t thread_count, simdgroup_count, live_simdgroups;

@@ -1,0 +1,161 @@
+"""What a launch asks of a chip, whatever its kernel; `metalgen.chips.model` prices it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from metalgen.chips.counts import Counts
+from metalgen.config import AttentionConfig
+from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, register_estimate
+
+REGISTERS = 256
+"""16-bit registers that a thread can address."""
+
+
+class Work(NamedTuple):
+    """What one launch asks of a chip, whatever its kernel; totals over the launch.
+
+    Args:
+        groups, simdgroups: threadgroups, and simdgroups in each.
+        registers: 16-bit registers a thread.
+        threadgroup_memory: bytes a threadgroup.
+        products, exponentials, shuffles, moves, arithmetic: instructions, each one of a simdgroup:
+            8x8x8 multiply-accumulates, exp2, shuffles, loads and stores, and all others.
+        wide: whether the products' operands are float32.
+        register_limit: 16-bit registers that the compiler may use, where the launch bounds them.
+        spill_uses: times that a register without room is stored and loaded, over all simdgroups.
+        reloads: stores and loads of registers that live in memory on every chip (arrays that a
+            loop indexes), over all simdgroups.
+        paged: fragments of queries or accumulators that simdgroups load or store each pass,
+            straight from or to device memory.
+        loop: instructions of one pass of the loop, unrolled, for the instruction cache.
+        on_core_bytes: to and from threadgroup memory, and read directly from device memory.
+        direct_bytes: device reads that several simdgroups of a group repeat.
+        other_bytes: device reads that no other simdgroup of a group repeats, and writes.
+        distinct_bytes: bytes of the arrays.
+        reused_bytes: bytes of the arrays that all threadgroups of a head read again.
+        heads: heads that have such arrays of their own.
+        slices: staged slices, each with its barriers, summed over groups.
+        reads: fragments of keys or values read directly, each at once, summed over simdgroups.
+        two_buffers: whether the next slice is fetched while one is used.
+        masked: passes of simdgroups whose rows are all masked, over passes that compute.
+        longest: work of the longest group over that of the mean group.
+    """
+
+    groups: int
+    simdgroups: int
+    registers: int
+    threadgroup_memory: int
+    products: float
+    exponentials: float
+    shuffles: float
+    moves: float
+    arithmetic: float
+    wide: bool
+    spill_uses: float
+    reloads: float
+    paged: float
+    loop: float
+    on_core_bytes: float
+    direct_bytes: float
+    other_bytes: float
+    distinct_bytes: float
+    reused_bytes: float
+    heads: int
+    slices: float
+    reads: float
+    two_buffers: bool
+    masked: float
+    longest: float
+    register_limit: int = REGISTERS
+
+
+def forward_work(
+    config: AttentionConfig,
+    schedule: Schedule,
+    counts: Counts,
+    batch_heads: int,
+    q_len: int,
+    kv_len: int,
+) -> Work:
+    """The work of a launch of the forward family. Instructions are estimated, the rest is counted.
+
+    The estimate follows the static study in docs/chip-model.md: a pass is a fixed part, a part for
+    each fragment of 8 keys, and what staging takes.
+    """
+    s = schedule
+    blocks, fragments, wide = s.row_blocks, s.bk // FRAGMENT, s.load_width // 2
+    k_padded, v_padded = padded(config.head_dim), padded(config.v_dim)
+    k_fragments, v_fragments = k_padded // FRAGMENT, v_padded // FRAGMENT
+    item = config.itemsize
+
+    # A float32 block of 8 elements takes two vector loads where one does for 16 bits.
+    vector = 2 if item == 4 and s.load_width == 8 else 1
+    k_loads, v_loads = vector * 2 * -(-k_fragments // wide), vector * -(-v_fragments // wide)
+    # The two elements of a fragment of K or Q come from two vectors: a move pairs them. Widening
+    # takes two conversions.
+    wider = s.fragment == "float32"
+    spread = k_fragments + (2 * (k_fragments + v_fragments) if wider else 0)
+    # An element of S: maximum, FMA, sum, conversion to P; exp2 is counted apart. A softcap takes a
+    # reciprocal and a sum in 16-bit types, and a hyperbolic tangent in float32.
+    capped = 0 if config.softcap is None else 8 if item == 2 else 20
+    per_fragment = spread + (8 + 2 * capped) * blocks
+    per_pass = 60.0 + blocks * (12 + 2 * v_fragments + 2 * fragments)
+    loads = fragments * (k_loads + v_loads)
+    if s.q_source == "threadgroup":
+        per_pass += blocks * k_fragments
+        loads += blocks * k_loads
+    if k_direct := s.k_source == "device":
+        per_fragment += 4  # two row addresses, clamped
+    if v_direct := s.v_source == "device":
+        per_fragment += 2
+    per_pass += fragments * per_fragment
+    live = counts.live_passes
+    arithmetic = live * per_pass
+    moves: float = live * loads
+
+    # Staging a vector a lane: load and store; bounds, and two addresses with their divisions.
+    staged = counts.group_passes * s.bk * (k_padded * (not k_direct) + v_padded * (not v_direct))
+    vectors = staged / (SIMD_WIDTH * (s.load_width if item == 2 else min(4, s.load_width)))
+    arithmetic += 6 * vectors
+    moves += 2 * vectors
+    # Start and end of a simdgroup: Q loaded (and staged), O scaled and stored.
+    arithmetic += counts.simdgroups * (100 + blocks * (2 * k_fragments + 4 * v_fragments))
+    if s.q_source == "threadgroup":
+        arithmetic += counts.simdgroups * blocks * k_loads * 6
+    moves += counts.simdgroups * blocks * (k_loads + v_loads)
+
+    direct = counts.k_read * k_direct + counts.v_read * v_direct
+    device = counts.device_read + counts.device_written
+    widths = (config.head_dim + config.v_dim) * item
+    kv_bytes = kv_len * widths
+    heads = max(1, batch_heads // config.heads_per_kv)
+    return Work(
+        groups=counts.groups,
+        simdgroups=s.simdgroups,
+        registers=register_estimate(config, s),
+        threadgroup_memory=counts.threadgroup_memory,
+        products=counts.multiply_accumulates,
+        exponentials=counts.exponentials / SIMD_WIDTH,
+        shuffles=counts.shuffles,
+        moves=moves,
+        arithmetic=arithmetic,
+        wide=wider or item == 4,
+        # O and S are touched once for each fragment of 8 keys.
+        spill_uses=live * fragments,
+        reloads=0.0,
+        paged=0.0,
+        loop=per_pass + loads + blocks * fragments * (k_fragments + v_fragments),
+        on_core_bytes=counts.threadgroup_read + counts.threadgroup_written + direct,
+        direct_bytes=direct,
+        other_bytes=device - direct,
+        distinct_bytes=heads * kv_bytes + batch_heads * q_len * widths + counts.lse_written,
+        reused_bytes=kv_bytes,
+        heads=heads,
+        slices=counts.barriers / s.simdgroups / (1 if s.buffers == 2 else 2),
+        reads=live * fragments * (k_direct + v_direct),
+        two_buffers=s.buffers == 2,
+        masked=counts.group_passes * s.simdgroups / live - 1.0,
+        # The last rows of a causal head see all keys, its mean row about half of them.
+        longest=-(-kv_len // s.bk) * counts.groups / counts.group_passes,
+    )
