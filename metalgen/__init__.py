@@ -19,35 +19,47 @@ import mlx.core  # noqa: F401  (first, so that its absence is said before anythi
 from metalgen._version import __version__
 
 if TYPE_CHECKING:
+    from metalgen.block_mask import BlockMask, create_block_mask
     from metalgen.config import AttentionConfig
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.ops.attention import attention
+    from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.schedule import Schedule
 
 _WHERE = {
     "ArgumentError": "metalgen.errors",
     "AttentionConfig": "metalgen.config",
+    "BlockMask": "metalgen.block_mask",
     "DeviceError": "metalgen.errors",
     "InvalidSchedule": "metalgen.errors",
     "Kernel": "metalgen.dispatch",
     "MetalgenError": "metalgen.errors",
     "Schedule": "metalgen.schedule",
+    "and_masks": "metalgen.ops.flex_attention",
     "attention": "metalgen.ops.attention",
+    "create_block_mask": "metalgen.block_mask",
+    "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.dispatch",
+    "or_masks": "metalgen.ops.flex_attention",
 }
 
 __all__ = [
     "ArgumentError",
     "AttentionConfig",
+    "BlockMask",
     "DeviceError",
     "InvalidSchedule",
     "Kernel",
     "MetalgenError",
     "Schedule",
     "__version__",
+    "and_masks",
     "attention",
+    "create_block_mask",
+    "flex_attention",
     "get_kernel",
+    "or_masks",
 ]
 
 

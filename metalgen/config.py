@@ -35,6 +35,11 @@ class AttentionConfig:
             ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
             None: no bound. (A window of W keys up to the own one is causal, window_left W - 1.)
         softcap: C > 0; a scaled score x becomes ``C * tanh(x / C)`` before the mask.
+        score_mod, mask_mod: the graphs of score and mask functions, as text (see
+            `metalgen.flex_attention`, which makes configs with them). A scaled score x becomes
+            ``score_mod(x, b, h, i, j)``; key j is seen where ``mask_mod(b, h, i, j)``, too. They
+            count queries and keys from 0, whatever the lengths.
+        block_mask: calls come with a block mask, which lists the blocks that `mask_mod` leaves.
         return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
             ``(B, H, L)``, -inf for a row that sees no key).
 
@@ -51,6 +56,9 @@ class AttentionConfig:
     window_left: int | None = None
     window_right: int | None = None
     softcap: float | None = None
+    score_mod: str | None = None
+    mask_mod: str | None = None
+    block_mask: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -68,9 +76,30 @@ class AttentionConfig:
             if not number or not 1e-3 <= self.softcap <= 1e6:
                 raise ArgumentError("softcap", "a number from 0.001 to 1000000", self.softcap)
             object.__setattr__(self, "softcap", float(self.softcap))
-        for name in ("causal", "return_lse"):
+        if self.score_mod is not None or self.mask_mod is not None or self.block_mask:
+            self._check_functions()
+        for name in ("causal", "return_lse", "block_mask"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(name, "True or False", getattr(self, name))
+
+    def _check_functions(self) -> None:
+        from metalgen.dsl.graph import MAX_ARRAYS, check_function
+
+        arrays = 0
+        for name in ("score_mod", "mask_mod"):
+            text = getattr(self, name)
+            if text is not None:
+                graph = check_function(name, text)
+                arrays += len(graph.arrays)
+                object.__setattr__(self, name, graph.text)
+        if arrays > MAX_ARRAYS:
+            expected = f"at most {MAX_ARRAYS} captured arrays of score_mod and mask_mod together"
+            raise ArgumentError("mask_mod", expected, arrays)
+        if self.score_mod is not None and self.softcap is not None:
+            expected = "None beside a score_mod, where C * mx.tanh(score / C) says the same"
+            raise ArgumentError("softcap", expected, self.softcap)
+        if self.block_mask and self.mask_mod is None:
+            raise ArgumentError("block_mask", "a mask_mod that it comes from", None)
 
     @property
     def v_dim(self) -> int:
@@ -135,6 +164,13 @@ class AttentionConfig:
             words.append("window" + ":".join(ends))
         if self.softcap is not None:
             words.append(f"softcap{self.softcap:g}")
+        for name in ("score_mod", "mask_mod"):
+            if (text := getattr(self, name)) is not None:
+                from metalgen.dsl.graph import parse
+
+                words.append(f"{name}:{parse(text).digest}")
+        if self.block_mask:
+            words.append("blocks")
         if self.heads_per_kv > 1:
             words.append(f"gqa{self.heads_per_kv}")
         if self.return_lse:

@@ -21,6 +21,7 @@ from metalgen.schedule import Schedule, default_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
+    from metalgen.dsl.inputs import FunctionInputs
 
 MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
 """Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
@@ -70,7 +71,13 @@ class Kernel:
         return "\n".join([head, f"  schedule: {self.schedule}", *(f"  {p}" for p in self.path)])
 
     def __call__(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float | None = None
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        *,
+        scale: float | None = None,
+        inputs: FunctionInputs | None = None,
     ) -> mx.array | tuple[mx.array, mx.array]:
         """Attention of `q`, `k` and `v`; lazy on a GPU, and differentiable.
 
@@ -78,6 +85,7 @@ class Kernel:
             q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``, of the config's
                 type; any lengths, any strides.
             scale: factor of the scores; None means ``1 / sqrt(D)``.
+            inputs: what the config's score and mask functions capture, and its block mask.
 
         Returns:
             ``(B, H, Lq, Dv)``; with the config's ``return_lse`` a pair with the log-sum-exp,
@@ -88,10 +96,26 @@ class Kernel:
         """
         check_arrays(self.config, q, k, v)
         scale = check_scale(self.config, scale)
+        config = self.config
+        if config.score_mod is not None or config.mask_mod is not None or inputs is not None:
+            return self._with_functions(q, k, v, scale, inputs)
         if self.backend == "metalgen":
             out, lse = _differentiable(self._run, self.config, q, k, v, scale)
         else:
             out, lse = self._run(q, k, v, scale)
+        return out if lse is None else (out, lse)
+
+    def _with_functions(
+        self, q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: FunctionInputs | None
+    ) -> mx.array | tuple[mx.array, mx.array]:
+        from metalgen.dsl.inputs import NOTHING, check_inputs
+
+        inputs = inputs or NOTHING
+        check_inputs(self.config, inputs, q, k)
+        if self.backend == "metalgen":
+            out, lse = _differentiable(self._run, self.config, q, k, v, scale, inputs)
+        else:
+            out, lse = self._run(q, k, v, scale, inputs)
         return out if lse is None else (out, lse)
 
 
@@ -317,7 +341,8 @@ def _passes(
 
 def _mlx_is_fused(config: AttentionConfig) -> bool:
     windows = config.window_left is not None or config.window_right is not None
-    ours_alone = config.return_lse or windows or config.softcap is not None
+    functions = config.score_mod is not None or config.mask_mod is not None
+    ours_alone = config.return_lse or windows or functions or config.softcap is not None
     return not ours_alone and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
 
 
@@ -337,22 +362,37 @@ def _plain(config: AttentionConfig) -> Runner:
 
 
 def _differentiable(
-    run: Runner, config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, scale: float
+    run: Runner,
+    config: AttentionConfig,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    inputs: FunctionInputs | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later)."""
+    """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later).
+
+    They reach the arrays that score functions capture, too.
+    """
 
     @mx.custom_function
-    def attention(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
-        out, lse = run(q, k, v, scale)
+    def attention(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+        if inputs is None:
+            out, lse = run(q, k, v, scale)
+        else:
+            out, lse = run(q, k, v, scale, inputs.replaced(arrays))
         return (out,) if lse is None else (out, lse)
 
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        def plain(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
-            out, lse = attention_mlx(q, k, v, scale=scale, **config_features(config))
+        def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
+            given = None if inputs is None else inputs.replaced(arrays)
+            features = config_features(config)
+            out, lse = attention_mlx(q, k, v, scale=scale, **features, inputs=given)
             return [out, lse] if config.return_lse else [out]
 
         return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
 
-    outputs: tuple[mx.array, ...] = attention(q, k, v)  # type: ignore[assignment]
+    arrays = () if inputs is None else inputs.arrays
+    outputs: tuple[mx.array, ...] = attention(q, k, v, *arrays)  # type: ignore[assignment]
     return outputs[0], outputs[1] if config.return_lse else None

@@ -29,7 +29,8 @@ class Problem:
         config: the attention to compute.
         batch_heads: batch entries times query heads.
         q_len, kv_len: number of queries and of keys.
-        family: ``"forward"`` or ``"decode"``; left empty, it is chosen by the number of queries.
+        family: ``"forward"`` or ``"decode"``; left empty, it is chosen by the number of queries
+            (with a block mask it is always forward, whose rows are those of one head).
 
     Sizes are rounded up to their bucket. Raises `ArgumentError` for sizes below 1.
     """
@@ -45,7 +46,8 @@ class Problem:
         _check_int("q_len", self.q_len, 1, MAX_LENGTH)
         _check_int("kv_len", self.kv_len, 1, MAX_LENGTH)
         if not self.family:
-            family = "decode" if self.q_len <= DECODE_QUERIES else "forward"
+            few = self.q_len <= DECODE_QUERIES and not self.config.block_mask
+            family = "decode" if few else "forward"
             object.__setattr__(self, "family", family)
         if self.family not in FAMILIES:
             raise ArgumentError("family", f"one of {', '.join(FAMILIES)}", self.family)

@@ -23,7 +23,8 @@ def attention_float64(
             converts to float64.
         scale: factor of the scores.
         causal: aligned at the lower right.
-        features: ``window_left``, ``window_right``, ``softcap`` as in `AttentionConfig`.
+        features: ``window_left``, ``window_right``, ``softcap``, ``score_mod``, ``mask_mod`` as in
+            `AttentionConfig`; ``inputs``, a `FunctionInputs` with what functions capture.
 
     Returns:
         ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there.
@@ -36,8 +37,11 @@ def attention_float64(
     scores = scale * (q @ np.swapaxes(k, -1, -2))
     if (cap := features.get("softcap")) is not None:
         scores = cap * np.tanh(scores / cap)
+    scores, chosen = _by_functions(np, scores, features)
     i = np.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
     seen = _seen(i, np.arange(k.shape[2])[None, :], causal, features)
+    if chosen is not None:
+        seen = seen & chosen
     scores = np.where(seen, scores, -np.inf)
     peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, 0.0))
@@ -70,6 +74,13 @@ def attention_mlx(
     scores = (grouped * scale) @ k.swapaxes(-1, -2)
     if (cap := features.get("softcap")) is not None:
         scores = cap * mx.tanh(scores / cap)
+    if features.get("score_mod") is not None or features.get("mask_mod") is not None:
+        shape = scores.shape
+        by_head = scores.reshape(batch, heads, q_len, kv_len)
+        by_head, chosen = _by_functions(mx, by_head, features)
+        if chosen is not None:
+            by_head = mx.where(chosen, by_head, -mx.inf)
+        scores = by_head.reshape(shape)
     if causal or any(features.get(name) is not None for name in ("window_left", "window_right")):
         i = mx.arange(q_len)[:, None] + (kv_len - q_len)
         seen = _seen(i, mx.arange(kv_len)[None, :], causal, features)
@@ -92,7 +103,7 @@ def attention_mlx(
 
 def config_features(config: AttentionConfig) -> dict[str, Any]:
     """The keyword arguments of both functions for a config."""
-    names = ("causal", "window_left", "window_right", "softcap")
+    names = ("causal", "window_left", "window_right", "softcap", "score_mod", "mask_mod")
     return {name: getattr(config, name) for name in names}
 
 
@@ -106,3 +117,36 @@ def _seen(i: Any, j: Any, causal: bool, features: dict[str, Any]) -> Any:
     if (right := features.get("window_right")) is not None:
         seen = seen & (j <= i + right)
     return seen
+
+
+def _by_functions(xp: Any, scores: Any, features: dict[str, Any]) -> tuple[Any, Any]:
+    """Scores ``(B, H, Lq, Lk)`` by the score function; what the mask function leaves, or None."""
+    texts = features.get("score_mod"), features.get("mask_mod")
+    if texts == (None, None):
+        return scores, None
+    from metalgen.dsl.graph import parse
+    from metalgen.dsl.inputs import NOTHING
+
+    inputs = features.get("inputs") or NOTHING
+    batch, heads, q_len, kv_len = scores.shape
+    places = {
+        "score": scores,
+        "b": xp.arange(batch, dtype=xp.int32)[:, None, None, None],
+        "h": xp.arange(heads, dtype=xp.int32)[:, None, None],
+        "q": xp.arange(q_len, dtype=xp.int32)[:, None],
+        "kv": xp.arange(kv_len, dtype=xp.int32),
+    }
+    results: list[Any] = []
+    for text, arrays in zip(texts, (inputs.score, inputs.mask), strict=True):
+        if text is None:
+            results.append(None)
+            continue
+        given = [_as_numpy(a) for a in arrays] if xp is not mx else arrays
+        results.append(xp.broadcast_to(parse(text).evaluate(xp, places, given), scores.shape))
+    return scores if results[0] is None else results[0], results[1]
+
+
+def _as_numpy(array: mx.array) -> Any:
+    import numpy as np
+
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)

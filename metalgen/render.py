@@ -36,7 +36,8 @@ class KernelSource:
     Args:
         name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
         header, source: text before the kernel's function, and its body.
-        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale``, which comes times log2(e).
+        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale``, which comes times log2(e); then
+            ``block_mask`` where the config has one, and the captured arrays of score and mask.
         outputs: ``out``, and ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.
@@ -95,7 +96,9 @@ def render(
         name=f"metalgen_{family}_{kind}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
-        inputs=("parts", "part_lse") if combine else ("q", "k", "v", "scale"),
+        inputs=("parts", "part_lse")
+        if combine
+        else ("q", "k", "v", "scale", *_extra_inputs(config)),
         outputs=("out", "lse") if context["lse"] else ("out",),
         math_mode="safe" if combine else schedule.math_mode,
         threads=COMBINE_THREADS if combine else schedule.threads,
@@ -120,7 +123,8 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
     plans = {"metal": plan, "cuda": plan_cuda}
-    for path in [*files, Path(str(plans[target].__file__)), Path(__file__)]:
+    printer = Path(__file__).parent / "dsl" / "printer.py"
+    for path in [*files, Path(str(plans[target].__file__)), Path(__file__), printer]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -154,6 +158,9 @@ def _context(
         "tile_library": f"targets/{target}/tile.jinja",
         "constants": constants | own["constants"],
         "schedule": schedule,
+        "functions": _functions(config, target, family),
+        "listed": config.block_mask,
+        "whole": _whole(config),
         "k_steps": [step for step in steps if step.operand == "k"],
         "v_steps": [step for step in steps if step.operand == "v"],
         "masks": [_feature(name) for name in _masks(config)],
@@ -163,6 +170,56 @@ def _context(
         "Out": "float" if parts else own["T"],
         **_score(config, target),
     }
+
+
+@dataclass(frozen=True)
+class Function:
+    """A printed score or mask function; ``role`` is ``"score"`` or ``"mask"``."""
+
+    role: str
+    group: tuple[str, ...]
+    row: tuple[str, ...]
+    element: tuple[str, ...]
+    result: str
+
+
+_PLACES = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
+
+
+def _graphs(config: AttentionConfig) -> dict[str, Any]:
+    from metalgen.dsl.graph import parse
+
+    texts = {"score": config.score_mod, "mask": config.mask_mod}
+    return {role: parse(text) for role, text in texts.items() if text is not None}
+
+
+def _extra_inputs(config: AttentionConfig) -> list[str]:
+    from metalgen.dsl.printer import array_names
+
+    names = ["block_mask"] if config.block_mask else []
+    for role, graph in _graphs(config).items():
+        names += array_names(graph, role)
+    return names
+
+
+def _functions(config: AttentionConfig, target: str, family: str) -> list[Function]:
+    from metalgen.dsl.printer import print_graph
+
+    packed = family == "decode"  # rows of several heads
+    places = _PLACES | {"h": "q_head"} if packed else _PLACES
+    rows = ("h", "q") if packed else ("q",)
+    found = []
+    for role, graph in _graphs(config).items():
+        printed = print_graph(graph, target, role, places, rows)
+        found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
+    return found
+
+
+def _whole(config: AttentionConfig) -> str:
+    """What else it takes for a tile to need no mask."""
+    if config.mask_mod is None:
+        return ""
+    return " && unmasked" if config.block_mask else " && false"
 
 
 def _masks(config: AttentionConfig) -> list[str]:
@@ -176,6 +233,10 @@ def _masks(config: AttentionConfig) -> list[str]:
 
 def _score(config: AttentionConfig, target: str) -> dict[str, Any]:
     """What fills the score hook: features, and how their scores become exponents of 2."""
+    if config.score_mod is not None:  # its scores are natural ones
+        constant = f"const float score_scale = scale2 * {math.log(2):.9e}f;"
+        log2e = f"{1 / math.log(2):.9e}f"
+        return {"scores": [], "score_constants": [constant], "unit": log2e, "lse_shift": ""}
     if config.softcap is None:
         return {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": ""}
     cap, ln2 = config.softcap, math.log(2)

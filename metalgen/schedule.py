@@ -244,6 +244,7 @@ def check_schedule(
         s.fragment == "input" or config.dtype != "float32",
         "float32 inputs need no widening: fragment must be 'input'",
     )
+    require("family", family == "forward" or not config.block_mask, "decode takes no block mask")
     require("splits", family == "decode" or s.splits == 1, "only decode shares out the keys")
     size = threadgroup_bytes(config, s, target)
     require(

@@ -11,8 +11,11 @@ from metalgen.config import AttentionConfig
 from metalgen.errors import DeviceError
 from metalgen.schedule import APPLE, Limits, Schedule
 
-Runner = Callable[[mx.array, mx.array, mx.array, float], "tuple[mx.array, mx.array | None]"]
-"""``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked."""
+Runner = Callable[..., "tuple[mx.array, mx.array | None]"]
+"""``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked.
+
+Where the config has functions, a `metalgen.dsl.inputs.FunctionInputs` follows the scale.
+"""
 
 
 class Device(abc.ABC):

@@ -15,6 +15,7 @@ from metalgen.devices.base import Device, Runner
 from metalgen.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
+    from metalgen.dsl.inputs import FunctionInputs
     from metalgen.render import KernelSource
 
 
@@ -37,7 +38,11 @@ class KernelDevice(Device):
         join = self._combine(config, schedule) if splits > 1 else None
 
         def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float
+            q: mx.array,
+            k: mx.array,
+            v: mx.array,
+            scale: float,
+            inputs: FunctionInputs | None = None,
         ) -> tuple[mx.array, mx.array | None]:
             batch, heads, q_len, _ = q.shape
             shapes = [(batch, heads, q_len, config.v_dim), (batch, heads, q_len)]
@@ -51,9 +56,14 @@ class KernelDevice(Device):
                 (q_len * config.heads_per_kv, k.shape[1]) if family == "decode" else (q_len, heads)
             )
             q, scale = positive_scale(q, scale)
+            # Seen as bytes, an array is copied only where its last axis has gaps.
+            bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
+            if inputs is not None:
+                if inputs.blocks is not None:
+                    bound.append(inputs.blocks.lists(source.bq, schedule.bk))
+                bound += [mx.contiguous(x) for x in inputs.arrays]
             outputs = kernel(
-                # Seen as bytes, an array is copied only where its last axis has gaps.
-                inputs=[*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)],
+                inputs=bound,
                 output_shapes=shapes[: len(source.outputs)],
                 output_dtypes=dtypes[: len(source.outputs)],
                 grid=(-(-rows // source.bq) * source.threads * splits, columns, batch),

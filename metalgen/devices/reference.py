@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.reference import attention_mlx, config_features
 from metalgen.schedule import Schedule
+
+if TYPE_CHECKING:
+    from metalgen.dsl.inputs import FunctionInputs
 
 
 class ReferenceDevice(Device):
@@ -21,10 +26,16 @@ class ReferenceDevice(Device):
     def build(
         self, config: AttentionConfig, schedule: Schedule | None = None, family: str = "forward"
     ) -> Runner:
+        features = config_features(config)
+
         def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float
+            q: mx.array,
+            k: mx.array,
+            v: mx.array,
+            scale: float,
+            inputs: FunctionInputs | None = None,
         ) -> tuple[mx.array, mx.array | None]:
-            out, lse = attention_mlx(q, k, v, scale=scale, **config_features(config))
+            out, lse = attention_mlx(q, k, v, scale=scale, **features, inputs=inputs)
             return out, lse if config.return_lse else None
 
         return run

@@ -1,0 +1,195 @@
+"""Block masks: which blocks of queries and keys a mask function leaves, in part or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from metalgen.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from metalgen.dsl.trace import Traced
+
+BLOCK_SIZE = 32
+"""Queries and keys of a block by default: fine enough that tiles of any schedule lose little."""
+MAX_ELEMENTS = 1 << 26
+"""Elements of the mask that are computed at once."""
+LISTED_AT_LEAST = 7
+"""Shortest lists, so that an array of them has 8 elements: MLX binds smaller ones differently."""
+
+
+class BlockMask:
+    """The blocks of a mask function, as `create_block_mask` finds them.
+
+    Attributes:
+        batch, heads: how many masks there are of each; 1 where all share one.
+        q_len, kv_len: lengths that it was made for.
+        block_size: queries and keys of a block.
+        some, every: booleans ``(batch, heads, blocks of queries, blocks of keys)``: whether a block
+            has a key that is seen, and whether it has none that is not.
+        mask: the traced mask function.
+    """
+
+    def __init__(
+        self,
+        mask: Traced,
+        q_len: int,
+        kv_len: int,
+        block_size: tuple[int, int],
+        some: mx.array,
+        every: mx.array,
+    ) -> None:
+        self.mask = mask
+        self.batch, self.heads = some.shape[:2]
+        self.q_len, self.kv_len = q_len, kv_len
+        self.block_size = block_size
+        self.some, self.every = some, every
+        self._lists: dict[tuple[int, int], mx.array] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the blocks that are skipped; looks at the blocks, so it waits for them."""
+        return 1.0 - float(mx.mean(self.some.astype(mx.float32)))
+
+    def tiles(self, bq: int, bk: int) -> tuple[mx.array, mx.array]:
+        """`some` and `every` of tiles of other sizes; never less seen than there is."""
+        found = self.some, self.every
+        for axis, length, size, tile in (
+            (2, self.q_len, self.block_size[0], bq),
+            (3, self.kv_len, self.block_size[1], bk),
+        ):
+            found = _regrouped(*found, axis, length, size, tile)
+        return found
+
+    def lists(self, bq: int, bk: int) -> mx.array:
+        """What a kernel with tiles of ``bq`` queries and ``bk`` keys reads.
+
+        Returns:
+            int32 ``(batch, heads, ceil(q_len / bq), 1 + n)``: how many tiles of keys are visited,
+            then twice each one's number, in rising order, plus 1 where no element is masked. Kept
+            for the next call.
+        """
+        if (bq, bk) not in self._lists:
+            some, every = self.tiles(bq, bk)
+            count = some.shape[3]
+            entries = 2 * mx.arange(count, dtype=mx.int32) + every.astype(mx.int32)
+            last = 2 * count + 2
+            entries = mx.sort(mx.where(some, entries, last), axis=-1)
+            counts = some.astype(mx.int32).sum(axis=-1, keepdims=True)
+            parts = [counts, mx.where(entries == last, 0, entries)]
+            if count < LISTED_AT_LEAST:
+                missing = (*some.shape[:3], LISTED_AT_LEAST - count)
+                parts.append(mx.zeros(missing, mx.int32))
+            self._lists[bq, bk] = mx.concatenate(parts, axis=-1)
+        return self._lists[bq, bk]
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockMask(batch={self.batch}, heads={self.heads}, q_len={self.q_len}, "
+            f"kv_len={self.kv_len}, block_size={self.block_size})"
+        )
+
+
+def _regrouped(
+    some: mx.array, every: mx.array, axis: int, length: int, size: int, tile: int
+) -> tuple[mx.array, mx.array]:
+    """Blocks of `size` along an axis regrouped to those of `tile`: any of some, all of every."""
+    if size == tile:
+        return some, every
+    count = -(-length // tile)
+    starts = mx.arange(count) * tile
+    first = starts // size
+    last = (mx.minimum(starts + tile, length) - 1) // size  # the tile's last block
+    reach = -(-tile // size) + (1 if tile % size else 0)
+    seen, whole = None, None
+    for step in range(reach):
+        index = mx.minimum(first + step, last)
+        a, b = mx.take(some, index, axis=axis), mx.take(every, index, axis=axis)
+        seen = a if seen is None else seen | a
+        whole = b if whole is None else whole & b
+    assert seen is not None and whole is not None
+    return seen, whole
+
+
+def create_block_mask(
+    mask_mod: Callable[..., Any],
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    block_size: int | tuple[int, int] = BLOCK_SIZE,
+) -> BlockMask:
+    """The block mask of ``mask_mod(b, h, q_idx, kv_idx)``, for `flex_attention`.
+
+    The mask is computed once, whole, in pieces of 64 million elements; keep the result for as long
+    as the function, its captured arrays and the lengths stay the same.
+
+    Args:
+        mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen.
+        B, H: batch entries and query heads; None where the mask does not depend on them.
+        Q_LEN, KV_LEN: lengths.
+        block_size: queries and keys of a block, or both in one number. Any serves any schedule;
+            tiles of the kernel that are not made of whole blocks are skipped less often.
+
+    Raises:
+        ArgumentError: a size below 1, or None for B or H although the mask depends on it.
+        FunctionError: what is wrong with the function, and what to write instead.
+    """
+    from metalgen.dsl.trace import trace
+
+    mask = trace(mask_mod, "mask_mod")
+    for name, size in (("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN), ("B", B), ("H", H)):
+        _check_size(name, size, optional=name in "BH")
+    for name, size, reads in (("B", B, "b"), ("H", H, "h")):
+        if size is None and reads in mask.graph.inputs:
+            what = "batch entries" if name == "B" else "query heads"
+            raise ArgumentError(name, f"the number of {what}, for mask_mod reads {reads}", None)
+    sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
+    if len(sizes) != 2:
+        raise ArgumentError("block_size", "a number, or one for queries and one for keys", sizes)
+    for size in sizes:
+        _check_size("block_size", size)
+    batch = B if B is not None and "b" in mask.graph.inputs else 1
+    heads = H if H is not None and "h" in mask.graph.inputs else 1
+    some, every = _computed(mask, batch, heads, Q_LEN, KV_LEN, *sizes)
+    return BlockMask(mask, Q_LEN, KV_LEN, (sizes[0], sizes[1]), some, every)
+
+
+def _check_size(name: str, size: object, optional: bool = False) -> None:
+    if size is None and optional:
+        return
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1 << 24:
+        expected = "an integer from 1 to 16777216" + (", or None" if optional else "")
+        raise ArgumentError(name, expected, size)
+
+
+def _computed(
+    mask: Traced, batch: int, heads: int, q_len: int, kv_len: int, bq: int, bk: int
+) -> tuple[mx.array, mx.array]:
+    columns = -(-kv_len // bk)
+    rows = max(1, MAX_ELEMENTS // (batch * heads * kv_len * bq)) * bq
+    inputs = {
+        "b": mx.arange(batch, dtype=mx.int32)[:, None, None, None],
+        "h": mx.arange(heads, dtype=mx.int32)[:, None, None],
+        "kv": mx.arange(kv_len, dtype=mx.int32),
+    }
+    some, every = [], []
+    for start in range(0, q_len, rows):
+        end = min(start + rows, q_len)
+        blocks = -(-(end - start) // bq)
+        q = mx.arange(start, end, dtype=mx.int32)[:, None]
+        seen = mask.graph.evaluate(mx, inputs | {"q": q}, mask.arrays)
+        seen = mx.broadcast_to(seen, (batch, heads, end - start, kv_len))
+        pad = [(0, 0), (0, 0), (0, blocks * bq - (end - start)), (0, columns * bk - kv_len)]
+        shape = (batch, heads, blocks, bq, columns, bk)
+        found = [
+            mx.pad(seen, pad, constant_values=mx.array(fill)).reshape(shape)
+            for fill in (False, True)
+        ]
+        some.append(found[0].any(axis=(3, 5)))
+        every.append(found[1].all(axis=(3, 5)))
+        if end < q_len:  # one piece at a time
+            mx.eval(some[-1], every[-1])
+    return mx.concatenate(some, axis=2), mx.concatenate(every, axis=2)

@@ -1,0 +1,1 @@
+"""Score and mask functions: MLX traces and differentiates them, this prints them for kernels."""

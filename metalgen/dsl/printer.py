@@ -1,0 +1,288 @@
+"""Writes graphs in the languages of kernels: one statement a value, typed, none computed twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from metalgen.dsl.graph import DTYPES, FLOATS, INPUTS, Graph, Node
+
+LEVELS = ("group", "row", "element")
+"""Where a value is computed: once a kernel, once a query row, or for each score."""
+
+TYPES = {
+    "metal": {
+        "bool": "bool",
+        "int8": "char",
+        "uint8": "uchar",
+        "int16": "short",
+        "uint16": "ushort",
+        "int32": "int",
+        "uint32": "uint",
+        "int64": "long",
+        "uint64": "ulong",
+        "float16": "half",
+        "bfloat16": "bfloat",
+        "float32": "float",
+    },
+    "cuda": {
+        "bool": "bool",
+        "int8": "signed char",
+        "uint8": "unsigned char",
+        "int16": "short",
+        "uint16": "unsigned short",
+        "int32": "int",
+        "uint32": "unsigned int",
+        "int64": "long long",
+        "uint64": "unsigned long long",
+        "float16": "__half",
+        "bfloat16": "__nv_bfloat16",
+        "float32": "float",
+    },
+}
+
+_INFIX = {
+    "add": "+",
+    "subtract": "-",
+    "multiply": "*",
+    "divide": "/",
+    "equal": "==",
+    "not_equal": "!=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "less": "<",
+    "less_equal": "<=",
+    "logical_and": "&&",
+    "logical_or": "||",
+    "bitwise_and": "&",
+    "bitwise_or": "|",
+    "bitwise_xor": "^",
+}
+_OF_BOOLS = {"bitwise_and": "&&", "bitwise_or": "||", "bitwise_xor": "!="}
+_FUNCTIONS = {
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "arcsinh": "asinh",
+    "arccosh": "acosh",
+    "arctanh": "atanh",
+    "arctan2": "atan2",
+    "abs": "fabs",
+    "round": "rint",
+    "power": "pow",
+    **{n: n for n in "exp log log2 log10 sin cos tan sinh cosh tanh floor ceil sqrt rsqrt".split()},
+}
+"""Functions of floats that every target has, by its own name."""
+_METAL_PRECISE = frozenset("tanh cosh sinh pow atan2 sin cos tan asinh acosh atanh".split())
+"""Those whose fast forms go wrong for large arguments, and not only in their last bits."""
+_OWN = frozenset("maximum minimum remainder logaddexp sign expm1 log1p sigmoid erf".split())
+"""Functions that the target's header defines, as ``mg_...``."""
+_OWN_INTEGER = frozenset("maximum minimum remainder floor_divide sign power".split())
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Statements of a graph by level, and the name or constant that holds the result."""
+
+    group: tuple[str, ...]
+    row: tuple[str, ...]
+    element: tuple[str, ...]
+    result: str
+
+
+def array_names(graph: Graph, prefix: str) -> tuple[str, ...]:
+    """Names of the kernel inputs that a graph's captured arrays become."""
+    return tuple(f"{prefix}_captured_{n}" for n in range(len(graph.arrays)))
+
+
+def print_graph(
+    graph: Graph,
+    target: str,
+    prefix: str,
+    inputs: Mapping[str, str],
+    of_rows: Sequence[str] = ("q",),
+) -> Printed:
+    """The statements that compute a graph.
+
+    Args:
+        target: ``"metal"`` or ``"cuda"``.
+        prefix: what the names of values and of captured arrays start with.
+        inputs: how the names of `metalgen.dsl.graph.INPUTS` are spelled there.
+        of_rows: those of the inputs that a row has; ``score`` and ``kv`` are an element's.
+
+    Arithmetic of 16-bit floats is done in float and rounded after each operation, as MLX does.
+    A shift by the width of its type or more is taken modulo it.
+    """
+    return _Printer(graph, target, prefix, inputs, of_rows).printed()
+
+
+class _Printer:
+    def __init__(
+        self,
+        graph: Graph,
+        target: str,
+        prefix: str,
+        inputs: Mapping[str, str],
+        of_rows: Sequence[str],
+    ) -> None:
+        self.graph = graph
+        self.target = target
+        self.prefix = prefix
+        self.types = TYPES[target]
+        self.inputs = inputs
+        self.of_rows = of_rows
+        self.names: list[str] = []
+        self.levels: list[int] = []
+
+    def printed(self) -> Printed:
+        lines: list[list[str]] = [[], [], []]
+        for n, node in enumerate(self.graph.nodes):
+            if node.op in INPUTS:
+                self.names.append(self.inputs[node.op])
+                element = node.op in ("score", "kv")
+                self.levels.append(2 if element else int(node.op in self.of_rows))
+                continue
+            level = max((self.levels[arg] for arg in node.args), default=0)
+            self.levels.append(level)
+            if node.op == "const":
+                self.names.append(self._constant(node))
+                continue
+            name = f"{self.prefix}_{n}"
+            lines[level].append(f"const {self.types[node.dtype]} {name} = {self._value(node)};")
+            self.names.append(name)
+        return Printed(tuple(lines[0]), tuple(lines[1]), tuple(lines[2]), self.names[-1])
+
+    def _constant(self, node: Node) -> str:
+        if node.dtype in FLOATS:
+            text = self._float(float(node.value))  # type: ignore[arg-type]
+            return text if node.dtype == "float32" else f"{self.types[node.dtype]}({text})"
+        if node.dtype == "bool":
+            return "true" if node.value else "false"
+        value, unsigned = int(node.value), node.dtype.startswith("u")  # type: ignore[arg-type]
+        suffix = ("u" if unsigned else "") + ("l" if DTYPES[node.dtype] == 8 else "")
+        if not unsigned and value == -(1 << (8 * DTYPES[node.dtype] - 1)):
+            return f"({value + 1}{suffix} - 1)"
+        text = f"{value}{suffix}"
+        if DTYPES[node.dtype] < 4:
+            text = f"static_cast<{self.types[node.dtype]}>({text})"
+        return f"({text})" if value < 0 else text
+
+    def _float(self, value: float) -> str:
+        if math.isfinite(value):
+            text = f"{value:.9g}"
+            text += "" if any(c in text for c in ".e") else ".0"
+            return f"({text}f)" if value < 0 or text[0] == "-" else f"{text}f"
+        bits = "7FC00000" if math.isnan(value) else "7F800000" if value > 0 else "FF800000"
+        reinterpret = "as_type<float>" if self.target == "metal" else "__uint_as_float"
+        return f"{reinterpret}(0x{bits}u)"
+
+    def _value(self, node: Node) -> str:
+        if node.op == "load":
+            return self._load(node)
+        names = [self.names[n] for n in node.args]
+        types = [self.graph.nodes[n].dtype for n in node.args]
+        if node.op == "cast":
+            return self._cast(names[0], types[0], node.dtype)
+        if node.op == "select":
+            return f"{names[0]} ? {names[1]} : {names[2]}"
+        if node.op == "logical_not":
+            return f"!{names[0]}"
+        of = types[0]
+        if of in FLOATS:
+            wide = [
+                n if t == "float32" else f"static_cast<float>({n})"
+                for n, t in zip(names, types, strict=True)
+            ]
+            value = self._of_floats(node.op, wide)
+            return (
+                value
+                if node.dtype in ("bool", "float32")
+                else self._cast(value, "float32", node.dtype)
+            )
+        return self._of_integers(node, of, names)
+
+    def _of_floats(self, op: str, names: list[str]) -> str:
+        if op in _INFIX:
+            return f"{names[0]} {_INFIX[op]} {names[1]}"
+        if op == "negative":
+            return f"-{names[0]}"
+        if op == "square":
+            return f"{names[0]} * {names[0]}"
+        if op == "floor_divide":
+            return f"floor({names[0]} / {names[1]})"
+        arguments = ", ".join(names)
+        if op in _OWN:
+            return f"mg_{op}({arguments})"
+        return self._function(_FUNCTIONS[op], arguments)
+
+    def _function(self, name: str, arguments: str) -> str:
+        if self.target == "cuda":
+            suffix = "" if name == "fabs" else "f"
+            return f"{name}{suffix}({arguments})"
+        return f"{'precise::' if name in _METAL_PRECISE else ''}{name}({arguments})"
+
+    def _of_integers(self, node: Node, of: str, names: list[str]) -> str:
+        op, kind = node.op, self.types[of]
+        bits = 8 * DTYPES[of]
+        if of == "bool" and op in _OF_BOOLS:
+            return f"{names[0]} {_OF_BOOLS[op]} {names[1]}"
+        if op == "square":
+            return self._of_integers(Node("multiply", of), of, [names[0], names[0]])
+        if op in ("left_shift", "right_shift"):
+            sign = "<<" if op == "left_shift" else ">>"
+            return f"static_cast<{kind}>({names[0]} {sign} ({names[1]} & {bits - 1}))"
+        if op in _INFIX:
+            value = f"{names[0]} {_INFIX[op]} {names[1]}"
+            wide = node.dtype == "bool" or bits >= 32  # narrower ones were promoted to int
+            return value if wide else f"static_cast<{kind}>({value})"
+        if op in _OWN_INTEGER:
+            return f"mg_{op}<{kind}>({', '.join(names)})"
+        if op == "abs":
+            return (
+                names[0]
+                if of.startswith("u")
+                else f"static_cast<{kind}>({names[0]} < 0 ? -{names[0]} : {names[0]})"
+            )
+        if op == "negative":
+            return f"static_cast<{kind}>(-{names[0]})"
+        return names[0]  # floor, ceil, round
+
+    def _cast(self, name: str, of: str, to: str) -> str:
+        if to == "bool":
+            zero = "0.0f" if of in FLOATS else "0"
+            wide = f"static_cast<float>({name})" if of in ("float16", "bfloat16") else name
+            return f"{wide} != {zero}" if of != "bool" else name
+        narrow = ("float16", "bfloat16")
+        if (of in narrow and to != "float32") or (to in narrow and of != "float32"):
+            name = f"static_cast<float>({name})"
+        return f"static_cast<{self.types[to]}>({name})"
+
+    def _load(self, node: Node) -> str:
+        number = node.array
+        assert number is not None
+        name = array_names(self.graph, self.prefix)[number]
+        shape = self.graph.arrays[number].shape
+        if not shape:  # MLX hands scalars over by reference in Metal, by address in CUDA
+            return name if self.target == "metal" else f"*{name}"
+        place = ""
+        for extent, arg in zip(shape, node.args, strict=True):
+            each = self.graph.nodes[arg]
+            if each.op == "const":
+                index = int(each.value)  # type: ignore[arg-type]
+                index = min(max(index + extent if index < 0 else index, 0), extent - 1)
+                text = str(index)
+            else:
+                text = f"mg_index({self._index(arg)}, {extent})"
+            place = (
+                f"{f'({place})' if ' + ' in place else place} * {extent} + {text}"
+                if place
+                else text
+            )
+        return f"{name}[{place}]"
+
+    def _index(self, arg: int) -> str:
+        dtype, name = self.graph.nodes[arg].dtype, self.names[arg]
+        if dtype in ("int32", "int64"):
+            return name
+        return f"{'int64_t' if DTYPES[dtype] >= 4 else 'int'}({name})"

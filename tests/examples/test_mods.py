@@ -1,0 +1,54 @@
+"""Each modification runs, agrees with plain MLX, and draws a picture."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODS = Path(__file__).parents[2] / "examples" / "mods"
+HEADS = {"alibi": 4, "dilated": 4, "relative_bias": 4}
+SKIPPED = {
+    "causal": 6 / 16,
+    "window": 9 / 16,
+    "document_packing": 8 / 16,
+    "gpt_oss": 9 / 16,
+}
+"""Share of the 4 x 4 blocks that the mask empties, counted by hand."""
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in MODS.glob("[a-z]*.py")))
+def test_a_modification_runs_and_draws(name: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    env = os.environ | {
+        "METALGEN_DB": str(tmp_path / "tuning.db"),
+        "PYTHONPATH": os.pathsep.join([str(MODS.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(MODS / f"{name}.py"), str(picture)],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [float(e) for e in re.findall(r"relative error (\S+) against", done.stdout)]
+    assert errors and all(0 < error < 2e-3 for error in errors), done.stdout
+    if name in SKIPPED:
+        assert f"{SKIPPED[name]:.0%} of the blocks skipped" in done.stdout
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+    heads = HEADS.get(name, 1)
+    assert struct.unpack(">II", data[16:24]) == (heads * 384 + (heads - 1) * 8, 384)
+
+
+def test_there_is_one_for_each_that_the_documentation_names() -> None:
+    page = (MODS.parents[1] / "docs" / "flex-attention.md").read_text()
+    named = set(re.findall(r"examples/mods/([a-z]\w*)\.py", page))
+    assert named == {p.stem for p in MODS.glob("[a-z]*.py")}
