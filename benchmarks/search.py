@@ -5,7 +5,8 @@ the optimum (best time there is over best time found) after 15, 25, 50, 100 and 
 as the mean over spaces and seeds with a 95 % interval of the mean over seeds (normal). A point
 that failed when it was recorded costs a measurement. "cold" and "warm" are ours; warm starts from
 12 points that were best on the other devices of the same group, as a tuning run does from the
-database. FOLDER holds our records (``.jsonl``: `benchmarks.record_space`) and Kernel Tuner's cache
+database. FOLDER holds our records (``.jsonl``: `metalgen db export`
+of a database that `benchmarks.record_space` filled) and Kernel Tuner's cache
 files (``.json.gz``), one subfolder a kernel.
 """
 

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import platform
+import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -143,14 +144,20 @@ class Measurement:
             shape["kv_len"],
             family=shape["family"],
         )
-        schedule = Schedule.from_dict(shape["schedule"])
+        return cls.from_fields(problem, Schedule.from_dict(shape["schedule"]), fields)
+
+    @classmethod
+    def from_fields(
+        cls, problem: Problem, schedule: Schedule, fields: dict[str, Any]
+    ) -> Measurement:
+        """The measurement of a problem and schedule, and other fields; raises as `from_record`."""
         for name, value in fields.items():
             _check_field(name, value)
         missing = [name for name in _REQUIRED if name not in fields]
         if missing:
             raise ArgumentError("record", f"a field {missing[0]}", sorted(fields))
-        fields["samples"] = tuple(fields.get("samples", ()))
-        return cls(problem=problem, schedule=schedule, **fields)
+        samples = tuple(fields.get("samples", ()))
+        return cls(**(fields | {"problem": problem, "schedule": schedule, "samples": samples}))
 
     @classmethod
     def from_line(cls, line: str) -> Measurement:
@@ -167,6 +174,12 @@ _TEXTS = (
     *("template_hash", "chip", "device", "provenance", "policy", "status", "phase", "detail"),
     *("os", "mlx_version", "metalgen_version", "run", "created"),
 )
+_PATTERNS = {
+    "template_hash": (re.compile("[0-9a-f]{16}"), "16 hexadecimal digits"),
+    "chip": (re.compile("[A-Za-z0-9]{1,24}(-[0-9]{1,4})?"), "the name of a chip"),
+    "device": (re.compile("[a-z]{1,16}"), "the name of a device"),
+    "created": (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "a time such as " + now()),
+}
 _NUMBERS = ("seconds", "spread", "default_seconds", "mlx_seconds", "error")
 
 
@@ -174,6 +187,12 @@ def _check_field(name: str, value: object) -> None:
     if name in _TEXTS:
         if not isinstance(value, str) or len(value) > MAX_TEXT:
             raise ArgumentError(name, f"text of at most {MAX_TEXT} characters", value)
+        if name in _PATTERNS:
+            pattern, expected = _PATTERNS[name]
+            if not pattern.fullmatch(value):
+                raise ArgumentError(name, expected, value[:80])
+        elif not value.isprintable():  # a terminal would obey it
+            raise ArgumentError(name, "printable text", value[:80])
     elif name in _NUMBERS:
         _check_number(name, value)
     elif name == "cores":

@@ -128,7 +128,7 @@ class Store:
     def begin_run(self, chip: str, seed: int, notes: dict[str, Any] | None = None) -> str:
         """Record that a tuning run began; returns its id."""
         run = uuid.uuid4().hex
-        with self._writing():
+        with self.writing():
             self.db.table("runs").insert(
                 {
                     "id": run,
@@ -142,7 +142,7 @@ class Store:
 
     def end_run(self, run: str, outcome: str) -> None:
         """Record how a run ended: ``"finished"``, ``"interrupted"``, ``"budget"``, ``"failed"``."""
-        with self._writing():
+        with self.writing():
             self.db.execute(
                 "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", [now(), outcome, run]
             )
@@ -164,10 +164,10 @@ class Store:
                 chip that another version of the chip model made. Measured rows are never removed.
         """
         added = 0
-        with self._writing():
+        with self.writing():
             stale: set[tuple[Any, ...]] = set()
             for m in measurements:
-                problem = self._id("problems", _problem_row(m.problem))
+                problem = self.id_of("problems", row_of(m.problem))
                 if replace_predictions and m.provenance == "modelled":
                     stale.add((problem, m.template_hash, m.chip, m.cores, m.policy))
                 added += self._insert(m, problem)
@@ -186,7 +186,7 @@ class Store:
         verified = m.status == "ok" and (m.verified or bool(statuses)) and statuses <= {"ok"}
         row = {
             "problem": problem,
-            "schedule": self._id("schedules", {"key": m.schedule.key}),
+            "schedule": self.id_of("schedules", {"key": m.schedule.key}),
             "template_hash": m.template_hash,
             "chip": m.chip,
             "cores": m.cores,
@@ -271,7 +271,7 @@ class Store:
                 "WHERE m.problem = p.id AND m.chip = coalesce(?, m.chip)) ORDER BY key",
                 [chip],
             ).fetchall()
-        return [p for (key,) in rows if (p := _problem(key)) is not None]
+        return [p for (key,) in rows if (p := problem_of(key)) is not None]
 
     # Checks
 
@@ -295,7 +295,7 @@ class Store:
         rows that were ``ok`` take the check's status, and cannot win. An earlier outcome on the
         same device is replaced.
         """
-        with self._writing():
+        with self.writing():
             self.db.table("checks").upsert(
                 {
                     "family": family,
@@ -372,11 +372,11 @@ class Store:
 
     def pin(self, problem: Problem, schedule: Schedule, note: str = "") -> None:
         """Make look-ups of a problem answer with this schedule, for A/B tests."""
-        with self._writing():
+        with self.writing():
             self.db.table("pins").upsert(
                 {
-                    "problem": self._id("problems", _problem_row(problem)),
-                    "schedule": self._id("schedules", {"key": schedule.key}),
+                    "problem": self.id_of("problems", row_of(problem)),
+                    "schedule": self.id_of("schedules", {"key": schedule.key}),
                     "note": note,
                     "created": now(),
                 },
@@ -385,11 +385,43 @@ class Store:
 
     def unpin(self, problem: Problem) -> None:
         """Undo `pin`."""
-        with self._writing():
+        with self.writing():
             self.db.execute(
                 "DELETE FROM pins WHERE problem = (SELECT id FROM problems WHERE key = ?)",
                 [problem.key],
             )
+
+    def prune(
+        self,
+        *,
+        keep_templates: set[str] | None = None,
+        provenance: str | None = None,
+        chip: str | None = None,
+        dry_run: bool = False,
+    ) -> int:
+        """Remove measurements that fit every argument given; returns how many.
+
+        Args:
+            keep_templates: only rows of other template hashes than these.
+            provenance, chip: only rows of these.
+            dry_run: remove none.
+        """
+        where, values = ["1"], []
+        if keep_templates is not None:
+            where.append(f"template_hash NOT IN ({', '.join('?' * len(keep_templates))})")
+            values += sorted(keep_templates)
+        for name, value in (("provenance", provenance), ("chip", chip)):
+            if value is not None:
+                where.append(f"{name} = ?")
+                values.append(value)
+        condition = " AND ".join(where)
+        with self.writing():
+            count = self.db.execute(
+                f"SELECT count(*) FROM measurements WHERE {condition}", values
+            ).fetchone()[0]
+            if not dry_run:
+                self.db.execute(f"DELETE FROM measurements WHERE {condition}", values)
+        return int(count)
 
     def health(self) -> dict[str, Any]:
         """What `metalgen doctor` says: rows by kind, unreadable rows, and SQLite's own check."""
@@ -412,7 +444,7 @@ class Store:
         }
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """A transaction that takes the write lock at once, so that it can wait for it."""
         with _explained(self.path):
             self.db.execute("BEGIN IMMEDIATE")
@@ -423,7 +455,8 @@ class Store:
                 self.db.rollback()
                 raise
 
-    def _id(self, table: str, row: dict[str, Any]) -> int:
+    def id_of(self, table: str, row: dict[str, Any]) -> int:
+        """The id of a problem or schedule, which is entered where it is new."""
         found = self.db.execute(f"SELECT id FROM {table} WHERE key = ?", [row["key"]]).fetchone()
         if found:
             return int(found[0])
@@ -454,7 +487,8 @@ def _write_ahead(connection: sqlite3.Connection, busy: float) -> None:
             time.sleep(0.02)
 
 
-def _problem_row(problem: Problem) -> dict[str, Any]:
+def row_of(problem: Problem) -> dict[str, Any]:
+    """The row of a problem, but for its id."""
     return {
         "key": problem.key,
         "family": problem.family,
@@ -465,7 +499,8 @@ def _problem_row(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _problem(key: str) -> Problem | None:
+def problem_of(key: str) -> Problem | None:
+    """The problem of a key; None where it is none."""
     try:
         fields = json.loads(key)
         config = AttentionConfig.from_dict(fields.pop("config"))

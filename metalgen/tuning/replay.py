@@ -95,7 +95,8 @@ def _text(path: Path) -> str:
 
 
 def _ours(path: Path) -> list[Recording]:
-    from metalgen.schedule import CHOICES
+    from metalgen.chips import get_chip
+    from metalgen.schedule import CHOICES, default_schedule
 
     groups: dict[tuple[str, str, str], dict[Entry, float | None]] = {}
     starts: dict[tuple[str, str, str], Entry] = {}
@@ -110,8 +111,10 @@ def _ours(path: Path) -> list[Recording]:
         key = (str(m.problem), m.chip, m.template_hash)
         entry = tuple(getattr(m.schedule, name) for name in names)
         groups.setdefault(key, {})[entry] = m.seconds if m.status == "ok" else None
-        if m.seconds is not None and m.seconds == m.default_seconds:
-            starts.setdefault(key, entry)
+        if key not in starts:
+            problem = m.problem
+            default = default_schedule(problem.config, get_chip(m.chip).limits, problem.family)
+            starts[key] = tuple(getattr(default, name) for name in names)
     return [
         _recording(key[0], key[1], names, times, starts.get(key)) for key, times in groups.items()
     ]
@@ -153,5 +156,6 @@ def _recording(
     ranks = [{value: rank for rank, value in enumerate(p.choices)} for p in parameters]
     # A recording without a default: its middle entry, in the order of the parameters.
     ordered = sorted(times, key=lambda e: [r[v] for r, v in zip(ranks, e, strict=True)])
-    start = start or ordered[len(ordered) // 2]
+    start = start if start in times else ordered[len(ordered) // 2]
+    assert start is not None
     return Recording(group, device, tuple(parameters), times, start)

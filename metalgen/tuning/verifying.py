@@ -48,7 +48,7 @@ def failure_status(error: Exception) -> str:
 def first_line(error: Exception) -> str:
     """What an error says, in one line of at most 300 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return "".join(c if c.isprintable() else " " for c in lines[0])[:300]
 
 
 class Checker:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from metalgen.chips import get_chip
@@ -115,7 +116,7 @@ def get_nearest() -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frob"], "command: expected one of tune, render, check, show, explain, chips, doctor"),
+        (["frob"], "command: expected one of tune, render, check, show, db, explain, chips, doctor"),
         (["tune", "--nope"], "No such option '--nope'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),
         (["tune", "--chip", "M3Max", "--preset", "llama3"], "preset: expected default, all"),
@@ -454,7 +455,8 @@ def test_every_command_and_option_is_in_the_documentation() -> None:
             continue
         command = metalgen.get_command(context, name)
         assert command is not None, name
-        for parameter in command.params:
+        parts = command.commands.values() if isinstance(command, click.Group) else [command]
+        for parameter in [p for part in parts for p in part.params]:
             for option in parameter.opts:
                 if option.startswith("--"):
                     assert f"`{option}`" in written, f"{name} {option}"

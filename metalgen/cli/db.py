@@ -1,0 +1,372 @@
+"""``metalgen db``: carry measurements between databases, and look after one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metalgen.cli.options import (
+    Sizes,
+    chip_option,
+    columns,
+    config_options,
+    json_option,
+    milliseconds,
+    print_json,
+    problem_cells,
+    problem_fields,
+)
+from metalgen.config import AttentionConfig
+from metalgen.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from metalgen.database.exchange import Summary
+    from metalgen.database.measurement import Measurement
+
+FILE = click.Path(path_type=Path)
+
+
+@click.group(name="db", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Carry measurements between databases, and look after one.
+
+    FILE is a database or a file of records (JSON lines). What comes from elsewhere is checked
+    before anything of it is used; see docs/database.md.
+    """
+
+
+@command.command("export")
+@click.argument("file", required=False, type=FILE)
+@chip_option("Only this chip's rows.")
+@click.option("--measured", is_flag=True, help="Only rows that a device's clock gave.")
+@click.option("--verified", is_flag=True, help="Only rows that passed their check.")
+@click.option(
+    "--contribute",
+    is_flag=True,
+    help="FILE is a folder: add verified measured finals to its <chip>.jsonl files.",
+)
+def export(
+    file: Path | None, chip: str | None, measured: bool, verified: bool, contribute: bool
+) -> None:
+    """Write your rows as JSON lines, in canonical order, to FILE or standard output."""
+    from metalgen.chips import get_chip
+    from metalgen.database import exchange
+    from metalgen.database.store import Store
+
+    filters: dict[str, Any] = {"chip": get_chip(chip).name if chip else None}
+    if measured or contribute:
+        filters["provenance"] = "measured"
+    if verified or contribute:
+        filters["verified"] = True
+    if contribute:
+        filters["phase"] = "final"
+        _contribute(file or Path("tuning_db"), filters)
+        return
+    with Store.open(read_only=True) as store:
+        lines = list(exchange.export(store, **filters))
+    text = "".join(line + "\n" for line in lines)
+    if file is None:
+        sys.stdout.write(text)
+        return
+    _write(file, text)
+    click.echo(f"{len(lines)} rows in {file}")
+
+
+def _contribute(folder: Path, filters: dict[str, Any]) -> None:
+    from metalgen.database import exchange
+    from metalgen.database.measurement import Measurement
+    from metalgen.database.records import record_file
+    from metalgen.database.store import Store
+
+    if not folder.is_dir():
+        raise ArgumentError("FILE", "a folder, such as tuning_db of a checkout", str(folder))
+    with Store.open(read_only=True) as store:
+        rows = [Measurement.from_line(line) for line in exchange.export(store, **filters)]
+    if not rows:
+        click.echo("No verified final measurement yet: `metalgen tune` on this chip makes some.")
+        return
+    for chip in sorted({m.chip for m in rows}):
+        path = record_file(chip, folder)
+        merged = {exchange.identity(m): m for m in rows if m.chip == chip}
+        count = len(merged)
+        summary = exchange.Summary()
+        for m in exchange.read(path, summary) if path.exists() else ():
+            key = exchange.identity(m)
+            merged[key] = exchange.join(m, merged[key]) if key in merged else m
+        if summary.rejected or summary.refused:
+            raise ArgumentError(str(path), "records without faults", summary.reasons[0][2])
+        _write(path, "".join(line + "\n" for line in sorted(m.to_line() for m in merged.values())))
+        click.echo(f"{count} rows of yours, {len(merged)} in all, in {path}")
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing of it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ArgumentError("FILE", f"a file to write ({error.strerror})", str(path)) from error
+
+
+@command.command("import")
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@json_option
+@click.pass_context
+def import_(ctx: click.Context, files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
+    """Merge FILES into your database."""
+    from metalgen.database.layout import user_database
+
+    _merge(ctx, user_database(), files, dry_run, as_json)
+
+
+@command.command("merge")
+@click.argument("target", type=FILE)
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@json_option
+@click.pass_context
+def merge(
+    ctx: click.Context, target: Path, files: tuple[Path, ...], dry_run: bool, as_json: bool
+) -> None:
+    """Merge FILES into the database TARGET, which need not exist. Any order gives the same."""
+    _merge(ctx, target, files, dry_run, as_json)
+
+
+def _merge(
+    ctx: click.Context, target: Path, files: tuple[Path, ...], dry_run: bool, as_json: bool
+) -> None:
+    import tempfile
+
+    from metalgen.database import exchange
+    from metalgen.database.store import Store
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "empty.db" if dry_run and not target.exists() else target
+        with Store.open(place) as store:
+            summary = exchange.merge(store, files, dry_run=dry_run)
+    if as_json:
+        print_json({"target": str(target), "dry_run": dry_run} | _summary_fields(summary))
+    else:
+        verb = "Would merge" if dry_run else "Merged"
+        click.echo(
+            f"{verb} into {target}: {summary.new} new, {summary.pooled} pooled, "
+            f"{summary.same} known, {summary.conflicts} conflicts, {summary.rejected} rejected, "
+            f"{summary.refused} files refused"
+        )
+        _print_reasons(summary)
+    ctx.exit(1 if summary.rejected or summary.refused else 0)
+
+
+def _summary_fields(summary: Summary) -> dict[str, Any]:
+    names = ("new", "pooled", "same", "conflicts", "rejected", "refused")
+    reasons = [{"file": f, "place": p, "reason": r} for f, p, r in summary.reasons]
+    return {name: getattr(summary, name) for name in names} | {"reasons": reasons}
+
+
+def _print_reasons(summary: Summary) -> None:
+    for file, place, reason in summary.reasons:
+        click.echo(f"  {file}: {place}: {reason}")
+
+
+@command.command("verify")
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--canonical", is_flag=True, help="Record files must be sorted and without repeats.")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json: bool) -> None:
+    """Check every row of FILES, without a GPU. Exit code 1 if anything is wrong."""
+    from metalgen.database import exchange
+
+    summary, rows = exchange.Summary(), 0
+    for path in files:
+        found = [m.to_line() for m in exchange.read(path, summary)]
+        rows += len(found)
+        if canonical and path.is_file() and not summary.refused:
+            text = "".join(line + "\n" for line in sorted(set(found)))
+            if path.read_bytes() != text.encode():
+                summary.reject(path, "file", "not in canonical order and form", whole=True)
+    if as_json:
+        print_json({"rows": rows} | _summary_fields(summary))
+    else:
+        click.echo(f"{rows} good rows, {summary.rejected} bad, {summary.refused} files refused")
+        _print_reasons(summary)
+    ctx.exit(1 if summary.rejected or summary.refused else 0)
+
+
+@command.command("diff")
+@click.argument("first", type=FILE)
+@click.argument("second", type=FILE)
+@json_option
+@click.pass_context
+def diff(ctx: click.Context, first: Path, second: Path, as_json: bool) -> None:
+    """Compare two databases or record files. Exit code 1 if they differ."""
+    from metalgen.database import exchange
+
+    summary = exchange.Summary()
+    found = exchange.diff(first, second, summary)
+    if as_json:
+        print_json(
+            {
+                "only_first": [m.to_record() for m in found.only_first],
+                "only_second": [m.to_record() for m in found.only_second],
+                "changed": [[a.to_record(), b.to_record()] for a, b in found.changed],
+                "same": found.same,
+            }
+            | {"reasons": _summary_fields(summary)["reasons"]}
+        )
+    else:
+        for sign, rows in (("-", found.only_first), ("+", found.only_second)):
+            for m in rows:
+                click.echo(f"{sign} {_cells(m)}")
+        for a, b in found.changed:
+            click.echo(f"! {_cells(a)} -> {milliseconds(b.seconds)} {b.status}")
+        click.echo(
+            f"{len(found.only_first)} only in {first}, {len(found.only_second)} only in {second}, "
+            f"{len(found.changed)} differ, {found.same} are the same"
+        )
+        _print_reasons(summary)
+    differ = found.only_first or found.only_second or found.changed or summary.reasons
+    ctx.exit(1 if differ else 0)
+
+
+def _cells(m: Measurement) -> str:
+    return "  ".join(
+        (m.chip, *problem_cells(m.problem), str(m.schedule), milliseconds(m.seconds), m.status)
+    )
+
+
+@command.command("stats")
+@json_option
+def stats(as_json: bool) -> None:
+    """Say what your database holds, by table, kind and chip, and whether it is whole."""
+    from metalgen.database.store import Store
+
+    with Store.open(read_only=True) as store:
+        health = store.health()
+        chips = store.db.execute(
+            "SELECT chip, count(*) FROM measurements GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+        document = {
+            "database": str(store.path),
+            "bytes": store.path.stat().st_size,
+            **health,
+            "chips": dict(chips),
+        }
+    if as_json:
+        print_json(document)
+        return
+    click.echo(f"{document['database']}: {document['bytes']} bytes, {health['integrity']}")
+    lines = [(f"table {name}", str(count)) for name, count in health["rows"].items()]
+    lines += [(kind, str(count)) for kind, count in health["measurements"].items()]
+    lines += [(f"chip {name}", str(count)) for name, count in chips]
+    lines.append(("unreadable rows", str(health["unreadable_rows"])))
+    for line in columns(lines):
+        click.echo("  " + line)
+
+
+@command.command("prune")
+@click.option("--other-templates", is_flag=True, help="Rows that earlier templates made.")
+@click.option("--modelled", is_flag=True, help="Rows that the chip model predicted.")
+@chip_option("Only this chip's rows.")
+@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
+@json_option
+def prune(
+    other_templates: bool, modelled: bool, chip: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Remove rows from your database, of the kinds that you name."""
+    from metalgen.chips import get_chip
+    from metalgen.database.store import Store
+    from metalgen.problem import FAMILIES
+    from metalgen.render import template_hash
+    from metalgen.targets import TARGETS
+
+    if not other_templates and not modelled:
+        raise click.UsageError("expected --other-templates, --modelled or both, but got neither")
+    current = {template_hash(family, target) for family in FAMILIES for target in TARGETS}
+    with Store.open() as store:
+        count = store.prune(
+            keep_templates=current if other_templates else None,
+            provenance="modelled" if modelled else None,
+            chip=get_chip(chip).name if chip else None,
+            dry_run=dry_run,
+        )
+        path = str(store.path)
+    if as_json:
+        print_json({"database": path, "dry_run": dry_run, "rows": count})
+    else:
+        click.echo(f"{'Would remove' if dry_run else 'Removed'} {count} rows of {path}")
+
+
+@command.command("show")
+@config_options
+@chip_option("Only this chip's rows.")
+@json_option
+def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool) -> None:
+    """List your rows of one problem, the best first."""
+    from metalgen.chips import get_chip
+    from metalgen.database.store import Store
+
+    problem = sizes.problem(config)
+    with Store.open(read_only=True) as store:
+        rows = store.measurements(problem, chip=get_chip(chip).name if chip else None)
+    rows.sort(key=lambda m: (not m.verified, m.provenance, m.phase, m.seconds or float("inf")))
+    if as_json:
+        print_json({"problem": problem_fields(problem), "rows": [m.to_record() for m in rows]})
+        return
+    click.echo(f"{problem}: {len(rows)} rows")
+    cells = [
+        (
+            m.chip,
+            milliseconds(m.seconds),
+            m.provenance,
+            m.phase,
+            "checked" if m.verified else m.status,
+            m.template_hash,
+            str(m.schedule),
+        )
+        for m in rows
+    ]
+    for line in columns(cells):
+        click.echo("  " + line)
+
+
+@command.command("pin")
+@config_options
+@chip_option("Whose limits the schedule must keep. Default: an Apple GPU's.")
+@click.option("--schedule", "text", required=True, metavar="JSON", help="As --json shows them.")
+@click.option("--note", default="", help="Why.")
+def pin(config: AttentionConfig, sizes: Sizes, chip: str | None, text: str, note: str) -> None:
+    """Make look-ups of a problem answer with a schedule, for A/B tests."""
+    from metalgen.chips import get_chip
+    from metalgen.database.store import Store
+    from metalgen.schedule import APPLE, Schedule, check_schedule
+
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError("--schedule", "a JSON object", text[:80]) from error
+    problem = sizes.problem(config)
+    schedule = Schedule.from_dict(fields)
+    limits = get_chip(chip).limits if chip else APPLE
+    check_schedule(config, schedule, limits, problem.family)
+    with Store.open() as store:
+        store.pin(problem, schedule, note)
+    click.echo(f"Pinned {problem} to {schedule}; `metalgen db unpin` undoes it.")
+
+
+@command.command("unpin")
+@config_options
+def unpin(config: AttentionConfig, sizes: Sizes) -> None:
+    """Undo `metalgen db pin`."""
+    from metalgen.database.store import Store
+
+    problem = sizes.problem(config)
+    with Store.open() as store:
+        store.unpin(problem)
+    click.echo(f"{problem} is not pinned.")

@@ -1,0 +1,202 @@
+"""Merging and exporting: joins by hand, the laws of a merge, and what a dry run leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, modelled, row
+
+from metalgen.database import exchange
+from metalgen.database.exchange import Summary, join
+from metalgen.database.measurement import Measurement
+from metalgen.database.store import Store
+from metalgen.problem import Problem
+
+
+def database(path: Path, rows: list[Measurement]) -> Path:
+    """A database with these rows."""
+    with Store.open(path) as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurements(dataclasses.replace(m, run=run) for m in rows)
+    return path
+
+
+def records(path: Path, rows: list[Measurement]) -> Path:
+    """A record file with these rows."""
+    path.write_text("".join(m.to_line() + "\n" for m in rows))
+    return path
+
+
+def exported(path: Path) -> str:
+    """The canonical export of a database."""
+    with Store.open(path) as store:
+        return "\n".join(exchange.export(store))
+
+
+def merged(path: Path, sources: list[Path]) -> str:
+    """The export of a new database into which sources were merged in this order."""
+    with Store.open(path) as store:
+        exchange.merge(store, sources)
+        return "\n".join(exchange.export(store))
+
+
+def some_rows(draw: random.Random, count: int) -> list[Measurement]:
+    """Rows that meet often: few identities, many outcomes."""
+    rows = {}
+    for _ in range(count):
+        samples = tuple(draw.choice((1e-3, 2e-3, 3e-3, 5e-3)) for _ in range(draw.randint(1, 4)))
+        status = draw.choice(("ok", "ok", "ok", "wrong", "runtime"))
+        m = row(
+            draw.choice((FIRST, SECOND, THIRD)),
+            Measurement.__dataclass_fields__["seconds"].default or sorted(samples)[0],
+            samples=samples,
+            problem=dataclasses.replace(PROBLEM, kv_len=draw.choice((1024, 2048))),
+            status=status,
+            verified=status == "ok" and draw.random() < 0.5,
+            mlx_seconds=draw.choice((None, 1e-3, 2e-3)),
+            detail="" if status == "ok" else draw.choice(("a", "b")),
+            created=f"2026-11-{draw.randint(10, 21)}T08:00:00Z",
+        )
+        rows[exchange.identity(m)] = m
+    return list(rows.values())
+
+
+def test_two_rows_are_joined_by_pooling_their_samples() -> None:
+    a = row(
+        samples=(3e-3, 1e-3, 2e-3), seconds=2e-3, mlx_seconds=4e-3, default_seconds=9e-3,
+        verified=True, error=1e-4,
+    )  # fmt: skip
+    b = row(
+        samples=(2e-3, 2e-3, 8e-3), seconds=2e-3, mlx_seconds=5e-3, created="2026-11-22T08:00:00Z",
+        mlx_version="0.99",
+    )  # fmt: skip
+    found = join(a, b)
+    assert found.samples == (1e-3, 2e-3, 2e-3, 3e-3, 8e-3)
+    assert found.seconds == 2e-3
+    assert found.spread == pytest.approx(1e-3)
+    assert (found.mlx_seconds, found.default_seconds) == (4e-3, 9e-3)
+    assert (found.verified, found.error, found.status) == (True, 1e-4, "ok")
+    assert (found.created, found.mlx_version) == ("2026-11-22T08:00:00Z", "0.99")
+
+
+def test_a_row_that_one_side_found_wrong_stays_wrong() -> None:
+    good = row(verified=True)
+    bad = row(status="wrong", detail="relative error 5e-01")
+    for found in (join(good, bad), join(bad, good)):
+        assert (found.status, found.verified) == ("wrong", False)
+        assert found.detail == "relative error 5e-01"
+
+
+def test_joins_are_commutative_associative_and_idempotent() -> None:
+    draw = random.Random(7)
+    for _ in range(300):
+        rows = [exchange.canonical(m) for m in some_rows(draw, 40)]
+        groups: dict[object, list[Measurement]] = {}
+        for m in [*rows, *(exchange.canonical(m) for m in some_rows(draw, 40))]:
+            groups.setdefault(exchange.identity(m), []).append(m)
+        for same in groups.values():
+            a, b = same[0], same[-1]
+            c = dataclasses.replace(b, samples=(4e-3,), seconds=4e-3, mlx_seconds=None)
+            assert join(a, b) == join(b, a)
+            assert join(join(a, b), c) == join(a, join(b, c))
+            assert join(join(a, b), b) == join(a, b)
+            assert join(a, a) == a
+
+
+def test_any_order_of_databases_and_records_gives_the_same_bytes(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    sources = [
+        database(tmp_path / "a.db", some_rows(draw, 12)),
+        records(tmp_path / "b.jsonl", some_rows(draw, 12)),
+        database(tmp_path / "c.db", some_rows(draw, 12)),
+    ]
+    results = {
+        merged(tmp_path / f"{n}.db", list(order))
+        for n, order in enumerate(itertools.permutations(sources))
+    }
+    assert len(results) == 1
+    (result,) = results
+    assert len(result.splitlines()) == 6
+    twice = merged(tmp_path / "twice.db", [*sources, *sources])
+    assert twice == result
+    steps = tmp_path / "steps.jsonl"
+    merged(tmp_path / "step.db", sources[1:])
+    steps.write_text(exported(tmp_path / "step.db") + "\n")
+    assert merged(tmp_path / "in-steps.db", [steps, sources[0]]) == result
+
+
+def test_a_merge_tells_new_pooled_known_and_conflicting_rows(tmp_path: Path) -> None:
+    target = database(tmp_path / "t.db", [row(FIRST, samples=(1e-3,)), row(SECOND, verified=True)])
+    source = records(
+        tmp_path / "s.jsonl",
+        [row(FIRST, samples=(1e-3, 3e-3)), row(SECOND, verified=True), row(THIRD), modelled(FIRST)],
+    )
+    with Store.open(target) as store:
+        before = store.measurements()
+        plan = exchange.merge(store, [source], dry_run=True)
+        assert store.measurements() == before
+        done = exchange.merge(store, [source])
+        again = exchange.merge(store, [source])
+        rows = {(m.schedule, m.provenance): m for m in store.measurements()}
+    assert plan == done == Summary(new=2, pooled=1, same=1)
+    assert again == Summary(same=4)
+    assert rows[FIRST, "measured"].samples == (1e-3, 3e-3)
+    assert rows[FIRST, "measured"].seconds == 2e-3
+    wrong = records(tmp_path / "w.jsonl", [row(SECOND, status="wrong", detail="no")])
+    with Store.open(target) as store:
+        assert exchange.merge(store, [wrong]) == Summary(pooled=1, conflicts=1)
+
+
+def test_a_kernel_that_failed_its_check_here_cannot_be_imported_as_good(tmp_path: Path) -> None:
+    source = records(tmp_path / "s.jsonl", [row(FIRST, verified=True)])
+    with Store.open(tmp_path / "t.db") as store:
+        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", detail="no")
+        exchange.merge(store, [source])
+        (m,) = store.measurements()
+    assert (m.status, m.verified) == ("wrong", False)
+
+
+def test_an_export_is_sorted_canonical_and_read_back_unchanged(tmp_path: Path) -> None:
+    rows = some_rows(random.Random(1), 30)
+    path = database(tmp_path / "t.db", rows)
+    lines = exported(path).splitlines()
+    assert lines == sorted(exchange.canonical(m).to_line() for m in rows)
+    copy = records(tmp_path / "copy.jsonl", [Measurement.from_line(line) for line in lines])
+    found = exchange.diff(path, copy, Summary())
+    assert (found.only_first, found.only_second, found.changed) == ([], [], [])
+    assert found.same == len(rows)
+
+
+def test_a_comparison_names_what_is_only_on_one_side_and_what_differs(tmp_path: Path) -> None:
+    a = records(tmp_path / "a.jsonl", [row(FIRST), row(SECOND, 2e-3)])
+    b = records(tmp_path / "b.jsonl", [row(THIRD), row(SECOND, 3e-3)])
+    found = exchange.diff(a, b, Summary())
+    assert [m.schedule for m in found.only_first] == [FIRST]
+    assert [m.schedule for m in found.only_second] == [THIRD]
+    assert [(x.seconds, y.seconds) for x, y in found.changed] == [(2e-3, 3e-3)]
+    assert found.same == 0
+
+
+def test_pruning_removes_what_was_named_and_nothing_else(tmp_path: Path) -> None:
+    other = row(SECOND, template_hash="f" * 16)
+    path = database(tmp_path / "t.db", [row(FIRST), other, modelled(FIRST)])
+    with Store.open(path) as store:
+        assert store.prune(keep_templates={HASH}, dry_run=True) == 1
+        assert len(store.measurements()) == 3
+        assert store.prune(keep_templates={HASH}) == 1
+        assert store.prune(provenance="modelled", chip="M1") == 0
+        assert store.prune(provenance="modelled") == 1
+        assert [m.schedule for m in store.measurements()] == [FIRST]
+
+
+def test_decode_rows_are_exchanged_too(tmp_path: Path) -> None:
+    problem = Problem(CONFIG, 32, 1, 4096)
+    schedule = dataclasses.replace(SECOND, bq=8, simdgroups=1, splits=4)
+    source = records(tmp_path / "s.jsonl", [row(schedule, problem=problem)])
+    with Store.open(tmp_path / "t.db") as store:
+        assert exchange.merge(store, [source]) == Summary(new=1)
+        assert store.measurements(problem)[0].schedule == schedule
