@@ -147,6 +147,15 @@ class Store:
                 "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", [now(), outcome, run]
             )
 
+    def note_run(self, run: str, name: str, value: Any) -> None:
+        """Add to what is on record about a run; ``value`` is plain JSON."""
+        with self.writing():
+            row = self.db.execute("SELECT notes FROM runs WHERE id = ?", [run]).fetchone()
+            notes = json.loads(row[0]) | {name: value}
+            self.db.execute(
+                "UPDATE runs SET notes = ? WHERE id = ?", [json.dumps(notes, sort_keys=True), run]
+            )
+
     # Measurements
 
     def add_measurement(self, measurement: Measurement) -> bool:

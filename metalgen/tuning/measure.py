@@ -36,6 +36,8 @@ class Policy:
         timer: ``"wall"``: from before a launch is built until its result is there.
         warmup_seconds: of work before the first measurement.
         repetitions: samples a measurement, an odd number.
+        most_repetitions: samples at most, where the median is uncertain.
+        precision: half the width of the median's 95 % interval, over the median, that is enough.
         sample_seconds: a sample repeats a short kernel for about this long.
         sets: sets of arrays that launches take in turn.
         rounds: rounds of a final, each there and back (A B C, C B A).
@@ -44,6 +46,8 @@ class Policy:
     timer: str = "wall"
     warmup_seconds: float = 1.0
     repetitions: int = 7
+    most_repetitions: int = 31
+    precision: float = 0.01
     sample_seconds: float = 0.01
     sets: int = 3
     rounds: int = 5
@@ -72,6 +76,30 @@ class Timing:
             return 0.0
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return high - low
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the width of the median's 95 % interval, over the median.
+
+        The interval runs between the samples of ranks ``n/2 -+ 0.98 sqrt(n)`` (binomial, by the
+        normal approximation), whatever the samples' distribution.
+        """
+        n, ordered = len(self.samples), sorted(self.samples)
+        if n < 2:
+            return math.inf
+        reach = 0.98 * math.sqrt(n)
+        low = max(0, math.floor(n / 2 - reach))
+        high = min(n - 1, math.ceil(n / 2 + reach) - 1)
+        return (ordered[high] - ordered[low]) / 2 / self.median
+
+    @property
+    def outliers(self) -> int:
+        """Samples beyond three interquartile ranges from the quartiles; they are kept."""
+        if len(self.samples) < 4:
+            return 0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        reach = 3 * (high - low)
+        return sum(not low - reach <= sample <= high + reach for sample in self.samples)
 
 
 class Bench:
@@ -116,13 +144,23 @@ class Bench:
         return max(1, min(wanted, MAX_LAUNCHES, MAX_OUTPUT_BYTES // output))
 
     def measure(self, runner: Runner, *, give_up: float = math.inf) -> Timing:
-        """Several samples after one that compiles and one that warms; one if above `give_up`."""
+        """Samples until the median is certain, after one that compiles and one that warms.
+
+        One only, if that takes longer than `give_up`.
+        """
         self.run(runner)
         first = self.run(runner)
         if first > give_up:
             return Timing((first,))
         launches = self.launches(first)
-        return Timing(tuple(self.run(runner, launches) for _ in range(self.policy.repetitions)))
+        policy = self.policy
+        timing = Timing(tuple(self.run(runner, launches) for _ in range(policy.repetitions)))
+        while timing.uncertainty > policy.precision and len(timing.samples) + 1 < max(
+            policy.most_repetitions, policy.repetitions
+        ):  # by two, so that the median is a sample
+            more = (self.run(runner, launches), self.run(runner, launches))
+            timing = Timing(timing.samples + more)
+        return timing
 
     def compare(self, runners: Mapping[str, Runner]) -> dict[str, Timing]:
         """Interleaved samples of several runners: A B C, C B A, and so on."""

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
@@ -27,6 +28,12 @@ DEFAULT_TRIALS = 100
 """Schedules that are tried for a problem, unless told otherwise."""
 FINALISTS = 5
 """Schedules that are measured again, interleaved with the default and MLX."""
+DRIFT_EVERY = 25
+"""Measurements after which the best so far is measured again."""
+DRIFT = 0.03
+"""Change of its time from which the device is warmed up anew."""
+AGAIN = "default again"
+"""The default schedule's second entry in a race, against itself."""
 HOPELESS = 10.0
 """A schedule this many times slower than the best is measured once only."""
 
@@ -37,6 +44,9 @@ class MeasuredSession(Session):
 
     device: Device
     policy: Policy = field(default_factory=Policy)
+
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the run's record says of the present problem: drift, outliers, noise floor."""
 
     provenance = "measured"
     math_modes = ("safe", "fast")
@@ -52,6 +62,7 @@ class MeasuredSession(Session):
 
     def work(self) -> Outcome:
         """Search until the goal, then the finals."""
+        self.notes = {}
         search = Search(self.space, self.valid, self.seed, first=self._starts(), small=self.goal())
         for row in self.rows(self.policy_key):
             search.tell(row.schedule, row.seconds if row.status == "ok" else None)
@@ -63,6 +74,9 @@ class MeasuredSession(Session):
             self.store.add_measurement(row)
             search.tell(schedule, row.seconds if row.status == "ok" else None)
             self._show_search(search)
+            if len(search.times) % DRIFT_EVERY == 0:
+                self._watch_drift(bench, search)
+        self._note_search()
         winner, rejected, note = self._finals(bench)
         default = search.times.get(self.default, math.inf)
         return Outcome(
@@ -128,6 +142,8 @@ class MeasuredSession(Session):
         except (MetalgenError, RuntimeError, ValueError) as error:
             status, detail = failure_status(error), first_line(error)
             return self.row(schedule, name, policy, status=status, detail=detail)
+        if timing.outliers:
+            self.notes["outliers"] = self.notes.get("outliers", 0) + timing.outliers
         default = search.times.get(self.default, math.inf)
         if schedule == self.default:
             default = timing.median
@@ -140,6 +156,22 @@ class MeasuredSession(Session):
             samples=timing.samples,
             default_seconds=default if default < math.inf else None,
         )
+
+    def _watch_drift(self, bench: Bench, search: Search[Schedule]) -> None:
+        """Measure the best so far once more; where its time has changed, warm up."""
+        best = min(search.times, key=lambda s: search.times[s])
+        if search.times[best] == math.inf:
+            return
+        runner = self.device.build(self.problem.config, best, self.problem.family)
+        change = bench.measure(runner).median / search.times[best] - 1.0
+        self.notes.setdefault("drift", []).append(round(change, 4))
+        if abs(change) > DRIFT:
+            bench.warm_up(runner)
+
+    def _note_search(self) -> None:
+        """Put the drift that was seen and the number of outliers into the run's record."""
+        if self.notes:
+            self.store.note_run(self.report.run, self.problem.key, self.notes)
 
     def _finals(self, bench: Bench) -> tuple[Measurement | None, list[Rejected], str]:
         """Race the best that pass their check; the quickest of them wins."""
@@ -173,8 +205,17 @@ class MeasuredSession(Session):
         config, family = self.problem.config, self.problem.family
         runners = {s.key: self.device.build(config, s, family) for s in schedules}
         own = mlx_runner(self.problem)
-        timings = bench.compare(runners | ({"mlx": own} if own else {}))
+        rivals = {"mlx": own} if own else {}
+        if self.default.key in runners:  # A against A: what no difference looks like
+            rivals[AGAIN] = runners[self.default.key]
+        timings = bench.compare(runners | rivals)
         default = timings.get(self.default.key)
+        if default:
+            self.notes["noise_floor"] = round(abs(timings[AGAIN].median / default.median - 1), 5)
+        outliers = sum(timing.outliers for timing in timings.values())
+        if outliers:
+            self.notes["outliers"] = self.notes.get("outliers", 0) + outliers
+        self._note_search()
         self.store.add_measurements(
             self.row(
                 schedule,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ def runner(clock: Clock, seconds: float, log: list[str], name: str = "") -> Runn
 
 def test_the_policy_is_a_canonical_key() -> None:
     assert Policy().key == (
-        '{"repetitions":7,"rounds":5,"sample_seconds":0.01,"sets":3,"timer":"wall",'
+        '{"most_repetitions":31,"precision":0.01,"repetitions":7,"rounds":5,'
+        '"sample_seconds":0.01,"sets":3,"timer":"wall",'
         '"warmup_seconds":1.0}'
     )
 
@@ -120,5 +123,41 @@ def test_a_real_device_can_be_measured_with_a_real_clock() -> None:
     config = PROBLEM.config
     plain = get_device("reference").build(config, default_schedule(config))
     timing = Bench(PROBLEM, policy).measure(plain)
-    assert len(timing.samples) == 3
+    assert 3 <= len(timing.samples) <= 31
     assert all(sample > 0 for sample in timing.samples)
+
+
+def test_the_median_of_seven_samples_lies_between_the_ranks_of_its_interval() -> None:
+    # n/2 -+ 0.98 sqrt(7) = 0.9 to 6.1: samples of ranks 0 and 6.
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 5.0, 6.0, 7.0))
+    assert timing.uncertainty == (7.0 - 1.0) / 2 / 4.0
+    # n = 25: 12.5 -+ 4.9 = 7.6 to 17.4: ranks 7 and 17.
+    many = Timing(tuple(float(n + 100) for n in range(25)))
+    assert many.uncertainty == (117.0 - 107.0) / 2 / 112.0
+    assert Timing((1.0,)).uncertainty == float("inf")
+
+
+def test_outliers_are_counted_and_kept() -> None:
+    timing = Timing((1.0, 1.1, 1.2, 1.3, 9.0))
+    assert (timing.outliers, len(timing.samples)) == (1, 5)
+    assert Timing((1.0, 1.1, 1.2, 1.3)).outliers == 0
+    assert Timing((1.0, 9.0)).outliers == 0
+
+
+def test_an_uncertain_median_gets_more_samples_and_a_certain_one_does_not() -> None:
+    clock = Clock()
+    policy = Policy(warmup_seconds=0.0, sample_seconds=1e-9, sets=1, repetitions=5)
+    problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16)
+    bench = Bench(problem, policy, clock)
+    noise = itertools.cycle((0.0, 0.5))
+
+    def steady(*_: object) -> tuple[mx.array, None]:
+        clock.now += 1.0
+        return mx.zeros(1), None
+
+    def shaky(*_: object) -> tuple[mx.array, None]:
+        clock.now += 1.0 + next(noise)
+        return mx.zeros(1), None
+
+    assert len(bench.measure(steady).samples) == 5
+    assert len(bench.measure(shaky).samples) == 31
