@@ -28,7 +28,7 @@ def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
     for blocks, groups, bk, q, k, v, bd, buffers, width, fragment in itertools.product(
         (1, 2, 4),
         (1, 2, 4, 8, 16),
-        (8, 16, 32, 64),
+        (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64),
         CHOICES["q_source"],
         CHOICES["k_source"],
         CHOICES["v_source"],
@@ -77,7 +77,7 @@ def test_the_space_is_every_valid_combination_once_with_the_default_first(
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]], ids=str)
 def test_the_space_of_another_target_keeps_that_targets_rules(config: AttentionConfig) -> None:
     limits = Limits(232448, 1024, "cuda")
-    valid = enumerate_valid(config, limits, ("safe", "fast"))
+    valid = enumerate_valid(config, limits, math_modes=("safe", "fast"))
     assert valid[0] == default_schedule(config, limits)
     assert len(valid) == len(set(valid))
     assert set(valid) == brute_force(config, limits)
