@@ -65,14 +65,17 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: boo
 
     Raises:
         ForeignDatabase, NewerDatabase, OlderDatabase: see there.
+        MissingDatabase: the file is empty and may not be written.
         sqlite3.Error: the file cannot be read.
     """
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
         empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if empty and application == 0 and version == 0 and may_migrate:
-            return
+        if empty and application == 0 and version == 0:
+            if may_migrate:
+                return
+            raise MissingDatabase(path, "is empty as yet")  # another process is making it
         raise ForeignDatabase(
             path, "not a metalgen database; it is left alone, set METALGEN_DB to another file"
         )

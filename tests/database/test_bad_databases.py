@@ -11,6 +11,7 @@ import pytest
 from database_samples import CHIP, HASH, NEIGHBOURS, PROBLEM, row
 
 from metalgen.database import errors
+from metalgen.database.connect import open_for_reading
 from metalgen.database.layout import APPLICATION_ID
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
@@ -191,3 +192,14 @@ def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     path.touch()
     with Store.open(path) as store:
         assert store.measurements() == []
+
+
+def test_a_database_that_another_process_is_making_is_a_miss_and_not_foreign(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "tuning.db"
+    path.touch()
+    with pytest.raises(errors.MissingDatabase, match="is empty as yet"):
+        open_for_reading(path)
+    Store.open(path).close()
+    open_for_reading(path).close()
