@@ -116,7 +116,10 @@ def get_nearest() -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frob"], "command: expected one of tune, render, check, show, db, explain, chips, doctor"),
+        (
+            ["frob"],
+            "command: expected one of tune, render, check, show, db, explain, chips, doctor",
+        ),
         (["tune", "--nope"], "No such option '--nope'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),
         (["tune", "--chip", "M3Max", "--preset", "llama3"], "preset: expected default, all"),
