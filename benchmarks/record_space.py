@@ -3,9 +3,10 @@
     python -m benchmarks.record_space DATABASE [--only NAME] [--sample N] [--processes 12]
 
 Of "forward" and "decode" every valid schedule, of the others the default and a seeded sample of N.
-Processes compile side by side and time one at a time, under a lock. A row is committed when it is measured, so that a
-run can be cut short and go on. Then each problem is tuned from these rows: the best are measured
-again, interleaved with the default and MLX's own attention, and checked against float64.
+Processes compile side by side and time one at a time, under a lock. A row is committed when it is
+measured, so that a run can be cut short and go on. Then each problem is tuned from these rows: the
+best are measured again, interleaved with the default and MLX's own attention, and checked against
+float64.
 """
 
 from __future__ import annotations

@@ -463,3 +463,18 @@ def test_every_command_and_option_is_in_the_documentation() -> None:
             for option in parameter.opts:
                 if option.startswith("--"):
                     assert f"`{option}`" in written, f"{name} {option}"
+
+
+def test_an_nvidia_machine_tunes_itself_without_being_told_its_chip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from metalgen.cli.tune import make_plan
+    from metalgen.devices import all_devices
+
+    cuda = next(device for device in all_devices() if device.name == "cuda")
+    monkeypatch.setattr(type(cuda), "unavailable", lambda self: None)
+    monkeypatch.setattr("metalgen.devices.default_device", lambda: cuda)
+    monkeypatch.setattr("metalgen.chips.detect", lambda: get_chip("H200"))
+    plan = make_plan(None, None)
+    assert (plan.chip.name, plan.device, plan.checker) == ("H200", cuda, cuda)
+    assert plan.headline.endswith("measured on this machine's GPU.")
