@@ -30,7 +30,9 @@ Machine = tuple[str, ...]  # flags for the processor; see toolchain.machine_flag
 
 
 def _key(mode: str, machine: Machine) -> str:
-    return cache.digest([cache.own_sources(), mode, str(toolchain.zig()), str(toolchain.INCLUDE), *machine])[:20]
+    return cache.digest(
+        [cache.own_sources(), mode, str(toolchain.zig()), str(toolchain.INCLUDE), *machine]
+    )[:20]
 
 
 def language_flags(mode: str, machine: Machine) -> list[str]:
