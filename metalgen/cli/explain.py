@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @chip_option("Whose records to look up. Default: this machine's, or the one tuned last.")
 @click.option(
     "--device",
-    type=click.Choice(["metal", "simulator", "reference"]),
+    type=click.Choice(["metal", "cuda", "simulator", "reference"]),
     help="Where the call would run. Default: this machine's GPU, else plain MLX.",
 )
 @json_option
