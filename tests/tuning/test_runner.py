@@ -425,3 +425,18 @@ def test_the_runs_record_has_the_noise_floor_and_the_drift_of_the_best(store: St
     assert len(notes["drift"]) == 2
     assert all(abs(change) < 1e-3 for change in notes["drift"])
     assert json.loads(row["notes"])["trials"] == 50
+
+
+def test_the_default_races_even_where_earlier_rows_are_as_many_as_wanted(store: Store) -> None:
+    default = default_schedule(SMALL.config)
+    on_gpu(store, FakeGpu(Clock()), FakeVerify())
+    store.db.execute(
+        "DELETE FROM measurements WHERE schedule = (SELECT id FROM schedules WHERE key = ?)",
+        [default.key],
+    )
+    gpu = FakeGpu(Clock())
+    (outcome,) = on_gpu(store, gpu, FakeVerify(), trials=5).outcomes
+    assert outcome.new == 1
+    assert gpu.built[0] == default
+    assert default in {m.schedule for m in store.measurements(SMALL, phase="final")}
+    assert outcome.default_seconds is not None
