@@ -11,6 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from metalgen.chips.counts import forward_counts
 from metalgen.database.measurement import Measurement
 from metalgen.schedule import Limits, Schedule
 from metalgen.tuning.progress import Outcome, Rejected
@@ -18,6 +19,8 @@ from metalgen.tuning.search import Search, rank
 from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
 from metalgen.tuning.verifying import CannotCheck, first_line
 
+GRAIN = 1.01
+"""Predicted times up to this factor apart are taken for equal."""
 KEPT = 64
 """Modelled rows that are stored for a problem, beside the default schedule's."""
 
@@ -61,7 +64,7 @@ class ModelledSession(Session):
             rows = self._rank(candidates, policy)
             new = len(candidates)
         default = next((m.seconds for m in rows if m.schedule == self.default), None)
-        rows = by_time(rows)
+        rows = self._preferred(by_time(rows))
         self.show(
             phase="checking",
             tried=len(candidates),
@@ -105,6 +108,22 @@ class ModelledSession(Session):
         ]
         self.store.add_measurements(rows, replace_predictions=True)
         return self.rows(policy)
+
+    def _preferred(self, rows: list[Measurement]) -> list[Measurement]:
+        """Rows by time, but those within the model's grain of the best by the bytes they read.
+
+        The model cannot tell such schedules apart; less traffic is less heat and contention.
+        """
+        near = [m for m in rows if m.seconds and m.seconds <= GRAIN * (rows[0].seconds or 0.0)]
+        p = self.problem
+        if p.family != "forward":
+            return rows
+
+        def read(m: Measurement) -> int:
+            sizes = {"batch_heads": p.batch_heads, "q_len": p.q_len, "kv_len": p.kv_len}
+            return forward_counts(p.config, m.schedule, **sizes).device_read
+
+        return sorted(near, key=read) + rows[len(near) :]
 
     def _first_that_passes(
         self, rows: list[Measurement], policy: str
