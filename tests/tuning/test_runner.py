@@ -65,7 +65,7 @@ def on_gpu(
 
 
 def by_prediction(problem: Problem) -> list[Schedule]:
-    """All valid schedules by predicted time; those within 1 % of the best by the bytes they read."""
+    """All valid schedules by predicted time; within 1 % of the best by the bytes they read."""
     valid = enumerate_valid(problem.config, CHIP.limits)
     times = {s: predict(problem, s, CHIP).seconds for s in valid}
     best = min(times.values())
