@@ -13,9 +13,13 @@ from metalgen.errors import ArgumentError
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The types of queries, keys, values and output, with their bytes an element."""
 
-MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 256
+MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 576
 MAX_HEADS_PER_KV = 1024
 MAX_WINDOW = 1 << 24
+MIN_PAGE, MAX_PAGE = 8, 256
+KV_BITS, KV_GROUPS = (4, 8), (32, 64, 128)
+ROPES = ("half", "pairs")
+MIN_WORK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class AttentionConfig:
     Lengths, batch and the scale are not part of it: they may differ from call to call.
 
     Args:
-        head_dim: width D of a query and key row, 8 to 256, a multiple of 8 or not.
+        head_dim: width D of a query and key row, 8 to 576, a multiple of 8 or not.
         dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"`` (an ``mlx.core.Dtype`` is taken too);
             type of Q, K, V and O. Scores and sums are always accumulated in float32.
         value_head_dim: width of a value and output row; None means ``head_dim``.
@@ -40,8 +44,33 @@ class AttentionConfig:
             ``score_mod(x, b, h, i, j)``; key j is seen where ``mask_mod(b, h, i, j)``, too. They
             count queries and keys from 0, whatever the lengths.
         block_mask: calls come with a block mask, which lists the blocks that `mask_mod` leaves.
+        alibi: calls bring slopes ``(H,)``; a score has ``-slope * |i + kv_len - q_len - j|`` added.
+        bias: calls bring an array, broadcast to ``(B, H, Lq, Lk)``, that is added to the scores.
+        array_mask: calls bring booleans, broadcast to ``(B, H, Lq, Lk)``: whether a key is seen.
+        sinks: calls bring a logit for each query head, ``(H,)``: a key without a value.
+        dropout: probability from 0 to below 1 that a weight is dropped; the others are divided by
+            ``1 - dropout``. Calls bring the key of a Philox generator (see `metalgen.philox`).
+        varlen: q, k and v are sequences one after the other, ``(1, H, T, D)``; calls bring the
+            places where they start, ``cu_q`` and ``cu_k``.
+        kv_lens: calls bring how many keys of each batch entry there are, ``(B,)``; the rest of k
+            and v is not looked at, and masks align to that length.
+        page_size: keys of a page, 8 to 256, a multiple of 8: k and v are pages ``(pages, Hkv,
+            page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
+        kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups
+            of 32, 64 or 128; calls bring their scales and biases.
+        rope: rotary embedding of the queries in the kernel: ``"half"`` (columns c and c + D / 2
+            turn together) or ``"pairs"`` (2 c and 2 c + 1). Calls bring frequencies and offsets;
+            keys come turned already (see `metalgen.append_kv`).
+        rope_dims: how many columns turn; None: all.
+        deterministic: a row's bits depend on nothing but its own sequence, and on whether there
+            are more than 64 queries: not on the batch, nor on what was tuned for it.
+        max_work: most scores (queries times keys) that one dispatch computes, 65,536 or more; a
+            call with more is cut into several. None: no bound.
         return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
             ``(B, H, L)``, -inf for a row that sees no key).
+
+    What adds to a score comes in this order: scale, softcap or score function, ALiBi, bias; then
+    all masks; then the sink.
 
     Raises:
         ArgumentError: a field of the wrong type or out of range.
@@ -59,6 +88,20 @@ class AttentionConfig:
     score_mod: str | None = None
     mask_mod: str | None = None
     block_mask: bool = False
+    alibi: bool = False
+    bias: bool = False
+    array_mask: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+    varlen: bool = False
+    kv_lens: bool = False
+    page_size: int | None = None
+    kv_bits: int | None = None
+    kv_group: int = 64
+    rope: str | None = None
+    rope_dims: int | None = None
+    deterministic: bool = False
+    max_work: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -78,9 +121,61 @@ class AttentionConfig:
             object.__setattr__(self, "softcap", float(self.softcap))
         if self.score_mod is not None or self.mask_mod is not None or self.block_mask:
             self._check_functions()
-        for name in ("causal", "return_lse", "block_mask"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(name, "True or False", getattr(self, name))
+        self._check_keys()
+        self._check_others()
+        self._check_together()
+
+    def _check_keys(self) -> None:
+        if self.page_size is not None:
+            _check_int("page_size", self.page_size, MIN_PAGE, MAX_PAGE)
+            if self.page_size % 8:
+                raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", self.page_size)
+            object.__setattr__(self, "kv_lens", False)  # said by the pages
+        if self.kv_bits is None:
+            object.__setattr__(self, "kv_group", 64)
+            return
+        _check_one_of("kv_bits", self.kv_bits, (None, *KV_BITS))
+        _check_one_of("kv_group", self.kv_group, KV_GROUPS)
+        for name, width in (("head_dim", self.head_dim), ("value_head_dim", self.v_dim)):
+            if width % self.kv_group:
+                expected = f"a multiple of kv_group={self.kv_group}, as mx.quantize has it"
+                raise ArgumentError(name, expected, width)
+
+    def _check_others(self) -> None:
+        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
+        if not number or not 0 <= self.dropout < 1:
+            raise ArgumentError("dropout", "a number from 0 to below 1", self.dropout)
+        object.__setattr__(self, "dropout", float(self.dropout))
+        if self.rope is None:
+            object.__setattr__(self, "rope_dims", None)
+        else:
+            _check_one_of("rope", self.rope, (None, *ROPES))
+            if self.rope_dims == self.head_dim:
+                object.__setattr__(self, "rope_dims", None)
+            dims = self.turned
+            if type(dims) is not int or not 2 <= dims <= self.head_dim or dims % 2:
+                name = "head_dim" if self.rope_dims is None else "rope_dims"
+                raise ArgumentError(name, f"an even number from 2 to {self.head_dim}", dims)
+        if self.max_work is not None:
+            _check_int("max_work", self.max_work, MIN_WORK, 1 << 62)
+
+    def _check_together(self) -> None:
+        if not self.varlen:
+            return
+        excluded = {
+            "bias": "a score_mod, which counts queries and keys of each sequence from 0",
+            "array_mask": "a mask_mod, which counts queries and keys of each sequence from 0",
+            "block_mask": "the mask_mod alone",
+            "kv_lens": "cu_k, which says the lengths",
+            "max_work": "fewer sequences a call",
+        }
+        for name, instead in excluded.items():
+            if getattr(self, name):
+                expected = f"its default beside varlen; use {instead}"
+                raise ArgumentError(name, expected, getattr(self, name))
 
     def _check_functions(self) -> None:
         from metalgen.dsl.graph import MAX_ARRAYS, check_function
@@ -105,6 +200,16 @@ class AttentionConfig:
     def v_dim(self) -> int:
         """Width of a value and output row."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def turned(self) -> int:
+        """Columns of a query that a rotary embedding turns."""
+        return self.head_dim if self.rope_dims is None else self.rope_dims
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether calls bring the number of keys of each sequence as `kv_lens`."""
+        return self.kv_lens or self.page_size is not None
 
     @property
     def itemsize(self) -> int:
@@ -171,11 +276,26 @@ class AttentionConfig:
                 words.append(f"{name}:{parse(text).digest}")
         if self.block_mask:
             words.append("blocks")
+        words += [name for name in _NAMED if getattr(self, name)]
+        if self.dropout:
+            words.append(f"dropout{self.dropout:g}")
+        if self.page_size is not None:
+            words.append(f"pages{self.page_size}")
+        if self.kv_bits is not None:
+            words.append(f"kv{self.kv_bits}:{self.kv_group}")
+        if self.rope is not None:
+            words.append(f"rope:{self.rope}" + (f"{self.turned}" if self.rope_dims else ""))
+        if self.max_work is not None:
+            words.append(f"work{self.max_work}")
         if self.heads_per_kv > 1:
             words.append(f"gqa{self.heads_per_kv}")
         if self.return_lse:
             words.append("lse")
         return " ".join(words)
+
+
+_NAMED = ("alibi", "bias", "array_mask", "sinks", "varlen", "kv_lens", "deterministic")
+_SWITCHES = ("causal", "return_lse", "block_mask", *_NAMED)
 
 
 def _dtype_name(dtype: object) -> str:
@@ -189,3 +309,8 @@ def _dtype_name(dtype: object) -> str:
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ArgumentError(name, f"an integer from {low} to {high}", value)
+
+
+def _check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ArgumentError(name, f"one of {', '.join(map(str, choices))}", value)

@@ -14,6 +14,7 @@ from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
+from metalgen.inputs import NOTHING, Inputs, check_call
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
@@ -21,7 +22,6 @@ from metalgen.schedule import Schedule, default_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-    from metalgen.dsl.inputs import FunctionInputs
 
 MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
 """Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
@@ -77,15 +77,16 @@ class Kernel:
         v: mx.array,
         *,
         scale: float | None = None,
-        inputs: FunctionInputs | None = None,
+        inputs: Inputs = NOTHING,
     ) -> mx.array | tuple[mx.array, mx.array]:
         """Attention of `q`, `k` and `v`; lazy on a GPU, and differentiable.
 
         Args:
             q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``, of the config's
-                type; any lengths, any strides.
+                type; any lengths, any strides. (Shapes and types of packed sequences, pages and
+                quantized keys: `AttentionConfig`.)
             scale: factor of the scores; None means ``1 / sqrt(D)``.
-            inputs: what the config's score and mask functions capture, and its block mask.
+            inputs: the other arrays that the config asks for.
 
         Returns:
             ``(B, H, Lq, Dv)``; with the config's ``return_lse`` a pair with the log-sum-exp,
@@ -94,24 +95,8 @@ class Kernel:
         Raises:
             ArgumentError: shapes or types that do not fit the config.
         """
-        check_arrays(self.config, q, k, v)
+        check_call(self.config, q, k, v, inputs)
         scale = check_scale(self.config, scale)
-        config = self.config
-        if config.score_mod is not None or config.mask_mod is not None or inputs is not None:
-            return self._with_functions(q, k, v, scale, inputs)
-        if self.backend == "metalgen":
-            out, lse = _differentiable(self._run, self.config, q, k, v, scale)
-        else:
-            out, lse = self._run(q, k, v, scale)
-        return out if lse is None else (out, lse)
-
-    def _with_functions(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: FunctionInputs | None
-    ) -> mx.array | tuple[mx.array, mx.array]:
-        from metalgen.dsl.inputs import NOTHING, check_inputs
-
-        inputs = inputs or NOTHING
-        check_inputs(self.config, inputs, q, k)
         if self.backend == "metalgen":
             out, lse = _differentiable(self._run, self.config, q, k, v, scale, inputs)
         else:
@@ -178,34 +163,6 @@ _known: dict[Any, Kernel] = {}
 def forget_kernels() -> None:
     """Forget every kernel that `get_kernel` has handed out, so that databases are read again."""
     _known.clear()
-
-
-def check_arrays(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
-    """Whether arrays fit a config and each other.
-
-    Raises:
-        ArgumentError: naming the first array that does not fit.
-    """
-    for name, x, width in (
-        ("q", q, config.head_dim),
-        ("k", k, config.head_dim),
-        ("v", v, config.v_dim),
-    ):
-        if not isinstance(x, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
-        if x.ndim != 4:
-            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
-        if x.shape[3] != width:
-            raise ArgumentError(f"{name}.shape", f"a last axis of {width}", x.shape)
-        if str(x.dtype) != f"mlx.core.{config.dtype}":
-            raise ArgumentError(f"{name}.dtype", config.dtype, str(x.dtype))
-    if k.shape[0] != q.shape[0]:
-        raise ArgumentError("k.shape", f"a batch of {q.shape[0]}, as q has", k.shape)
-    if k.shape[1] * config.heads_per_kv != q.shape[1]:
-        heads = f"{q.shape[1]} / {config.heads_per_kv} heads (q has {q.shape[1]}, heads_per_kv)"
-        raise ArgumentError("k.shape", heads, k.shape)
-    if v.shape[:3] != k.shape[:3]:
-        raise ArgumentError("v.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape)
 
 
 def check_scale(config: AttentionConfig, scale: float | None) -> float:
@@ -340,14 +297,21 @@ def _passes(
 
 
 def _mlx_is_fused(config: AttentionConfig) -> bool:
-    windows = config.window_left is not None or config.window_right is not None
-    functions = config.score_mod is not None or config.mask_mod is not None
-    ours_alone = config.return_lse or windows or functions or config.softcap is not None
-    return not ours_alone and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
+    """Whether MLX's own fused kernel computes the same: plain attention, causal or not."""
+    plain = AttentionConfig(
+        config.head_dim,
+        config.dtype,
+        value_head_dim=config.value_head_dim,
+        heads_per_kv=config.heads_per_kv,
+        causal=config.causal,
+    )
+    return config == plain and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
 
 
 def _mlx(config: AttentionConfig) -> Runner:
-    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+    def run(
+        q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
+    ) -> tuple[mx.array, None]:
         if (config.causal and q.shape[2] > k.shape[2]) or 0 in k.shape:
             # Rows that see no key: MLX's kernel gives NaN there, the definition zeros.
             return attention_mlx(q, k, v, scale=scale, **config_features(config))[0], None
@@ -368,7 +332,7 @@ def _differentiable(
     k: mx.array,
     v: mx.array,
     scale: float,
-    inputs: FunctionInputs | None = None,
+    inputs: Inputs,
 ) -> tuple[mx.array, mx.array | None]:
     """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later).
 
@@ -377,22 +341,17 @@ def _differentiable(
 
     @mx.custom_function
     def attention(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        if inputs is None:
-            out, lse = run(q, k, v, scale)
-        else:
-            out, lse = run(q, k, v, scale, inputs.replaced(arrays))
+        out, lse = run(q, k, v, scale, inputs.replaced(arrays))
         return (out,) if lse is None else (out, lse)
 
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
-            given = None if inputs is None else inputs.replaced(arrays)
-            features = config_features(config)
-            out, lse = attention_mlx(q, k, v, scale=scale, **features, inputs=given)
+            features = config_features(config) | {"inputs": inputs.replaced(arrays)}
+            out, lse = attention_mlx(q, k, v, scale=scale, **features)
             return [out, lse] if config.return_lse else [out]
 
         return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
 
-    arrays = () if inputs is None else inputs.arrays
-    outputs: tuple[mx.array, ...] = attention(q, k, v, *arrays)  # type: ignore[assignment]
+    outputs: tuple[mx.array, ...] = attention(q, k, v, *inputs.arrays)  # type: ignore[assignment]
     return outputs[0], outputs[1] if config.return_lse else None

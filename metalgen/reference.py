@@ -24,7 +24,7 @@ def attention_float64(
         scale: factor of the scores.
         causal: aligned at the lower right.
         features: ``window_left``, ``window_right``, ``softcap``, ``score_mod``, ``mask_mod`` as in
-            `AttentionConfig`; ``inputs``, a `FunctionInputs` with what functions capture.
+            `AttentionConfig`; ``inputs``, a `Inputs` with what functions capture.
 
     Returns:
         ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there.
@@ -125,7 +125,7 @@ def _by_functions(xp: Any, scores: Any, features: dict[str, Any]) -> tuple[Any, 
     if texts == (None, None):
         return scores, None
     from metalgen.dsl.graph import parse
-    from metalgen.dsl.inputs import NOTHING
+    from metalgen.inputs import NOTHING
 
     inputs = features.get("inputs") or NOTHING
     batch, heads, q_len, kv_len = scores.shape

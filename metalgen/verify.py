@@ -80,7 +80,7 @@ def verify(
         if config.score_mod is None and config.mask_mod is None:
             out, lse = run(q, k, v, scale)
         else:
-            from metalgen.dsl.inputs import synthetic_inputs
+            from metalgen.samples import synthetic_inputs
 
             given = synthetic_inputs(config, q.shape[0], q.shape[1], queries, keys, seed)
             features["inputs"] = given

@@ -47,16 +47,16 @@ def test_keys_differ_exactly_when_configs_do(a: AttentionConfig, b: AttentionCon
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"head_dim": 7}, "head_dim: expected an integer from 8 to 256, but got 7"),
-        ({"head_dim": 64.0}, "head_dim: expected an integer from 8 to 256, but got 64.0"),
-        ({"head_dim": True}, "head_dim: expected an integer from 8 to 256, but got True"),
+        ({"head_dim": 7}, "head_dim: expected an integer from 8 to 576, but got 7"),
+        ({"head_dim": 64.0}, "head_dim: expected an integer from 8 to 576, but got 64.0"),
+        ({"head_dim": True}, "head_dim: expected an integer from 8 to 576, but got True"),
         (
             {"head_dim": 64, "dtype": "int8"},
             "dtype: expected one of float32, float16, bfloat16, but got 'int8'",
         ),
         (
-            {"head_dim": 64, "value_head_dim": 257},
-            "value_head_dim: expected an integer from 8 to 256, but got 257",
+            {"head_dim": 64, "value_head_dim": 577},
+            "value_head_dim: expected an integer from 8 to 576, but got 577",
         ),
         (
             {"head_dim": 64, "heads_per_kv": 0},

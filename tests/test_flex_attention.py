@@ -22,8 +22,8 @@ from metalgen import (
 )
 from metalgen.devices import get_device
 from metalgen.dsl.errors import FunctionError
-from metalgen.dsl.inputs import FunctionInputs
 from metalgen.dsl.trace import trace
+from metalgen.inputs import Inputs
 from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.testing.devices import normal
@@ -144,9 +144,9 @@ def test_blocks_that_a_mask_empties_are_not_computed(buffers: int) -> None:
         blocks = create_block_mask(mask_mod, None, None, length, length)
         text = blocks.mask.graph.text
         config = AttentionConfig(64, mask_mod=text, block_mask=True)
-        counters = counted(config, tile, length, FunctionInputs(blocks=blocks))
+        counters = counted(config, tile, length, Inputs(blocks=blocks))
         assert counters.multiply_accumulates == visited * each
-        whole = counted(AttentionConfig(64, mask_mod=text), tile, length, FunctionInputs())
+        whole = counted(AttentionConfig(64, mask_mod=text), tile, length, Inputs())
         assert whole.multiply_accumulates == 8 * 16 * each
 
 
@@ -157,7 +157,7 @@ def test_a_score_function_adds_no_bytes_but_its_own_inputs_and_no_barrier() -> N
     alone = counted(AttentionConfig(128), schedule, length)
     slopes = mx.arange(8).astype(mx.float32)
     score = trace(lambda s, b, h, i, j: 50 * mx.tanh(s / 50) + slopes[h] * (j - i))
-    given = FunctionInputs(score=score.arrays)
+    given = Inputs(score=score.arrays)
     with_score = counted(AttentionConfig(128, score_mod=score.graph.text), schedule, length, given)
     own = with_score.buffer("score_captured_0")
     assert 0 < own.distinct_read <= 4 * 8
@@ -184,12 +184,12 @@ def test_a_full_block_is_not_masked() -> None:
     flags = mx.array(np.tri(length, dtype=bool))
     blocks = create_block_mask(lambda b, h, i, j: flags[i, j], None, None, length, length)
     config = AttentionConfig(64, mask_mod=blocks.mask.graph.text, block_mask=True)
-    given = FunctionInputs(mask=blocks.mask.arrays, blocks=blocks)
+    given = Inputs(mask=blocks.mask.arrays, blocks=blocks)
     schedule = Schedule(32, 32, 64, 4)
     read = counted(config, schedule, length, given).buffer("mask_captured_0")
     assert read.distinct_read == 8 * 32 * 32  # the tiles on the diagonal
     config = AttentionConfig(64, mask_mod=config.mask_mod)
-    everywhere = counted(config, schedule, length, FunctionInputs(mask=blocks.mask.arrays))
+    everywhere = counted(config, schedule, length, Inputs(mask=blocks.mask.arrays))
     assert everywhere.buffer("mask_captured_0").distinct_read == length * length
 
 
@@ -293,12 +293,12 @@ def test_inputs_that_do_not_fit_the_config() -> None:
     kernel = get_kernel(config, q_len=70, device="reference")
     with pytest.raises(ArgumentError, match=r"score_mod: .*float32\[4, 100\], but got \[\]"):
         kernel(q, k, v)
-    wrong = FunctionInputs(score=(mx.zeros((4, 99)),))
+    wrong = Inputs(score=(mx.zeros((4, 99)),))
     with pytest.raises(ArgumentError, match="score_mod: expected these captured arrays"):
         kernel(q, k, v, inputs=wrong)
     with pytest.raises(ArgumentError, match="block_mask: expected None, as the config says"):
         blocks = create_block_mask(causal, None, None, 70, 90)
-        kernel(q, k, v, inputs=FunctionInputs(score=(table,), blocks=blocks))
+        kernel(q, k, v, inputs=Inputs(score=(table,), blocks=blocks))
 
 
 def test_a_pieced_mask_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from metalgen.schedule import APPLE, Limits, Schedule
 Runner = Callable[..., "tuple[mx.array, mx.array | None]"]
 """``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked.
 
-Where the config has functions, a `metalgen.dsl.inputs.FunctionInputs` follows the scale.
+A `metalgen.inputs.Inputs` follows the scale where the config asks for more arrays.
 """
 
 

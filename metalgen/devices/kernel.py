@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
+from metalgen.inputs import NOTHING, Inputs
 from metalgen.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
-    from metalgen.dsl.inputs import FunctionInputs
     from metalgen.render import KernelSource
 
 
@@ -42,7 +42,7 @@ class KernelDevice(Device):
             k: mx.array,
             v: mx.array,
             scale: float,
-            inputs: FunctionInputs | None = None,
+            inputs: Inputs = NOTHING,
         ) -> tuple[mx.array, mx.array | None]:
             batch, heads, q_len, _ = q.shape
             shapes = [(batch, heads, q_len, config.v_dim), (batch, heads, q_len)]
@@ -58,10 +58,9 @@ class KernelDevice(Device):
             q, scale = positive_scale(q, scale)
             # Seen as bytes, an array is copied only where its last axis has gaps.
             bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
-            if inputs is not None:
-                if inputs.blocks is not None:
-                    bound.append(inputs.blocks.lists(source.bq, schedule.bk))
-                bound += [mx.contiguous(x) for x in inputs.arrays]
+            if inputs.blocks is not None:
+                bound.append(inputs.blocks.lists(source.bq, schedule.bk))
+            bound += [mx.contiguous(x) for x in inputs.arrays]
             outputs = kernel(
                 inputs=bound,
                 output_shapes=shapes[: len(source.outputs)],

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
+from metalgen.inputs import NOTHING, Inputs
 from metalgen.reference import attention_mlx, config_features
 from metalgen.schedule import Schedule
-
-if TYPE_CHECKING:
-    from metalgen.dsl.inputs import FunctionInputs
 
 
 class ReferenceDevice(Device):
@@ -33,7 +29,7 @@ class ReferenceDevice(Device):
             k: mx.array,
             v: mx.array,
             scale: float,
-            inputs: FunctionInputs | None = None,
+            inputs: Inputs = NOTHING,
         ) -> tuple[mx.array, mx.array | None]:
             out, lse = attention_mlx(q, k, v, scale=scale, **features, inputs=inputs)
             return out, lse if config.return_lse else None

@@ -64,8 +64,8 @@ def flex_attention(
         ArgumentError: shapes, types or names that cannot be used.
         DeviceError: the device is not available here.
     """
-    from metalgen.dsl.inputs import FunctionInputs
     from metalgen.dsl.trace import trace
+    from metalgen.inputs import Inputs
 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, mx.array):
@@ -103,7 +103,7 @@ def flex_attention(
         device=device,
         chip=chip,
     )
-    inputs = FunctionInputs(
+    inputs = Inputs(
         () if score is None else score.arrays, () if mask is None else mask.arrays, block_mask
     )
     return kernel(q, k, v, scale=scale, inputs=inputs)

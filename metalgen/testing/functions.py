@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from metalgen.block_mask import create_block_mask
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, all_devices
-from metalgen.dsl.inputs import FunctionInputs
 from metalgen.dsl.trace import trace
+from metalgen.inputs import Inputs
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.targets import TARGETS
 from metalgen.testing.devices import PATHS, cuda_schedules, normal, schedules_of
@@ -154,7 +154,7 @@ class FunctionConformance:
         given = None
         if blocks and case.mask_mod:
             given = create_block_mask(case.mask_mod, batch, HEADS, q_len, kv_len, blocks)
-        inputs = FunctionInputs(score.arrays if score else (), mask.arrays if mask else (), given)
+        inputs = Inputs(score.arrays if score else (), mask.arrays if mask else (), given)
         q = normal((batch, HEADS, q_len, 32), dtype, 1)
         k, v = (normal((batch, HEADS // 2, kv_len, 32), dtype, s) for s in (2, 3))
         out, lse = self.device.build(config, schedule, family)(q, k, v, 0.25, inputs)

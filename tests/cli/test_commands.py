@@ -126,7 +126,7 @@ def get_nearest() -> tuple[str, ...]:
         (["tune", "--chip", "M3Max", "--trials", "0"], "trials: expected a positive whole number"),
         (["tune", "--chip", "M3Max", "--budget", "-3"], "budget: expected seconds above 0"),
         (["tune", "--chip", "M3Max", "--seed", "-1"], "seed: expected a whole number from 0"),
-        (["render", "--head-dim", "4"], "head_dim: expected an integer from 8 to 256, but got 4"),
+        (["render", "--head-dim", "4"], "head_dim: expected an integer from 8 to 576, but got 4"),
         (["render", "--dtype", "int8"], "Invalid value for '--dtype': 'int8' is not one of"),
         (["render", "--bk", "33"], "invalid schedule (choices): bk: expected an integer of 8, 16"),
         (["render", "--bq", "8"], "invalid schedule (bq): bq must be 8 * row_blocks * simdgroups"),
