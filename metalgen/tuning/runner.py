@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metalgen.database.errors import DatabaseError
 from metalgen.database.store import Store
@@ -13,6 +13,7 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.render import template_hash
+from metalgen.tuning.executing import Executor, Here, lock_file
 from metalgen.tuning.measure import Clock, Policy
 from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.modelled import ModelledSession
@@ -70,20 +71,30 @@ def tune(
     versions = template_hash("forward", (executing.target if executing else None) or "metal")
     start = clock()
     report = Report("", chip.name, "measured" if device else "modelled", versions)
-    session = _session(
-        device,
-        policy,
-        chip=chip,
-        store=store,
-        checker=Checker(store, executing, versions, verify),
-        report=report,
-        trials=trials,
-        seed=seed,
-        observe=observe or (lambda progress: None),
-        clock=clock,
-        deadline=math.inf if budget is None else start + budget,
-        start=start,
-    )
+    deadline = math.inf if budget is None else start + budget
+    policy = policy or Policy()
+    executor: Executor | None = None
+    if device:
+        executor = Here(device, policy, clock, lock=lock_file())
+        if executing is device:
+            verify = verify or executor.verify
+    common: dict[str, Any] = {
+        "chip": chip,
+        "store": store,
+        "checker": Checker(store, executing, versions, verify),
+        "report": report,
+        "trials": trials,
+        "seed": seed,
+        "observe": observe or (lambda progress: None),
+        "clock": clock,
+        "deadline": deadline,
+        "start": start,
+    }
+    session: Session
+    if device and executor:
+        session = MeasuredSession(**common, device=device, policy=policy, executor=executor)
+    else:
+        session = ModelledSession(**common)
     notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
     report.run = store.begin_run(chip.name, seed, notes)
     ended = "failed"
@@ -114,9 +125,3 @@ def check_arguments(trials: int | None, budget: float | None, seed: int) -> None
         raise ArgumentError("budget", "seconds above 0", budget)
     if type(seed) is not int or not 0 <= seed < 1 << 31:
         raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
-
-
-def _session(device: Device | None, policy: Policy | None, **common: object) -> Session:
-    if device is None:
-        return ModelledSession(**common)  # type: ignore[arg-type]
-    return MeasuredSession(**common, device=device, policy=policy or Policy())  # type: ignore[arg-type]
