@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Iterable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from metalgen.tuning.search import FAILED, Search
 
 Item = TypeVar("Item", bound=Hashable)
+
+
+class Asks(Protocol[Item]):
+    """What a session asks of a search, whether it is its own or shared with other workers."""
+
+    @property
+    def asked(self) -> Sequence[Item]:
+        """Everything that was asked for, in order."""
+
+    @property
+    def pending(self) -> Sequence[Item]:
+        """What this session asked for and has no outcome of, in order."""
+
+    @property
+    def times(self) -> Mapping[Item, float]:
+        """The outcomes: seconds, infinity for what failed."""
+
+    def ask(self) -> Item | None:
+        """The next to try; None when all have been, or when outcomes must come first."""
+
+    def tell(self, item: Item, seconds: float | None) -> None:
+        """The outcome of the first that is pending: its time, or None where it has none."""
 
 
 class Ahead(Generic[Item]):

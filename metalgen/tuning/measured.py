@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.schedule import Limits, Schedule
-from metalgen.tuning.ahead import Ahead
+from metalgen.tuning.ahead import Ahead, Asks
 from metalgen.tuning.executing import Executor
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Outcome, Rejected
@@ -70,14 +70,12 @@ class MeasuredSession(Session):
         def make() -> Search[Schedule]:
             return Search(self.space, self.valid, self.seed, first=starts, small=self.goal())
 
-        rows = self.rows(self.policy_key)
-        search = Ahead(make, [(m.schedule, _seconds(m)) for m in rows], self.executor.ahead)
+        search = self._asks(make, self.rows(self.policy_key))
         known = len(search.times)
         self._show_search(search)
         while schedule := self._next(search):
             row = self._measure(schedule, search, cold=len(search.times) == known)
-            self.store.add_measurement(row)
-            search.tell(schedule, _seconds(row))
+            self._keep(row, search)
             self._show_search(search)
             if len(search.times) % DRIFT_EVERY == 0:
                 self._watch_drift(search)
@@ -95,7 +93,18 @@ class MeasuredSession(Session):
             note,
         )
 
-    def _next(self, search: Ahead[Schedule]) -> Schedule | None:
+    def _asks(
+        self, make: Callable[[], Search[Schedule]], rows: Sequence[Measurement]
+    ) -> Asks[Schedule]:
+        """The search of the present problem, which knows the rows that are there."""
+        return Ahead(make, [(m.schedule, _seconds(m)) for m in rows], self.executor.ahead)
+
+    def _keep(self, row: Measurement, search: Asks[Schedule]) -> None:
+        """Commit a row, then let the search know."""
+        self.store.add_measurement(row)
+        search.tell(row.schedule, _seconds(row))
+
+    def _next(self, search: Asks[Schedule]) -> Schedule | None:
         """What to measure now, after asking for what to compile meanwhile; None at the goal."""
         # The default is asked for first: it races even where earlier rows are as many as wanted.
         while self.default not in search.asked or len(search.asked) < self.goal():
@@ -132,7 +141,7 @@ class MeasuredSession(Session):
         starts += [s for _, s in ranked[:MODEL_STARTS]]
         return tuple(dict.fromkeys(s for s in starts if s in self.valid))
 
-    def _show_search(self, search: Ahead[Schedule]) -> None:
+    def _show_search(self, search: Asks[Schedule]) -> None:
         times = {s: t for s, t in search.times.items() if t < math.inf}
         best = min(times, key=lambda s: times[s], default=None)
         self.show(
@@ -143,7 +152,7 @@ class MeasuredSession(Session):
             default_seconds=times.get(self.default),
         )
 
-    def _measure(self, schedule: Schedule, search: Ahead[Schedule], *, cold: bool) -> Measurement:
+    def _measure(self, schedule: Schedule, search: Asks[Schedule], *, cold: bool) -> Measurement:
         """Build and time one schedule, whatever comes of it."""
         name, policy = self.device.name, self.policy_key
         best = min(search.times.values(), default=math.inf)
@@ -169,7 +178,7 @@ class MeasuredSession(Session):
             default_seconds=default if default < math.inf else None,
         )
 
-    def _watch_drift(self, search: Ahead[Schedule]) -> None:
+    def _watch_drift(self, search: Asks[Schedule]) -> None:
         """Measure the best so far once more; where its time has changed, warm up."""
         best = min(search.times, key=lambda s: search.times[s])
         if search.times[best] == FAILED:

@@ -23,6 +23,7 @@ from metalgen.tuning.verifying import Checker, Verify
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
+    from metalgen.tuning.distributed import Share
 
 
 def tune(
@@ -39,6 +40,7 @@ def tune(
     policy: Policy | None = None,
     clock: Clock = time.perf_counter,
     verify: Verify | None = None,
+    share: Share | None = None,
 ) -> Report:
     """Tune problems for a chip, and keep every result as soon as it is there.
 
@@ -58,15 +60,19 @@ def tune(
         policy: how to measure; None: the standard one.
         clock: seconds, for the budget and for measurements.
         verify: the check; another one for tests.
+        share: where to meet other workers of the same chip, who share the schedules out.
 
     A `KeyboardInterrupt` ends the run early: what was done is in the report and in the store.
 
     Raises:
-        ArgumentError: `trials`, `budget` or `seed` that cannot be.
+        ArgumentError: `trials`, `budget` or `seed` that cannot be; a `share` without a device.
+        StorageError: the shared storage fails, or is of workers unlike this one.
         IncompleteChip: the chip model does not know this chip, and there is no device.
         DatabaseError: the store can no longer be written.
     """
     check_arguments(trials, budget, seed)
+    if share and not device:
+        raise ArgumentError("share", "a device that measures; predictions need no sharing", share)
     executing = checker or device
     versions = template_hash("forward", (executing.target if executing else None) or "metal")
     start = clock()
@@ -92,7 +98,13 @@ def tune(
     }
     session: Session
     if device and executor:
-        session = MeasuredSession(**common, device=device, policy=policy, executor=executor)
+        common |= {"device": device, "policy": policy, "executor": executor}
+        if share:
+            from metalgen.tuning.shared import SharedSession
+
+            session = SharedSession(**common, share=share)
+        else:
+            session = MeasuredSession(**common)
     else:
         session = ModelledSession(**common)
     notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
@@ -109,6 +121,7 @@ def tune(
     finally:
         report.seconds = clock() - start
         report.checks = session.checker.checked
+        session.close()
         try:
             store.end_run(report.run, ended)
         except DatabaseError:
