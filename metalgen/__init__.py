@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from metalgen.config import AttentionConfig
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
-    from metalgen.ops.attention import attention
+    from metalgen.ops.alibi import alibi_slopes
+    from metalgen.ops.attention import attention, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
+    from metalgen.ops.rope import Rope
     from metalgen.schedule import Schedule
 
 _WHERE = {
@@ -35,13 +37,16 @@ _WHERE = {
     "InvalidSchedule": "metalgen.errors",
     "Kernel": "metalgen.dispatch",
     "MetalgenError": "metalgen.errors",
+    "Rope": "metalgen.ops.rope",
     "Schedule": "metalgen.schedule",
+    "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
     "attention": "metalgen.ops.attention",
     "create_block_mask": "metalgen.block_mask",
     "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.dispatch",
     "or_masks": "metalgen.ops.flex_attention",
+    "varlen_attention": "metalgen.ops.attention",
 }
 
 __all__ = [
@@ -52,14 +57,17 @@ __all__ = [
     "InvalidSchedule",
     "Kernel",
     "MetalgenError",
+    "Rope",
     "Schedule",
     "__version__",
+    "alibi_slopes",
     "and_masks",
     "attention",
     "create_block_mask",
     "flex_attention",
     "get_kernel",
     "or_masks",
+    "varlen_attention",
 ]
 
 

@@ -49,7 +49,7 @@ class FakeGpu(Device):
             raise RuntimeError(self.broken)
 
         def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float
+            q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: object = None
         ) -> tuple[mx.array, mx.array | None]:
             out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
             return out * self.factor, lse if config.return_lse else None

@@ -23,7 +23,7 @@ from metalgen import (
 from metalgen.devices import get_device
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
-from metalgen.inputs import Inputs
+from metalgen.inputs import NOTHING, Inputs
 from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.testing.devices import normal
@@ -117,7 +117,9 @@ def test_gradients_reach_queries_keys_values_and_captured_arrays(device: str) ->
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-4, atol=2e-5)
 
 
-def counted(config: AttentionConfig, schedule: Schedule, length: int, given: Any = None) -> Any:
+def counted(
+    config: AttentionConfig, schedule: Schedule, length: int, given: Inputs = NOTHING
+) -> Any:
     """What one query head of `length` queries and keys does, counted; no finding is let pass."""
     q = normal((1, 1, length, config.head_dim), config.dtype, 1)
     run = get_device("simulator").build(config, schedule)

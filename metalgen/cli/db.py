@@ -315,7 +315,7 @@ def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool)
     problem = sizes.problem(config)
     with Store.open(read_only=True) as store:
         rows = store.measurements(problem, chip=get_chip(chip).name if chip else None)
-    rows.sort(key=lambda m: (not m.verified, m.provenance, m.phase, m.seconds or float("inf")))
+    rows.sort(key=lambda m: (not m.verified, m.rank))
     if as_json:
         print_json({"problem": problem_fields(problem), "rows": [m.to_record() for m in rows]})
         return

@@ -91,13 +91,9 @@ def winners(rows: list[Measurement]) -> list[Measurement]:
     best: dict[tuple[str, str], Measurement] = {}
     for m in rows:
         place = (m.chip, m.problem.key)
-        if m.verified and (place not in best or _rank(m) < _rank(best[place])):
+        if m.verified and (place not in best or m.rank < best[place].rank):
             best[place] = m
     return [best[place] for place in sorted(best)]
-
-
-def _rank(m: Measurement) -> tuple[bool, bool, float, str]:
-    return m.provenance != "measured", m.phase != "final", m.seconds or 0.0, m.schedule.key
 
 
 def _kinds(rows: list[Measurement]) -> dict[str, int]:

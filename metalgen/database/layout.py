@@ -21,6 +21,9 @@ PROVENANCES = ("measured", "modelled")
 PHASES = ("final", "search")
 """A final was taken interleaved with the default and with MLX. In order of rank."""
 
+WARM = '"cache":"warm"'
+"""In the policies of rows that were measured with a warm cache: they answer where no others do."""
+
 MAX_TEXT = 1 << 16
 """Characters of the longest text that is read from a row or a record."""
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from metalgen.config import AttentionConfig
 from metalgen.database.connect import open_for_reading
 from metalgen.database.errors import DatabaseError, MissingDatabase, explain_sqlite
-from metalgen.database.layout import MAX_TEXT, PROVENANCES, user_database
+from metalgen.database.layout import MAX_TEXT, PROVENANCES, WARM, user_database
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
@@ -51,7 +51,7 @@ class Hit:
         provenance: ``"measured"``, ``"modelled"``, or ``"pinned"``.
         place: where it was found, such as ``"user database, this chip"``; an inexact one says so.
         chip: the chip that the row is about.
-        exact: this very chip and bucket, and not stale.
+        exact: this very chip and bucket, not stale, and by the standard policy's cold cache.
         stale: measured with another MLX, or another major version of the operating system.
         seconds, default_seconds, mlx_seconds: the row's time, and in the same run the default
             schedule's and MLX's own attention's.
@@ -273,13 +273,14 @@ class _Search:
             return None
         rows = self._rows(
             "SELECT s.key, m.seconds, m.default_seconds, m.mlx_seconds, m.error, m.mlx_version, "
-            "m.os FROM measurements m JOIN schedules s ON s.id = m.schedule "
+            "m.os, instr(m.policy, ?) > 0 AS warm "
+            "FROM measurements m JOIN schedules s ON s.id = m.schedule "
             "WHERE m.problem = ? AND m.template_hash = ? AND m.provenance = ? AND m.chip = ? "
-            "AND m.verified = 1 ORDER BY m.phase, m.seconds, s.key LIMIT ?",
-            [self.ids[problem.key], self.template_hash, provenance, chip, ROWS_TRIED],
+            "AND m.verified = 1 ORDER BY warm, m.phase, m.detail <> '', m.seconds, s.key LIMIT ?",
+            [WARM, self.ids[problem.key], self.template_hash, provenance, chip, ROWS_TRIED],
         )
         fallback = None
-        for key, seconds, default, mlx, error, version, system in rows:
+        for key, seconds, default, mlx, error, version, system, warm in rows:
             schedule = self._valid(key, f"user database, {place}")
             if schedule is None:
                 continue
@@ -290,9 +291,9 @@ class _Search:
             hit = Hit(
                 schedule,
                 provenance,
-                f"user database, {place}" + (", stale" if stale else ""),
+                f"user database, {place}" + _labels(stale, bool(warm)),
                 chip,
-                exact and not stale,
+                exact and not stale and not warm,
                 stale,
                 seconds,
                 default if _is_time(default) else None,
@@ -318,9 +319,9 @@ class _Search:
                 return Hit(
                     schedule,
                     provenance,
-                    f"shipped records, {place}" + (", stale" if stale else ""),
+                    f"shipped records, {place}" + _labels(stale, m.warm),
                     chip,
-                    exact and not stale,
+                    exact and not stale and not m.warm,
                     stale,
                     m.seconds,
                     m.default_seconds,
@@ -414,6 +415,11 @@ class _Search:
 
 def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
+
+
+def _labels(stale: bool, warm: bool) -> str:
+    """What keeps a row from being an exact answer, for its place."""
+    return ", stale" * stale + ", measured with a warm cache" * warm
 
 
 def _is_time(value: object) -> bool:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from metalgen.config import AttentionConfig
-from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES
+from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
 from metalgen.errors import ArgumentError
 from metalgen.problem import FAMILIES, Problem
 from metalgen.schedule import Schedule
@@ -59,7 +59,8 @@ class Measurement:
         default_seconds, mlx_seconds: the default schedule and MLX's fused attention, same run.
         verified: a check against the float64 reference passed, and none failed.
         error: relative error (norm over norm) of that check.
-        detail: why a status is not ``"ok"``.
+        detail: why a status is not ``"ok"``; of a final that is, why it does not count as faster
+            than the default although its median is less.
     """
 
     problem: Problem
@@ -100,6 +101,23 @@ class Measurement:
             _check_number("samples", sample)
         if self.status == "ok" and not self.seconds:
             raise ArgumentError("seconds", "a time above 0 for a row that is ok", self.seconds)
+
+    @property
+    def warm(self) -> bool:
+        """Whether it was measured with a warm cache, and so is no match for others."""
+        return WARM in self.policy
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, bool, float, str]:
+        """The least is the best: measured, cold, final, without a reservation, quick; by key."""
+        return (
+            self.provenance != "measured",
+            self.warm,
+            self.phase != "final",
+            bool(self.detail),
+            math.inf if self.seconds is None else self.seconds,
+            self.schedule.key,
+        )
 
     def to_record(self) -> dict[str, Any]:
         """The measurement as plain values; fields at their default are left out."""

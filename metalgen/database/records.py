@@ -22,8 +22,8 @@ def shipped_buckets(
 ) -> dict[str, list[Measurement]]:
     """Verified shipped records of the problem's config and family on a chip, by problem key.
 
-    Best first: measured before modelled, finals before the rest, quicker before slower. Lines
-    that are not records are left out. An unreadable file is the same as none.
+    Best first, by `Measurement.rank`. Lines that are not records are left out. An unreadable file
+    is the same as none.
     """
     try:
         path = record_file(chip, folder)
@@ -46,7 +46,7 @@ def shipped_buckets(
             ):
                 found.setdefault(m.problem.key, []).append(m)
     for records in found.values():
-        records.sort(key=_rank)
+        records.sort(key=lambda m: m.rank)
     return found
 
 
@@ -79,10 +79,6 @@ def write_records(path: Path, measurements: Iterable[Measurement]) -> int:
     lines = sorted({m.to_line() for m in measurements})
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return len(lines)
-
-
-def _rank(m: Measurement) -> tuple[bool, bool, float, str]:
-    return m.provenance != "measured", m.phase != "final", m.seconds or 0.0, m.schedule.key
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,129 +2,198 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, Unpack, overload
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
-from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
+from metalgen.ops.call import call
+from metalgen.ops.conversions import integers
+from metalgen.ops.options import Keys, Options, SharedOptions
 
 
 @overload
 def attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Keys,
+    v: Keys,
     *,
     scale: float | None = None,
-    causal: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
     return_lse: Literal[False] = False,
-    device: str | None = None,
-    chip: str | None = None,
+    **options: Unpack[Options],
 ) -> mx.array: ...
 
 
 @overload
 def attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Keys,
+    v: Keys,
     *,
     scale: float | None = None,
-    causal: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
     return_lse: Literal[True],
-    device: str | None = None,
-    chip: str | None = None,
+    **options: Unpack[Options],
 ) -> tuple[mx.array, mx.array]: ...
 
 
 @overload
 def attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Keys,
+    v: Keys,
     *,
     scale: float | None = None,
-    causal: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
     return_lse: bool,
-    device: str | None = None,
-    chip: str | None = None,
+    **options: Unpack[Options],
 ) -> mx.array | tuple[mx.array, mx.array]: ...
 
 
 def attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Keys,
+    v: Keys,
     *,
     scale: float | None = None,
-    causal: bool = False,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    softcap: float | None = None,
     return_lse: bool = False,
-    device: str | None = None,
-    chip: str | None = None,
+    **options: Unpack[Options],
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Scaled dot-product attention by the best known kernel, as `metalgen.get_kernel` finds it.
 
+    Everything may be combined, unless said otherwise. Changes of a score come in this order: scale,
+    softcap, ALiBi, bias; then all masks; then the sink. Below, N is the number of sequences: B, or
+    what `cu_seqlens_q` cuts out. Integers of any width and floats of any type are taken where
+    int32 and float32 are named. Contents are not looked at unless with `check`, for that would
+    wait for the GPU; whatever they are, nothing outside of the arrays is read.
+
     Args:
         q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``; float32, float16
-            or bfloat16; Hkv divides H; any strides.
+            or bfloat16; Hkv divides H; any strides. Quantized keys and values: in place of k and v
+            each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64 or 128:
+            packed words, scales, biases. Pages: see `block_table`.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
-        causal: query i sees key j when ``j <= i + Lk - Lq``.
-        window_left, window_right: a sliding window, as in `AttentionConfig`.
+        causal: query i sees key j when ``j <= i + kv_len - q_len``.
+        window_left, window_right: a sliding window: query i sees key j only when
+            ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
+            (A window of W keys up to the own one is causal, window_left W - 1.)
         softcap: C; a scaled score x becomes ``C * tanh(x / C)``.
+        alibi_slopes: ``(H,)``; a score falls by ``slope * |i + kv_len - q_len - j|``
+            (`metalgen.alibi_slopes` gives the usual ones).
+        bias: added to the scores; float32 or q's type; ``(B, H, Lq, Lk)``, or fewer axes, or 1 for
+            any, by NumPy's rules of broadcasting.
+        mask: ``"causal"``, or of the same shapes booleans, whether a key is seen, or floats, which
+            are a bias: as ``mx.fast.scaled_dot_product_attention`` has it.
+        sinks: ``(H,)``; a logit for each head that takes part in the softmax, and in the
+            log-sum-exp, and has no value (gpt-oss).
+        dropout: probability that a weight is dropped; the others are divided by ``1 - dropout``.
+        dropout_key: ``(2,)`` uint32, such as ``mx.random.key(0)``: one key drops the same weights
+            on every device. None: drawn from MLX's own generator (``mx.random.seed``).
+        cu_seqlens_q: ``(N + 1,)`` int32: packed sequences of several lengths, one after the other
+            in q, k and v ``(1, H, T, D)``. Sequence n is rows ``cu_seqlens_q[n]`` up to
+            ``cu_seqlens_q[n + 1]``; the first is 0; rows after the last are zeros. (flash-attn's
+            layout ``(T, H, D)``: `metalgen.varlen_attention`.) Not with `bias`, array masks,
+            `max_work`.
+        cu_seqlens_k: likewise for k and v; None: as `cu_seqlens_q`.
+        max_seqlen_q, max_seqlen_k: the longest sequence, where it is known: it chooses among
+            tuned kernels, and nothing else.
+        kv_lens: ``(N,)`` int32, how many keys each sequence has; the rest of k and v is not looked
+            at, and masks align to that length. (Packed keys: `cu_seqlens_k` instead.)
+        block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
+            page_size, D)``, quantized or not, of 8 to 256 keys, a multiple of 8; key j of sequence
+            n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number that is
+            no page's, such as -1, stands for keys that are not seen. With `kv_lens`.
+        rope: `metalgen.Rope`; queries turn with their position in the kernel. Keys come turned.
+        deterministic: a row's bits depend on nothing but its own sequence, and on whether there
+            are more than 64 queries (packed: on `max_seqlen_q`, where given).
+        max_work: most scores (queries times keys of all heads) that one dispatch computes; a call
+            with more is cut into several. For GPUs that draw a screen meanwhile.
+        check: look at contents, too: lengths, tables, offsets and numbers that cannot be are
+            errors.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.
-        device: ``"metal"``, ``"simulator"``, ``"reference"``; None: this machine's GPU, and plain
-            MLX where there is none.
+        device: ``"metal"``, ``"cuda"``, ``"simulator"``, ``"reference"``; None: this machine's
+            GPU, and plain MLX where there is none.
         chip: whose tuning records to use; None means this machine's.
 
     Returns:
         ``(B, H, Lq, Dv)`` of the type of `q`, zeros in rows that see no key; with `return_lse` a
-        pair.
+        pair. Differentiable in q, k, v, alibi_slopes, bias and sinks.
 
     Raises:
-        ArgumentError: shapes, types or names that cannot be used.
+        ArgumentError: shapes, types, names or (with `check`) contents that cannot be used.
         DeviceError: the device is not available here.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
-        if x.ndim != 4:
-            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    if kv_heads == 0 or heads % kv_heads or heads == 0:
-        raise ArgumentError("k.shape", f"a number of heads that divides the {heads} of q", k.shape)
-    config = AttentionConfig(
-        head_dim,
-        str(q.dtype),
-        value_head_dim=v.shape[3],
-        heads_per_kv=heads // kv_heads,
-        causal=causal,
-        return_lse=return_lse,
-        window_left=window_left,
-        window_right=window_right,
-        softcap=softcap,
+    return call("attention", q, k, v, scale, return_lse, options)
+
+
+def varlen_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    cu_seqlens_q: mx.array,
+    cu_seqlens_k: mx.array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    **options: Unpack[SharedOptions],
+) -> mx.array | tuple[mx.array, mx.array]:
+    """Attention of packed sequences in the layout of ``flash_attn_varlen_func``: heads second.
+
+    The same as `attention` with `cu_seqlens_q`, which takes heads first.
+
+    Args:
+        q: ``(Tq, H, D)``, k: ``(Tk, Hkv, D)``, v: ``(Tk, Hkv, Dv)``: the sequences, one after the
+            other. With a block_table k and v are pages ``(pages, page_size, Hkv, D)``. Quantized
+            keys and values are triples of such arrays.
+        cu_seqlens_q, cu_seqlens_k: ``(N + 1,)``, where they start, and the end of the last. With a
+            block_table the differences of `cu_seqlens_k` are the lengths, unless kv_lens says them.
+        max_seqlen_q, max_seqlen_k: the longest sequence, where it is known: it chooses among tuned
+            kernels, and nothing else.
+        scale, options: as in `attention`.
+        return_lse: also return the log-sum-exp, ``(H, Tq)``, float32.
+
+    Returns:
+        ``(Tq, H, Dv)`` of the type of `q`; with `return_lse` a pair.
+
+    Raises:
+        ArgumentError: shapes (said as `attention` takes them), types or names that cannot be used.
+        DeviceError: the device is not available here.
+    """
+    paged = options.get("block_table") is not None
+    if integers("cu_seqlens_q", cu_seqlens_q, 1) is None:
+        raise ArgumentError("cu_seqlens_q", "an mlx.core.array of integers", None)
+    if paged and options.get("kv_lens") is None and isinstance(cu_seqlens_k, mx.array):
+        options["kv_lens"], cu_seqlens_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1], None
+    result = call(
+        "varlen_attention",
+        _heads_first("q", q, paged=False),
+        _all_heads_first("k", k, paged),
+        _all_heads_first("v", v, paged),
+        scale,
+        return_lse,
+        Options(
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            **options,
+        ),
     )
-    kernel = get_kernel(
-        config,
-        batch=max(1, batch),
-        heads=heads,
-        q_len=max(1, q_len),
-        kv_len=max(1, kv_len),
-        device=device,
-        chip=chip,
-    )
-    return kernel(q, k, v, scale=scale)
+    if isinstance(result, tuple):
+        return result[0][0].swapaxes(0, 1), result[1][0]
+    return result[0].swapaxes(0, 1)
+
+
+def _all_heads_first(name: str, x: Keys, paged: bool) -> Keys:
+    if isinstance(x, (tuple, list)):
+        return [_heads_first(f"{name}[{n}]", part, paged) for n, part in enumerate(x)]
+    return _heads_first(name, x, paged)
+
+
+def _heads_first(name: str, x: mx.array, paged: bool) -> mx.array:
+    if not isinstance(x, mx.array):
+        raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
+    axes = "(pages, page_size, H, D)" if paged else "(T, H, D)"
+    if x.ndim != (4 if paged else 3):
+        raise ArgumentError(f"{name}.shape", f"{4 if paged else 3} axes {axes}", x.shape)
+    return x.swapaxes(1, 2) if paged else x.swapaxes(0, 1)[None]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import mlx.core as mx
 
 from metalgen.block_mask import BlockMask, create_block_mask
-from metalgen.config import AttentionConfig
-from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
+from metalgen.ops.call import Functions, call
+from metalgen.ops.options import Keys, Options
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
@@ -23,18 +23,62 @@ MaskMod = Callable[..., Any]
 """``mask_mod(b, h, q_idx, kv_idx) -> whether the key is seen``, of scalar arrays."""
 
 
+@overload
 def flex_attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Keys,
+    v: Keys,
+    score_mod: ScoreMod | Traced | None = None,
+    mask_mod: MaskMod | Traced | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> mx.array: ...
+
+
+@overload
+def flex_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    score_mod: ScoreMod | Traced | None = None,
+    mask_mod: MaskMod | Traced | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[mx.array, mx.array]: ...
+
+
+@overload
+def flex_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    score_mod: ScoreMod | Traced | None = None,
+    mask_mod: MaskMod | Traced | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> mx.array | tuple[mx.array, mx.array]: ...
+
+
+def flex_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
     score_mod: ScoreMod | Traced | None = None,
     mask_mod: MaskMod | Traced | None = None,
     block_mask: BlockMask | None = None,
     scale: float | None = None,
     *,
     return_lse: bool = False,
-    device: str | None = None,
-    chip: str | None = None,
+    **options: Unpack[Options],
 ) -> mx.array | tuple[mx.array, mx.array]:
     """Attention whose scores and mask are functions, by FlexAttention's conventions, in one kernel.
 
@@ -44,16 +88,20 @@ def flex_attention(
 
     Args:
         q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``; float32, float16
-            or bfloat16; Hkv divides H; any strides.
+            or bfloat16; Hkv divides H; any strides. (Quantized, paged and packed ones:
+            `metalgen.attention`.)
         score_mod: ``score_mod(score, b, h, q_idx, kv_idx)``; the scaled score is float32, batch
-            entry, query head, query and key are int32 and count from 0.
+            entry, query head, query and key are int32 and count from 0. In packed sequences b is
+            the sequence, and queries and keys count from its start.
         mask_mod: ``mask_mod(b, h, q_idx, kv_idx)``, a boolean; the key is seen where it is true.
             Alone it is applied to every element, and no block is skipped.
         block_mask: what `create_block_mask` returned for a mask function, in place of `mask_mod`:
-            blocks that it empties are skipped, and only those it leaves in part are masked.
+            blocks that it empties are skipped, and only those it leaves in part are masked. Not
+            with packed sequences.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.
-        device, chip: as in `metalgen.attention`.
+        options: all others of `metalgen.attention`. What adds to a score comes after `score_mod`,
+            which takes the place of `softcap`; a key is seen where all masks leave it.
 
     Returns:
         ``(B, H, Lq, Dv)`` of the type of `q`, zeros in rows that see no key; with `return_lse` a
@@ -65,13 +113,7 @@ def flex_attention(
         DeviceError: the device is not available here.
     """
     from metalgen.dsl.trace import trace
-    from metalgen.inputs import Inputs
 
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
-        if x.ndim != 4:
-            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
     _check_block_mask(block_mask)
     score = None if score_mod is None else trace(score_mod, "score_mod")
     mask = None if mask_mod is None else trace(mask_mod, "mask_mod")
@@ -80,33 +122,8 @@ def flex_attention(
             expected = "None beside a block_mask, which brings its own mask function"
             raise ArgumentError("mask_mod", expected, mask.graph.text)
         mask = block_mask.mask
-    batch, heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    if kv_heads == 0 or heads % kv_heads or heads == 0:
-        raise ArgumentError("k.shape", f"a number of heads that divides the {heads} of q", k.shape)
-    config = AttentionConfig(
-        head_dim,
-        str(q.dtype),
-        value_head_dim=v.shape[3],
-        heads_per_kv=heads // kv_heads,
-        return_lse=return_lse,
-        score_mod=None if score is None else score.graph.text,
-        mask_mod=None if mask is None else mask.graph.text,
-        block_mask=block_mask is not None,
-    )
-    kernel = get_kernel(
-        config,
-        batch=max(1, batch),
-        heads=heads,
-        q_len=max(1, q_len),
-        kv_len=max(1, kv_len),
-        device=device,
-        chip=chip,
-    )
-    inputs = Inputs(
-        () if score is None else score.arrays, () if mask is None else mask.arrays, block_mask
-    )
-    return kernel(q, k, v, scale=scale, inputs=inputs)
+    functions = Functions(score, mask, block_mask)
+    return call("flex_attention", q, k, v, scale, return_lse, options, functions)
 
 
 def _check_block_mask(block_mask: object) -> None:

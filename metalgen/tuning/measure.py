@@ -1,8 +1,8 @@
 """Timing kernels on a device that has a clock.
 
 As on any GPU of a laptop: warm up by wall clock, because short kernels never raise the clock rate;
-rotate among several sets of arrays, or a cache is what gets measured; take the median; compare by
-interleaving.
+rotate among several sets of arrays, or a cache is what gets measured (`Policy.cache` chooses); take
+the median; compare by interleaving.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 
 from metalgen.devices import Runner
+from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 
 Clock = Callable[[], float]
@@ -26,6 +27,10 @@ MAX_LAUNCHES = 64
 """Launches of one sample."""
 MAX_OUTPUT_BYTES = 256 << 20
 """Bytes of output that the launches of one sample may hold together."""
+MAX_SETS = 64
+"""Sets of arrays, however small they are."""
+CACHES = ("cold", "warm")
+"""What a launch finds in the last-level cache: other arrays, or its own."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +39,38 @@ class Policy:
 
     Args:
         timer: ``"wall"``: from before a launch is built until its result is there.
+        cache: ``"cold"``: launches take so many sets of arrays in turn that each finds its own gone
+            from the cache; ``"warm"``: the same arrays again.
+        sets: sets of arrays at least, where the cache is cold.
+        cold_bytes: what they hold together, at least: past twice the last-level cache of any GPU.
+            There are never more than 64 sets, so the smallest problems stay in a cache.
         warmup_seconds: of work before the first measurement.
         repetitions: samples a measurement, an odd number.
         most_repetitions: samples at most, where the median is uncertain.
         precision: half the width of the median's 95 % interval, over the median, that is enough.
         sample_seconds: a sample repeats a short kernel for about this long.
-        sets: sets of arrays that launches take in turn.
         rounds: rounds of a final, each there and back (A B C, C B A).
+        most_rounds: rounds at most, where it is not settled whether the best beats the default.
+
+    Raises:
+        ArgumentError: a cache that is neither.
     """
 
     timer: str = "wall"
+    cache: str = "cold"
+    sets: int = 3
+    cold_bytes: int = 256 << 20
     warmup_seconds: float = 1.0
     repetitions: int = 7
     most_repetitions: int = 31
     precision: float = 0.01
     sample_seconds: float = 0.01
-    sets: int = 3
     rounds: int = 5
+    most_rounds: int = 30
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise ArgumentError("cache", " or ".join(CACHES), self.cache)
 
     @property
     def key(self) -> str:
@@ -77,20 +97,25 @@ class Timing:
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return high - low
 
-    @property
-    def uncertainty(self) -> float:
-        """Half the width of the median's 95 % interval, over the median.
+    def interval(self, deviations: float = 1.96) -> tuple[float, float]:
+        """An interval of the median, by default the 95 % one; everything where n is 1.
 
-        The interval runs between the samples of ranks ``n/2 -+ 0.98 sqrt(n)`` (binomial, by the
+        It runs between the samples of ranks ``n/2 -+ deviations sqrt(n) / 2`` (binomial, by the
         normal approximation), whatever the samples' distribution.
         """
         n, ordered = len(self.samples), sorted(self.samples)
         if n < 2:
-            return math.inf
-        reach = 0.98 * math.sqrt(n)
+            return -math.inf, math.inf
+        reach = deviations / 2 * math.sqrt(n)
         low = max(0, math.floor(n / 2 - reach))
         high = min(n - 1, math.ceil(n / 2 + reach) - 1)
-        return (ordered[high] - ordered[low]) / 2 / self.median
+        return ordered[low], ordered[high]
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the width of the median's 95 % interval, over the median."""
+        low, high = self.interval()
+        return (high - low) / 2 / self.median
 
     @property
     def outliers(self) -> int:
@@ -109,18 +134,27 @@ class Bench:
         problem: its bucket's sizes are what runs.
         policy: how to measure.
         clock: seconds; another one for tests.
+        beat: called before every sample, off the clock: a sign of life.
     """
 
-    def __init__(self, problem: Problem, policy: Policy, clock: Clock = time.perf_counter) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        policy: Policy,
+        clock: Clock = time.perf_counter,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.problem = problem
         self.policy = policy
         self.clock = clock
+        self.beat = beat
         self.scale = problem.config.head_dim**-0.5
-        self.sets = [arrays(problem, seed) for seed in range(policy.sets)]
+        self.sets = [arrays(problem, seed) for seed in range(set_count(problem, policy))]
         self._next = 0
 
     def run(self, runner: Runner, launches: int = 1) -> float:
         """Seconds a launch of `launches` of them, evaluated together."""
+        self.beat()
         start = self.clock()
         outputs = []
         for _ in range(launches):
@@ -162,17 +196,40 @@ class Bench:
             timing = Timing(timing.samples + more)
         return timing
 
-    def compare(self, runners: Mapping[str, Runner]) -> dict[str, Timing]:
-        """Interleaved samples of several runners: A B C, C B A, and so on."""
+    def compare(
+        self,
+        runners: Mapping[str, Runner],
+        settled: Callable[[dict[str, Timing]], bool] = lambda timings: True,
+        deadline: float = math.inf,
+    ) -> dict[str, Timing]:
+        """Interleaved samples of several runners: A B C, C B A, and so on.
+
+        After the policy's rounds more follow, until the timings are `settled`, the clock reads
+        `deadline` or there were as many as the policy allows.
+        """
         launches = {}
         for name, runner in runners.items():
             self.run(runner)
             launches[name] = self.launches(self.run(runner))
         samples: dict[str, list[float]] = {name: [] for name in runners}
-        for _ in range(self.policy.rounds):
+        for done in range(1, max(self.policy.rounds, self.policy.most_rounds) + 1):
             for name in [*runners, *reversed(list(runners))]:
                 samples[name].append(self.run(runners[name], launches[name]))
-        return {name: Timing(tuple(taken)) for name, taken in samples.items()}
+            timings = {name: Timing(tuple(taken)) for name, taken in samples.items()}
+            if done >= self.policy.rounds and (settled(timings) or self.clock() >= deadline):
+                break
+        return timings
+
+
+def set_count(problem: Problem, policy: Policy) -> int:
+    """How many sets of a problem's arrays a policy takes in turn."""
+    if policy.cache == "warm":
+        return 1
+    config = problem.config
+    kv_heads = max(1, problem.heads // config.heads_per_kv)
+    keys = kv_heads * problem.kv_len * (config.head_dim + config.v_dim)
+    size = (problem.heads * problem.q_len * config.head_dim + keys) * config.itemsize
+    return max(policy.sets, min(MAX_SETS, math.ceil(policy.cold_bytes / size)))
 
 
 def arrays(problem: Problem, seed: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,12 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.schedule import Limits, Schedule
-from metalgen.tuning.measure import Bench, Policy, mlx_runner
+from metalgen.tuning.ahead import Ahead, Asks
+from metalgen.tuning.executing import Executor
+from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.search import Search, rank
+from metalgen.tuning.racing import MLX
+from metalgen.tuning.search import FAILED, Search, rank
 from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
 from metalgen.tuning.starts import borrowed_schedules
 from metalgen.tuning.verifying import failure_status, first_line
@@ -32,8 +35,6 @@ DRIFT_EVERY = 25
 """Measurements after which the best so far is measured again."""
 DRIFT = 0.03
 """Change of its time from which the device is warmed up anew."""
-AGAIN = "default again"
-"""The default schedule's second entry in a race, against itself."""
 HOPELESS = 10.0
 """A schedule this many times slower than the best is measured once only."""
 
@@ -43,7 +44,8 @@ class MeasuredSession(Session):
     """Searches, measures, checks, and races the best against the default and MLX."""
 
     device: Device
-    policy: Policy = field(default_factory=Policy)
+    policy: Policy
+    executor: Executor
 
     notes: dict[str, Any] = field(default_factory=dict)
     """What the run's record says of the present problem: drift, outliers, noise floor."""
@@ -63,25 +65,22 @@ class MeasuredSession(Session):
     def work(self) -> Outcome:
         """Search until the goal, then the finals."""
         self.notes = {}
-        search = Search(self.space, self.valid, self.seed, first=self._starts(), small=self.goal())
-        for row in self.rows(self.policy_key):
-            search.tell(row.schedule, row.seconds if row.status == "ok" else None)
-        bench = Bench(self.problem, self.policy, self.clock)
+        starts = self._starts()
+
+        def make() -> Search[Schedule]:
+            return Search(self.space, self.valid, self.seed, first=starts, small=self.goal())
+
+        search = self._asks(make, self.rows(self.policy_key))
         known = len(search.times)
         self._show_search(search)
-        # The default is asked for first: it races even where earlier rows are as many as wanted.
-        while self.default not in search.times or len(search.times) < self.goal():
-            schedule = search.ask()
-            if schedule is None:
-                break
-            row = self._measure(bench, schedule, search, cold=len(search.times) == known)
-            self.store.add_measurement(row)
-            search.tell(schedule, row.seconds if row.status == "ok" else None)
+        while schedule := self._next(search):
+            row = self._measure(schedule, search, cold=len(search.times) == known)
+            self._keep(row, search)
             self._show_search(search)
             if len(search.times) % DRIFT_EVERY == 0:
-                self._watch_drift(bench, search)
+                self._watch_drift(search)
         self._note_search()
-        winner, rejected, note = self._finals(bench)
+        winner, rejected, note = self._finals()
         default = search.times.get(self.default, math.inf)
         return Outcome(
             self.problem,
@@ -93,6 +92,27 @@ class MeasuredSession(Session):
             tuple(rejected),
             note,
         )
+
+    def _asks(
+        self, make: Callable[[], Search[Schedule]], rows: Sequence[Measurement]
+    ) -> Asks[Schedule]:
+        """The search of the present problem, which knows the rows that are there."""
+        return Ahead(make, [(m.schedule, _seconds(m)) for m in rows], self.executor.ahead)
+
+    def _keep(self, row: Measurement, search: Asks[Schedule]) -> None:
+        """Commit a row, then let the search know."""
+        self.store.add_measurement(row)
+        search.tell(row.schedule, _seconds(row))
+
+    def _next(self, search: Asks[Schedule]) -> Schedule | None:
+        """What to measure now, after asking for what to compile meanwhile; None at the goal."""
+        # The default is asked for first: it races even where earlier rows are as many as wanted.
+        while self.default not in search.asked or len(search.asked) < self.goal():
+            if search.ask() is None:
+                break
+        pending = search.pending
+        self.executor.prepare(self.problem, pending)
+        return pending[0] if pending else None
 
     @property
     def policy_key(self) -> str:
@@ -121,7 +141,7 @@ class MeasuredSession(Session):
         starts += [s for _, s in ranked[:MODEL_STARTS]]
         return tuple(dict.fromkeys(s for s in starts if s in self.valid))
 
-    def _show_search(self, search: Search[Schedule]) -> None:
+    def _show_search(self, search: Asks[Schedule]) -> None:
         times = {s: t for s, t in search.times.items() if t < math.inf}
         best = min(times, key=lambda s: times[s], default=None)
         self.show(
@@ -132,17 +152,14 @@ class MeasuredSession(Session):
             default_seconds=times.get(self.default),
         )
 
-    def _measure(
-        self, bench: Bench, schedule: Schedule, search: Search[Schedule], *, cold: bool
-    ) -> Measurement:
+    def _measure(self, schedule: Schedule, search: Asks[Schedule], *, cold: bool) -> Measurement:
         """Build and time one schedule, whatever comes of it."""
         name, policy = self.device.name, self.policy_key
         best = min(search.times.values(), default=math.inf)
         try:
-            runner = self.device.build(self.problem.config, schedule, self.problem.family)
             if cold:
-                bench.warm_up(runner)
-            timing = bench.measure(runner, give_up=HOPELESS * best)
+                self.executor.warm_up(self.problem, schedule)
+            timing = self.executor.measure(self.problem, schedule, HOPELESS * best)
         except (MetalgenError, RuntimeError, ValueError) as error:
             status, detail = failure_status(error), first_line(error)
             return self.row(schedule, name, policy, status=status, detail=detail)
@@ -161,24 +178,27 @@ class MeasuredSession(Session):
             default_seconds=default if default < math.inf else None,
         )
 
-    def _watch_drift(self, bench: Bench, search: Search[Schedule]) -> None:
+    def _watch_drift(self, search: Asks[Schedule]) -> None:
         """Measure the best so far once more; where its time has changed, warm up."""
         best = min(search.times, key=lambda s: search.times[s])
-        if search.times[best] == math.inf:
+        if search.times[best] == FAILED:
             return
-        runner = self.device.build(self.problem.config, best, self.problem.family)
-        change = bench.measure(runner).median / search.times[best] - 1.0
-        self.notes.setdefault("drift", []).append(round(change, 4))
-        if abs(change) > DRIFT:
-            bench.warm_up(runner)
+        try:
+            again = self.executor.measure(self.problem, best)
+            change = again.median / search.times[best] - 1.0
+            self.notes.setdefault("drift", []).append(round(change, 4))
+            if abs(change) > DRIFT:
+                self.executor.warm_up(self.problem, best)
+        except (MetalgenError, RuntimeError, ValueError) as error:
+            failure_status(error)  # the finals will have the last word on this kernel
 
     def _note_search(self) -> None:
         """Put the drift that was seen and the number of outliers into the run's record."""
         if self.notes:
             self.store.note_run(self.report.run, self.problem.key, self.notes)
 
-    def _finals(self, bench: Bench) -> tuple[Measurement | None, list[Rejected], str]:
-        """Race the best that pass their check; the quickest of them wins."""
+    def _finals(self) -> tuple[Measurement | None, list[Rejected], str]:
+        """Race the best that pass their check; the quickest beyond doubt wins, or the default."""
         policy = self.policy_key
         self.show(phase="checking")
         ran = by_time(self.rows(policy))
@@ -199,38 +219,48 @@ class MeasuredSession(Session):
         if any(m.schedule == self.default for m in ran) and self.default not in finalists:
             self.checker.check(self.problem.config, self.default, self.problem.family)
             finalists.append(self.default)
+        note = ""
         if not {m.schedule for m in self.rows(policy, "final")}.issuperset(finalists):
-            self._race(bench, finalists)
-        finals = by_time([m for m in self.rows(policy, "final") if m.verified])
-        return (finals[0], rejected, "") if finals else (None, rejected, "no finalist passed")
+            note = self._race(finalists)
+        finals = [m for m in self.rows(policy, "final") if m.verified]
+        winner = min(finals, key=lambda m: m.rank, default=None)
+        return winner, rejected, "" if winner else note or "no finalist passed"
 
-    def _race(self, bench: Bench, schedules: Sequence[Schedule]) -> None:
-        """Measure finalists and MLX's own attention, interleaved, and keep the rows."""
-        config, family = self.problem.config, self.problem.family
-        runners = {s.key: self.device.build(config, s, family) for s in schedules}
-        own = mlx_runner(self.problem)
-        rivals = {"mlx": own} if own else {}
-        if self.default.key in runners:  # A against A: what no difference looks like
-            rivals[AGAIN] = runners[self.default.key]
-        timings = bench.compare(runners | rivals)
-        default = timings.get(self.default.key)
-        if default:
-            self.notes["noise_floor"] = round(abs(timings[AGAIN].median / default.median - 1), 5)
-        outliers = sum(timing.outliers for timing in timings.values())
+    def _race(self, schedules: Sequence[Schedule]) -> str:
+        """Measure finalists and MLX's own attention, interleaved, and keep the rows.
+
+        Returns why there are none, where the race could not be run.
+        """
+        takes_part = self.default if self.default in schedules else None
+        try:
+            race = self.executor.race(self.problem, schedules, takes_part, self.deadline)
+        except (MetalgenError, RuntimeError, ValueError) as error:
+            return f"the finals ended with status {failure_status(error)}: {first_line(error)}"
+        if takes_part:
+            self.notes["noise_floor"] = round(race.noise, 5)
+        outliers = sum(timing.outliers for timing in race.timings.values())
         if outliers:
             self.notes["outliers"] = self.notes.get("outliers", 0) + outliers
         self._note_search()
+        default = race.timings[takes_part.key].median if takes_part else None
+        own = race.timings.get(MLX)
         self.store.add_measurements(
             self.row(
                 schedule,
                 self.device.name,
                 self.policy_key,
                 phase="final",
-                seconds=timings[schedule.key].median,
-                spread=timings[schedule.key].spread,
-                samples=timings[schedule.key].samples,
-                default_seconds=default.median if default else None,
-                mlx_seconds=timings["mlx"].median if own else None,
+                seconds=race.timings[schedule.key].median,
+                spread=race.timings[schedule.key].spread,
+                samples=race.timings[schedule.key].samples,
+                default_seconds=default,
+                mlx_seconds=own.median if own else None,
+                detail=race.reservation(schedule.key),
             )
             for schedule in schedules
         )
+        return ""
+
+
+def _seconds(row: Measurement) -> float | None:
+    return row.seconds if row.status == "ok" else None

@@ -64,7 +64,7 @@ class ModelledSession(Session):
             rows = self._rank(candidates, policy)
             new = len(candidates)
         default = next((m.seconds for m in rows if m.schedule == self.default), None)
-        rows = self._preferred(by_time(rows))
+        rows = self._preferred(by_time(rows), default)
         self.show(
             phase="checking",
             tried=len(candidates),
@@ -109,15 +109,19 @@ class ModelledSession(Session):
         self.store.add_measurements(rows, replace_predictions=True)
         return self.rows(policy)
 
-    def _preferred(self, rows: list[Measurement]) -> list[Measurement]:
+    def _preferred(self, rows: list[Measurement], default: float | None) -> list[Measurement]:
         """Rows by time, but those within the model's grain of the best by the bytes they read.
 
-        The model cannot tell such schedules apart; less traffic is less heat and contention.
+        The model cannot tell such schedules apart; less traffic is less heat and contention. None
+        that is modelled slower than the default is preferred.
         """
-        near = [m for m in rows if m.seconds and m.seconds <= GRAIN * (rows[0].seconds or 0.0)]
         p = self.problem
-        if p.family != "forward":
+        if p.family != "forward" or not rows:
             return rows
+        enough = GRAIN * (rows[0].seconds or 0.0)
+        if default is not None:
+            enough = min(enough, default)
+        near = [m for m in rows if m.seconds and m.seconds <= enough]
 
         def read(m: Measurement) -> int:
             sizes = {"batch_heads": p.batch_heads, "q_len": p.q_len, "kv_len": p.kv_len}

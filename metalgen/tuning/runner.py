@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metalgen.database.errors import DatabaseError
 from metalgen.database.store import Store
@@ -13,6 +13,7 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.render import template_hash
+from metalgen.tuning.executing import Executor, Here, lock_file
 from metalgen.tuning.measure import Clock, Policy
 from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.modelled import ModelledSession
@@ -22,6 +23,7 @@ from metalgen.tuning.verifying import Checker, Verify
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
+    from metalgen.tuning.distributed import Share
 
 
 def tune(
@@ -38,6 +40,7 @@ def tune(
     policy: Policy | None = None,
     clock: Clock = time.perf_counter,
     verify: Verify | None = None,
+    share: Share | None = None,
 ) -> Report:
     """Tune problems for a chip, and keep every result as soon as it is there.
 
@@ -57,33 +60,53 @@ def tune(
         policy: how to measure; None: the standard one.
         clock: seconds, for the budget and for measurements.
         verify: the check; another one for tests.
+        share: where to meet other workers of the same chip, who share the schedules out.
 
     A `KeyboardInterrupt` ends the run early: what was done is in the report and in the store.
 
     Raises:
-        ArgumentError: `trials`, `budget` or `seed` that cannot be.
+        ArgumentError: `trials`, `budget` or `seed` that cannot be; a `share` without a device.
+        StorageError: the shared storage fails, or is of workers unlike this one.
         IncompleteChip: the chip model does not know this chip, and there is no device.
         DatabaseError: the store can no longer be written.
     """
     check_arguments(trials, budget, seed)
+    if share and not device:
+        raise ArgumentError("share", "a device that measures; predictions need no sharing", share)
     executing = checker or device
     versions = template_hash("forward", (executing.target if executing else None) or "metal")
     start = clock()
     report = Report("", chip.name, "measured" if device else "modelled", versions)
-    session = _session(
-        device,
-        policy,
-        chip=chip,
-        store=store,
-        checker=Checker(store, executing, versions, verify),
-        report=report,
-        trials=trials,
-        seed=seed,
-        observe=observe or (lambda progress: None),
-        clock=clock,
-        deadline=math.inf if budget is None else start + budget,
-        start=start,
-    )
+    deadline = math.inf if budget is None else start + budget
+    policy = policy or Policy()
+    executor: Executor | None = None
+    if device:
+        executor = Here(device, policy, clock, lock=lock_file())
+        if executing is device:
+            verify = verify or executor.verify
+    common: dict[str, Any] = {
+        "chip": chip,
+        "store": store,
+        "checker": Checker(store, executing, versions, verify),
+        "report": report,
+        "trials": trials,
+        "seed": seed,
+        "observe": observe or (lambda progress: None),
+        "clock": clock,
+        "deadline": deadline,
+        "start": start,
+    }
+    session: Session
+    if device and executor:
+        common |= {"device": device, "policy": policy, "executor": executor}
+        if share:
+            from metalgen.tuning.shared import SharedSession
+
+            session = SharedSession(**common, share=share)
+        else:
+            session = MeasuredSession(**common)
+    else:
+        session = ModelledSession(**common)
     notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
     report.run = store.begin_run(chip.name, seed, notes)
     ended = "failed"
@@ -98,6 +121,7 @@ def tune(
     finally:
         report.seconds = clock() - start
         report.checks = session.checker.checked
+        session.close()
         try:
             store.end_run(report.run, ended)
         except DatabaseError:
@@ -114,9 +138,3 @@ def check_arguments(trials: int | None, budget: float | None, seed: int) -> None
         raise ArgumentError("budget", "seconds above 0", budget)
     if type(seed) is not int or not 0 <= seed < 1 << 31:
         raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
-
-
-def _session(device: Device | None, policy: Policy | None, **common: object) -> Session:
-    if device is None:
-        return ModelledSession(**common)  # type: ignore[arg-type]
-    return MeasuredSession(**common, device=device, policy=policy or Policy())  # type: ignore[arg-type]

@@ -89,6 +89,9 @@ class Session(abc.ABC):
         self.show(phase="done")
         return outcome
 
+    def close(self) -> None:  # noqa: B027 - most sessions hold nothing
+        """Let go of what the session holds beside the store."""
+
     def show(self, **changes: Any) -> None:
         """Tell the observer, and stop when the budget is spent."""
         for name, value in changes.items():

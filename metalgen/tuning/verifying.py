@@ -10,6 +10,7 @@ from metalgen.database.store import Check, Store
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
+from metalgen.tuning.executing import KernelFailure
 from metalgen.verify import Verification
 
 Verify = Callable[..., Verification]
@@ -28,6 +29,8 @@ def failure_status(error: Exception) -> str:
     """
     from metalgen.simulator import errors as simulator
 
+    if isinstance(error, KernelFailure):
+        return error.status
     if isinstance(error, DeviceError | simulator.MissingToolchain | simulator.MemoryLimit):
         raise CannotCheck(str(error)) from error
     if isinstance(error, simulator.WorkerLost | MemoryError):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, modelled, row
 
-from metalgen.database import exchange
+from metalgen.database import exchange, merging
 from metalgen.database.exchange import Summary, join
 from metalgen.database.measurement import Measurement
+from metalgen.database.rows import COLUMNS, FAULTS, Reader, Tables, row_of_measurement
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 
@@ -200,3 +201,92 @@ def test_decode_rows_are_exchanged_too(tmp_path: Path) -> None:
     with Store.open(tmp_path / "t.db") as store:
         assert exchange.merge(store, [source]) == Summary(new=1)
         assert store.measurements(problem)[0].schedule == schedule
+
+
+def test_batches_change_neither_the_outcome_of_a_merge_nor_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(11)
+    sources = [records(tmp_path / f"{n}.jsonl", some_rows(draw, 12)) for n in range(6)]
+    here = some_rows(draw, 4)
+    outcomes = []
+    for gathered, batch in ((1, 1), (20, 2), (merging.GATHERED, merging.BATCH)):
+        monkeypatch.setattr(merging, "GATHERED", gathered)
+        monkeypatch.setattr(merging, "BATCH", batch)
+        path = database(tmp_path / f"{gathered}.db", here)
+        with Store.open(path) as store:
+            plan = exchange.merge(store, sources, dry_run=True)
+            summary = exchange.merge(store, sources)
+        assert plan == summary
+        outcomes.append((exported(path), summary))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    summary = outcomes[0][1]
+    assert summary.new + summary.pooled + summary.same == 6
+    assert summary.new == 6 - len(here)
+    # What is in conflict follows from the sources alone.
+    statuses: dict[object, set[bool]] = {exchange.identity(m): {m.status == "ok"} for m in here}
+    for source in sources:
+        for m in exchange.read(source, Summary()):
+            statuses.setdefault(exchange.identity(m), set()).add(m.status == "ok")
+    assert summary.conflicts == sum(len(seen) == 2 for seen in statuses.values()) > 0
+
+
+BAD_VALUES = (
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        40,
+        40.0,
+        -1.0,
+        0.0,
+        0.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+    ),
+    *("", "ok", "wrong", "M3Max", "Z80", "../x", "{{ 7*7 }}", "\x1b[2J", "x" * 70_000, b"ok"),
+    *("[]", "[ ]", "[true]", "[1]", "[1.0, -1.0]", "[NaN]", "[Infinity]", '["x"]', "[null]", "{}"),
+    *("[" * 5000, "[1.0", "[[1.0]]", "1.0", "2026-11-21T08:00:00Z", "2026-11-21"),
+)
+
+
+@pytest.mark.parametrize("column", range(len(COLUMNS)), ids=COLUMNS)
+def test_a_reader_that_has_seen_good_rows_accepts_nothing_that_a_new_one_refuses(
+    column: int,
+) -> None:
+    """What was found good is not proved again, so every way past that must be as narrow."""
+    good = [
+        row(FIRST, samples=(1e-3, 2e-3), verified=True, spread=1e-4, error=1e-4),
+        row(SECOND, samples=()),
+        row(THIRD, None, status="wrong", detail="no"),
+    ]
+    tables = Tables({1: PROBLEM.key, 2: "{}"}, {n: m.schedule.key for n, m in enumerate(good)})
+    rows = []
+    for n, m in enumerate(good):
+        found = row_of_measurement(m)
+        texts = (1, n, *found.key[2:], *found[1:-1], str(list(found.samples)))
+        rows.append(tuple(int(v) if type(v) is bool else v for v in texts))
+    learned = Reader()
+    assert [learned.row(values, tables) for values in rows] == [*map(row_of_measurement, good)]
+    accepted = 0
+    for values, bad in itertools.product(rows, BAD_VALUES):
+        changed = (*values[:column], bad, *values[column + 1 :])
+        outcomes: list[object] = []
+        for reader in (Reader(), learned):
+            try:
+                # The tables too remember what was found good.
+                fresh = Tables(tables.problems, tables.schedules)
+                outcomes.append(reader.row(changed, fresh if reader is not learned else tables))
+            except FAULTS as error:
+                outcomes.append(type(error))
+        if isinstance(outcomes[1], tuple):
+            assert repr(outcomes[0]) == repr(outcomes[1]), (COLUMNS[column], bad)
+            accepted += 1
+        else:
+            assert outcomes[0] == outcomes[1], (COLUMNS[column], bad)
+    assert accepted < len(rows) * len(BAD_VALUES)

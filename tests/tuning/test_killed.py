@@ -35,7 +35,9 @@ WORKER = textwrap.dedent(
 
     pause, trials, width = float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
     problem = Problem(AttentionConfig(head_dim=width), 2, 16, 16, family="forward")
-    policy = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, rounds=2)
+    policy = Policy(
+        warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, cold_bytes=0, rounds=2
+    )
     gpu = FakeGpu(Clock())
 
     def observe(progress):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import mlx.core as mx
@@ -11,13 +12,16 @@ from tuning_fakes import Clock
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Runner, get_device
+from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
 from metalgen.schedule import default_schedule
-from metalgen.tuning.measure import Bench, Policy, Timing, arrays, mlx_runner
+from metalgen.tuning.measure import Bench, Policy, Timing, arrays, mlx_runner, set_count
 
 PROBLEM = Problem(AttentionConfig(head_dim=8, heads_per_kv=2, causal=True), 4, 16, 32)
-POLICY = Policy(warmup_seconds=0.5, repetitions=5, sample_seconds=0.01, sets=2, rounds=2)
+POLICY = Policy(
+    warmup_seconds=0.5, repetitions=5, sample_seconds=0.01, sets=2, cold_bytes=0, rounds=2
+)
 
 
 def runner(clock: Clock, seconds: float, log: list[str], name: str = "") -> Runner:
@@ -33,9 +37,9 @@ def runner(clock: Clock, seconds: float, log: list[str], name: str = "") -> Runn
 
 def test_the_policy_is_a_canonical_key() -> None:
     assert Policy().key == (
-        '{"most_repetitions":31,"precision":0.01,"repetitions":7,"rounds":5,'
-        '"sample_seconds":0.01,"sets":3,"timer":"wall",'
-        '"warmup_seconds":1.0}'
+        '{"cache":"cold","cold_bytes":268435456,"most_repetitions":31,"most_rounds":30,'
+        '"precision":0.01,"repetitions":7,"rounds":5,"sample_seconds":0.01,"sets":3,'
+        '"timer":"wall","warmup_seconds":1.0}'
     )
 
 
@@ -89,6 +93,57 @@ def test_launches_take_the_sets_of_arrays_in_turn() -> None:
     assert seen == [0, 1, 0, 1, 0, 1, 0]
 
 
+def test_a_cold_cache_takes_as_many_sets_as_fill_it_and_a_warm_one_takes_one() -> None:
+    problem = Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=2), 8, 1024, 2048)
+    size = (8 * 1024 * 64 + 4 * 2048 * (64 + 32)) * 2
+    assert size == sum(x.nbytes for x in arrays(problem, 0))
+    assert set_count(problem, Policy(cold_bytes=5 * size)) == 5
+    assert set_count(problem, Policy(cold_bytes=5 * size + 1)) == 6
+    assert set_count(problem, Policy(cold_bytes=0, sets=3)) == 3
+    assert set_count(problem, Policy(cache="warm")) == 1
+    assert set_count(PROBLEM, Policy()) == 64  # 1 KiB each: in any cache, and the page says so
+    warm = Bench(PROBLEM, Policy(cache="warm"), Clock())
+    taken = []
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        taken.append(q)
+        return mx.zeros(1), None
+
+    warm.run(run, 4)
+    assert len(taken) == 4 and all(q is warm.sets[0][0] for q in taken)
+
+
+def test_another_cache_than_cold_or_warm_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="cache: expected cold or warm, but got 'hot'"):
+        Policy(cache="hot")
+
+
+def test_a_beat_is_given_before_every_sample() -> None:
+    clock, log = Clock(), []
+    bench = Bench(PROBLEM, POLICY, clock, beat=lambda: log.append("beat"))
+    bench.compare({"a": runner(clock, 1.0, log, "a")})
+    assert log == ["beat", "a"] * 6
+
+
+def test_a_comparison_goes_on_until_it_is_settled_or_the_time_is_over() -> None:
+    clock = Clock()
+    policy = dataclasses.replace(POLICY, most_rounds=9)
+    rounds = []
+
+    def settled(timings: dict[str, Timing]) -> bool:
+        rounds.append(len(timings["a"].samples) // 2)
+        return len(rounds) == 4
+
+    runners = {"a": runner(clock, 1.0, [])}
+    Bench(PROBLEM, policy, clock).compare(runners, settled)
+    assert rounds == [2, 3, 4, 5]
+    never = Bench(PROBLEM, policy, clock).compare(runners, lambda timings: False)
+    assert len(never["a"].samples) == 18
+    cut = Bench(PROBLEM, policy, clock)
+    timings = cut.compare(runners, lambda timings: False, deadline=clock.now + 9.5)
+    assert len(timings["a"].samples) == 8  # two to begin with, then rounds of two seconds
+
+
 def test_arrays_have_the_shapes_of_the_bucket_and_unit_variance() -> None:
     q, k, v = arrays(Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=3), 9, 50, 60), 0)
     assert (q.shape, k.shape, v.shape) == ((1, 15, 64, 64), (1, 5, 64, 64), (1, 5, 64, 32))
@@ -119,7 +174,7 @@ def test_mlx_does_not_race_where_it_computes_something_else(problem: Problem) ->
 
 
 def test_a_real_device_can_be_measured_with_a_real_clock() -> None:
-    policy = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-4, sets=2)
+    policy = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-4, sets=2, cold_bytes=0)
     config = PROBLEM.config
     plain = get_device("reference").build(config, default_schedule(config))
     timing = Bench(PROBLEM, policy).measure(plain)
@@ -146,7 +201,7 @@ def test_outliers_are_counted_and_kept() -> None:
 
 def test_an_uncertain_median_gets_more_samples_and_a_certain_one_does_not() -> None:
     clock = Clock()
-    policy = Policy(warmup_seconds=0.0, sample_seconds=1e-9, sets=1, repetitions=5)
+    policy = Policy(warmup_seconds=0.0, sample_seconds=1e-9, sets=1, cold_bytes=0, repetitions=5)
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16)
     bench = Bench(problem, policy, clock)
     noise = itertools.cycle((0.0, 0.5))

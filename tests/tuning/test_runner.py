@@ -15,7 +15,7 @@ from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
-from metalgen.database.measurement import host
+from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
@@ -33,7 +33,9 @@ from metalgen.tuning.verifying import CannotCheck, failure_status
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
-POLICY = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, rounds=2)
+POLICY = Policy(
+    warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, cold_bytes=0, rounds=2
+)
 
 
 @pytest.fixture
@@ -65,10 +67,14 @@ def on_gpu(
 
 
 def by_prediction(problem: Problem) -> list[Schedule]:
-    """All valid schedules by predicted time; within 1 % of the best by the bytes they read."""
+    """All valid schedules by predicted time; within 1 % of the best by the bytes they read.
+
+    But none that is slower than the default.
+    """
     valid = enumerate_valid(problem.config, CHIP.limits)
     times = {s: predict(problem, s, CHIP).seconds for s in valid}
     best = min(times.values())
+    default = times[default_schedule(problem.config)]
     stored = set(sorted(valid, key=lambda s: (times[s], s.key))[:64])
 
     def order(s: Schedule) -> tuple[bool, float, float, str]:
@@ -79,7 +85,7 @@ def by_prediction(problem: Problem) -> list[Schedule]:
             q_len=problem.q_len,
             kv_len=problem.kv_len,
         )
-        near = s in stored and times[s] <= 1.01 * best
+        near = s in stored and times[s] <= min(1.01 * best, default)
         return (
             not near,
             counts.q_read + counts.k_read + counts.v_read if near else 0,
@@ -88,6 +94,13 @@ def by_prediction(problem: Problem) -> list[Schedule]:
         )
 
     return sorted(valid, key=order)
+
+
+def read(m: Measurement) -> int:
+    """Bytes that a schedule reads from the device."""
+    p = m.problem
+    sizes = {"batch_heads": p.batch_heads, "q_len": p.q_len, "kv_len": p.kv_len}
+    return forward_counts(p.config, m.schedule, **sizes).device_read
 
 
 # By the chip model
@@ -115,6 +128,21 @@ def test_the_model_ranks_everything_and_the_best_that_passes_its_check_wins(stor
         checked = {s for _, s in verify.asked}  # a check counts for all problems of a config
         assert {m.schedule for m in rows if m.verified} == checked & set(kept)
     assert (report.provenance, report.stopped, report.checks) == ("modelled", None, 2)
+
+
+def test_no_winner_is_modelled_slower_than_the_default(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelled, "GRAIN", 1e6)  # so that bytes alone would decide
+    problem = Problem(AttentionConfig(head_dim=128), 32, 128, 128, family="forward")
+    verify = FakeVerify()
+    report = tune([problem], get_chip("M1"), store, checker=get_device("reference"), verify=verify)
+    winner, default = report.outcomes[0].winner, report.outcomes[0].default_seconds
+    assert winner is not None and winner.seconds is not None and default is not None
+    assert winner.seconds <= default
+    rows = store.measurements(problem)
+    bytes_read = {(m.seconds or 0.0) <= default: read(m) for m in sorted(rows, key=read)[::-1]}
+    assert read(winner) == bytes_read[True] > bytes_read[False]  # least of either side
 
 
 def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:

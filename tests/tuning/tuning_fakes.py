@@ -33,7 +33,7 @@ def cost(schedule: Schedule) -> float:
 
 
 class FakeGpu(Device):
-    """Its kernels compute nothing and take `cost`; `fails` names those that cannot be built."""
+    """Its kernels compute nothing and take `seconds`; `fails` names those that cannot be built."""
 
     name = "metal"
     target = "metal"
@@ -41,9 +41,13 @@ class FakeGpu(Device):
     is_gpu = True
 
     def __init__(
-        self, clock: Clock, fails: Callable[[Schedule], Exception | None] = lambda s: None
+        self,
+        clock: Clock,
+        fails: Callable[[Schedule], Exception | None] = lambda s: None,
+        seconds: Callable[[Schedule], float] = cost,
     ) -> None:
         self.clock = clock
+        self.seconds = seconds
         self.fails = fails
         self.built: list[Schedule] = []
 
@@ -59,7 +63,7 @@ class FakeGpu(Device):
         def run(
             q: mx.array, k: mx.array, v: mx.array, scale: float
         ) -> tuple[mx.array, mx.array | None]:
-            self.clock.now += cost(schedule)
+            self.clock.now += self.seconds(schedule)
             return mx.zeros(1), None
 
         return run

@@ -1,0 +1,368 @@
+"""From arrays and options to a config, its inputs and a kernel: what every operation shares."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from metalgen.config import KV_BITS, KV_GROUPS, AttentionConfig
+from metalgen.dispatch import get_kernel
+from metalgen.errors import ArgumentError
+from metalgen.inputs import Inputs, check_call, key_places
+from metalgen.ops.conversions import booleans, brief, dropout_key, integers, numbers, scores
+from metalgen.ops.options import Keys, Options
+from metalgen.ops.rope import Rope
+from metalgen.problem import DECODE_QUERIES
+
+if TYPE_CHECKING:
+    from metalgen.block_mask import BlockMask
+    from metalgen.dsl.trace import Traced
+
+KNOWN_OPTIONS = Options.__optional_keys__
+
+USERS_NAMES = {
+    "array_mask": "mask",
+    "cu_k": "cu_seqlens_k",
+    "cu_q": "cu_seqlens_q",
+    "dtype": "q.dtype",
+    "head_dim": "q.shape, head_dim",
+    "k_biases": "k[2]",
+    "k_scales": "k[1]",
+    "page_size": "k.shape, keys of a page",
+    "rope": "rope.style",
+    "rope_dims": "rope.dims",
+    "rope_freqs": "rope.freqs",
+    "rope_offset": "rope.offset",
+    "v_biases": "v[2]",
+    "v_scales": "v[1]",
+    "value_head_dim": "v.shape, value_head_dim",
+}
+"""What users call the fields of configs and inputs that have another name there."""
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What `metalgen.flex_attention` adds to a call."""
+
+    score: Traced | None = None
+    mask: Traced | None = None
+    blocks: BlockMask | None = None
+
+
+NO_FUNCTIONS = Functions()
+
+
+def call(
+    operation: str,
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    scale: float | None,
+    return_lse: bool,
+    options: Options,
+    functions: Functions = NO_FUNCTIONS,
+) -> mx.array | tuple[mx.array, mx.array]:
+    """The attention of `metalgen.attention`, whose docstring says what everything is.
+
+    Raises:
+        TypeError: an option that there is not.
+        ArgumentError: naming what the user passed, as the user calls it.
+    """
+    if not options.keys() <= KNOWN_OPTIONS:
+        raise _unexpected(operation, options)
+    names = dict(USERS_NAMES)
+    try:
+        options = _widened(options, functions, names)
+        key, value, bits, group = _main_arrays(q, k, v, names)
+        config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
+        inputs = _inputs(config, q, key, value, options, functions)
+        kernel = get_kernel(config, **_sizes(config, q, key[0], inputs, options))
+        if options.get("check", False):
+            _check_contents(config, q, key[0], value[0], inputs)
+        return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
+    except ArgumentError as error:
+        if type(error) is ArgumentError:
+            _rename(error, names)
+        raise
+
+
+def _main_arrays(
+    q: mx.array, k: Keys, v: Keys, names: dict[str, str]
+) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...], int | None, int]:
+    """Keys and values taken apart, each with what it is quantized by; bits and group of that."""
+    key, value = _taken_apart("k", k), _taken_apart("v", v)
+    for name, x in (("q", q), ("k", key[0]), ("v", value[0])):
+        if not isinstance(x, mx.array):
+            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
+        if x.ndim != 4:
+            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
+    if len(key) != len(value):
+        odd = "v" if len(key) == 3 else "k"
+        other = "k" if odd == "v" else "v"
+        expected = f"as {other} is: both the triples of mx.quantize, or both arrays"
+        raise ArgumentError(odd, expected, type(v if odd == "v" else k).__name__)
+    heads, kv_heads = q.shape[1], key[0].shape[1]
+    if kv_heads == 0 or heads % kv_heads or heads == 0:
+        expected = f"a number of heads that divides the {heads} of q"
+        raise ArgumentError("k.shape", expected, key[0].shape)
+    if len(key) == 1:
+        return key, value, None, 64
+    names |= {"k": "k[0]", "v": "v[0]"}
+    bits, group = _quantization("k", key, q.shape[3])
+    v_dim = value[0].shape[3] * 32 // bits
+    if (value[0].dtype, value[1].shape[3] * group) != (mx.uint32, v_dim):
+        expected = f"quantized as k is, with {bits} bits and groups of {group}"
+        raise ArgumentError("v", expected, [f"{x.dtype} {x.shape}" for x in value])
+    return key, value, bits, group
+
+
+def _taken_apart(name: str, x: Any) -> tuple[Any, ...]:
+    if isinstance(x, mx.array) or not isinstance(x, (tuple, list)):
+        return (x,)
+    whole = len(x) == 3 and all(isinstance(part, mx.array) and part.ndim == 4 for part in x)
+    if not whole:
+        what = f"mx.quantize({name}, group_size=64, bits=8)"
+        expected = f"an mlx.core.array, or the three of 4 axes that {what} returns"
+        raise ArgumentError(name, expected, [getattr(part, "shape", part) for part in x])
+    return tuple(x)
+
+
+def _quantization(name: str, parts: tuple[mx.array, ...], width: int) -> tuple[int, int]:
+    """Bits and group of quantized rows of a width."""
+    packed, scales = parts[0].shape[3], parts[1].shape[3]
+    if parts[0].dtype != mx.uint32:
+        raise ArgumentError(f"{name}[0].dtype", "uint32, as of mx.quantize", str(parts[0].dtype))
+    bits = next((b for b in KV_BITS if packed * 32 == width * b), None)
+    if bits is None:
+        sizes = " or ".join(f"{width * b // 32} ({b} bits)" for b in KV_BITS)
+        expected = f"a last axis of {sizes} for queries of width {width}"
+        raise ArgumentError(f"{name}[0].shape", expected, parts[0].shape)
+    group = next((g for g in KV_GROUPS if scales * g == width), None)
+    if group is None:
+        known = ", ".join(f"{width // g} (groups of {g})" for g in KV_GROUPS if width % g == 0)
+        expected = f"a last axis of {known}" if known else "queries of a width that 32 divides"
+        raise ArgumentError(f"{name}[1].shape", expected, parts[1].shape)
+    return bits, group
+
+
+def _widened(options: Options, functions: Functions, names: dict[str, str]) -> Options:
+    """The options with `mask` and its like said in one way; what excludes each other is refused."""
+    mask = options.get("mask")
+    cu_q, table = options.get("cu_seqlens_q"), options.get("block_table")
+    if mask is not None:
+        options = {**options}
+        if isinstance(mask, str):
+            if mask != "causal":
+                raise ArgumentError("mask", 'an mlx.core.array, "causal", or None', mask)
+            options |= {"mask": None, "causal": True}
+        elif isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating):
+            if options.get("bias") is not None:
+                expected = "booleans beside a bias; write bias=bias + mask for the sum of both"
+                raise ArgumentError("mask", expected, str(mask.dtype))
+            options |= {"mask": None, "bias": mask}
+            names["bias"] = "mask"
+    if cu_q is None:
+        for name in ("cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
+            if options.get(name) is not None:
+                raise ArgumentError(name, "None without cu_seqlens_q", options.get(name))
+    else:
+        counted = "counts queries and keys of each sequence from 0"
+        for name, given, instead in (
+            ("bias", options.get("bias"), f"flex_attention's score_mod, which {counted}"),
+            ("mask", options.get("mask"), f"flex_attention's mask_mod, which {counted}"),
+            ("block_mask", functions.blocks, "mask_mod, and no block_mask"),
+            ("kv_lens", options.get("kv_lens") if table is None else None, "cu_seqlens_k"),
+            ("max_work", options.get("max_work"), "fewer sequences a call"),
+        ):
+            if given is not None:
+                expected = f"None beside cu_seqlens_q; use {instead}"
+                raise ArgumentError(names.get(name, name), expected, brief(given))
+        if table is not None and options.get("cu_seqlens_k") is not None:
+            expected = "None beside a block_table, where kv_lens says how many keys there are"
+            given = options.get("cu_seqlens_k")
+            raise ArgumentError("cu_seqlens_k", expected, brief(given))
+    if table is not None and options.get("kv_lens") is None:
+        expected = "an mlx.core.array beside a block_table: how many keys each sequence has"
+        raise ArgumentError("kv_lens", expected, None)
+    return options
+
+
+def _config(
+    q: mx.array,
+    key: mx.array,
+    value: mx.array,
+    bits: int | None,
+    group: int,
+    return_lse: bool,
+    options: Options,
+    functions: Functions,
+) -> AttentionConfig:
+    rope = options.get("rope")
+    if rope is not None and not isinstance(rope, Rope):
+        raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
+    table = options.get("block_table")
+    packed = 1 if bits is None else 32 // bits
+    return AttentionConfig(
+        q.shape[3],
+        str(q.dtype),
+        value_head_dim=value.shape[3] * packed,
+        heads_per_kv=q.shape[1] // key.shape[1],
+        causal=options.get("causal", False),
+        return_lse=return_lse,
+        window_left=options.get("window_left"),
+        window_right=options.get("window_right"),
+        softcap=options.get("softcap"),
+        score_mod=None if functions.score is None else functions.score.graph.text,
+        mask_mod=None if functions.mask is None else functions.mask.graph.text,
+        block_mask=functions.blocks is not None,
+        alibi=options.get("alibi_slopes") is not None,
+        bias=options.get("bias") is not None,
+        array_mask=options.get("mask") is not None,
+        sinks=options.get("sinks") is not None,
+        dropout=options.get("dropout", 0.0),
+        varlen=options.get("cu_seqlens_q") is not None,
+        kv_lens=options.get("kv_lens") is not None and table is None,
+        page_size=None if table is None else key.shape[2],
+        kv_bits=bits,
+        kv_group=group,
+        rope=None if rope is None else rope.style,
+        rope_dims=None if rope is None else rope.dims,
+        deterministic=options.get("deterministic", False),
+        max_work=options.get("max_work"),
+    )
+
+
+def _inputs(
+    config: AttentionConfig,
+    q: mx.array,
+    key: tuple[mx.array, ...],
+    value: tuple[mx.array, ...],
+    options: Options,
+    functions: Functions,
+) -> Inputs:
+    """The other arrays of a call, in the types that kernels take."""
+    found: dict[str, Any] = {
+        "cu_q": integers("cu_seqlens_q", options.get("cu_seqlens_q"), 1),
+        "kv_lens": integers("kv_lens", options.get("kv_lens"), 1),
+        "block_table": integers("block_table", options.get("block_table"), 2),
+        "alibi_slopes": numbers("alibi_slopes", options.get("alibi_slopes")),
+        "sinks": numbers("sinks", options.get("sinks")),
+        "bias": scores(options.get("bias"), q.dtype),
+        "array_mask": booleans(options.get("mask")),
+        "dropout_key": dropout_key(config, options.get("dropout_key")),
+    }
+    if config.varlen and config.page_size is None:
+        cu_k = options.get("cu_seqlens_k")
+        if cu_k is None and q.shape[2] != key[0].shape[2]:
+            expected = "an mlx.core.array, for q and k differ in length"
+            raise ArgumentError("cu_seqlens_k", expected, None)
+        found["cu_k"] = found["cu_q"] if cu_k is None else integers("cu_seqlens_k", cu_k, 1)
+    if config.kv_bits is not None:
+        found |= {
+            "k_scales": key[1],
+            "k_biases": key[2],
+            "v_scales": value[1],
+            "v_biases": value[2],
+        }
+    rope = options.get("rope")
+    if rope is not None:
+        found["rope_freqs"] = rope.turns(config.head_dim)
+        found["rope_offset"] = _offsets(rope.offset, q, key[0], found)
+    return Inputs(
+        score=() if functions.score is None else functions.score.arrays,
+        mask=() if functions.mask is None else functions.mask.arrays,
+        blocks=functions.blocks,
+        **found,
+    )
+
+
+def _offsets(
+    offset: int | mx.array | None, q: mx.array, key: mx.array, found: dict[str, Any]
+) -> mx.array:
+    """Positions of the sequences' first queries, ``(N,)``; by default the end of their keys."""
+    cu_q, cu_k, kv_lens = (found.get(name) for name in ("cu_q", "cu_k", "kv_lens"))
+    count = q.shape[0] if cu_q is None else max(1, cu_q.size - 1)
+    if isinstance(offset, mx.array):
+        given = integers("rope.offset", offset, 0, 1)
+        assert given is not None
+        return given if given.ndim else mx.broadcast_to(given, (count,))
+    if offset is not None:
+        return mx.full((count,), offset, mx.int32)
+    q_len = q.shape[2] if cu_q is None else cu_q[1:] - cu_q[:-1]
+    kv_len = key.shape[2] if cu_k is None else cu_k[1:] - cu_k[:-1]
+    kv_len = kv_len if kv_lens is None else kv_lens
+    lengths = [mx.array(x, mx.int32) for x in (kv_len, q_len)]
+    if any(x.shape not in ((), (count,)) for x in lengths):
+        return mx.zeros((count,), mx.int32)  # check_call says which of them does not fit
+    return mx.broadcast_to(lengths[0] - lengths[1], (count,))
+
+
+def _sizes(
+    config: AttentionConfig, q: mx.array, key: mx.array, inputs: Inputs, options: Options
+) -> dict[str, Any]:
+    """What `get_kernel` chooses among tuned kernels by."""
+    batch, heads, q_len = q.shape[:3]
+    kv_len = key_places(config, key, inputs)
+    if inputs.cu_q is not None:
+        batch = max(1, inputs.cu_q.size - 1)
+        q_len = _longest("max_seqlen_q", options.get("max_seqlen_q")) or -(-q_len // batch)
+        if config.deterministic and options.get("max_seqlen_q") is None:
+            # One family, whatever else is packed beside a sequence.
+            q_len = max(q_len, DECODE_QUERIES + 1)
+        if inputs.cu_k is not None:
+            kv_len = -(-kv_len // batch)
+        kv_len = _longest("max_seqlen_k", options.get("max_seqlen_k")) or kv_len
+    return {
+        "batch": max(1, batch),
+        "heads": heads,
+        "q_len": max(1, q_len),
+        "kv_len": max(1, kv_len),
+        "device": options.get("device"),
+        "chip": options.get("chip"),
+    }
+
+
+def _longest(name: str, length: object) -> int | None:
+    if length is None or (type(length) is int and length >= 0):
+        return length
+    raise ArgumentError(name, "a length, or None", brief(length))
+
+
+def _check_contents(
+    config: AttentionConfig, q: mx.array, key: mx.array, value: mx.array, inputs: Inputs
+) -> None:
+    from metalgen.contents import check_contents
+
+    check_call(config, q, key, value, inputs)
+    try:
+        check_contents(config, q, key, inputs)
+    except ValueError as error:
+        if isinstance(error, ArgumentError) or "eval" not in str(error):
+            raise
+        expected = "False inside of mx.compile, where arrays have no contents yet"
+        raise ArgumentError("check", expected, True) from None
+
+
+def _rename(error: ArgumentError, names: dict[str, str]) -> None:
+    """Say an error in the user's names; the traceback stays."""
+    head = re.match(r"\w+", error.argument)
+    if head and head[0] in names:
+        error.argument = names[head[0]] + error.argument[head.end() :]
+    error.expected = re.sub(
+        r"\b(cu_[qk]|array_mask|[kv]_(scales|biases)|rope_(freqs|offset|dims))\b",
+        lambda found: names[found[0]],
+        error.expected,
+    )
+    error.args = (f"{error.argument}: expected {error.expected}, but got {error.got!r}",)
+
+
+def _unexpected(operation: str, options: Options) -> TypeError:
+    import difflib
+
+    name = next(name for name in options if name not in KNOWN_OPTIONS)
+    near = difflib.get_close_matches(name, KNOWN_OPTIONS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"{operation}() got an unexpected keyword argument {name!r}{hint}")

@@ -1,0 +1,79 @@
+"""Rotary embedding, as users describe it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from metalgen.config import ROPES
+from metalgen.errors import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """How rows turn with their position: what ``mx.fast.rope`` computes (Su et al., 2021).
+
+    Column pair c of a row at position p turns by ``p * scale / base ** (2 c / dims)`` radians, or
+    by ``p * scale / freqs[c]``.
+
+    Args:
+        dims: how many columns turn, from the first; an even number. None: all.
+        base: of the periods; not looked at where `freqs` says them.
+        freqs: ``(dims / 2,)``, the periods themselves, in positions a radian: exactly what
+            ``mx.fast.rope`` and mlx-lm call `freqs` (most other libraries name the inverse so).
+        style: ``"half"``: columns c and c + dims / 2 turn together (GPT-NeoX, Llama;
+            ``traditional=False`` in MLX); ``"pairs"``: columns 2 c and 2 c + 1 (GPT-J;
+            ``traditional=True``).
+        scale: factor of the positions.
+        offset: position of the first row: a number, or an array of them, ``()`` or one for each
+            sequence, ``(N,)``, of integers. None: `metalgen.attention` puts the queries at the end
+            of the keys, at ``kv_len - q_len``.
+
+    Raises:
+        ArgumentError: a value of the wrong type or out of range.
+    """
+
+    dims: int | None = None
+    base: float = 10000.0
+    freqs: mx.array | None = None
+    style: str = "half"
+    scale: float = 1.0
+    offset: int | mx.array | None = None
+
+    def __post_init__(self) -> None:
+        if self.dims is not None and (type(self.dims) is not int or self.dims < 2 or self.dims % 2):
+            raise ArgumentError("rope.dims", "an even number of columns, or None", self.dims)
+        if not isinstance(self.style, str) or self.style not in ROPES:
+            raise ArgumentError("rope.style", f"one of {', '.join(ROPES)}", self.style)
+        for name, value in (("base", self.base), ("scale", self.scale)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise ArgumentError(f"rope.{name}", "a finite number above 0", value)
+        freqs: object = self.freqs
+        if isinstance(freqs, mx.array):
+            if freqs.ndim != 1 or not mx.issubdtype(freqs.dtype, mx.floating):
+                got = f"{freqs.dtype} {freqs.shape}"
+                raise ArgumentError("rope.freqs", "1 axis of floating-point periods", got)
+        elif freqs is not None:
+            raise ArgumentError("rope.freqs", "an mlx.core.array of periods, or None", freqs)
+        offset = self.offset
+        if offset is None or isinstance(offset, mx.array):
+            return
+        if type(offset) is not int or not 0 <= offset < 1 << 31:
+            expected = "a position from 0, an mlx.core.array of them, or None"
+            raise ArgumentError("rope.offset", expected, offset)
+
+    def turns(self, head_dim: int) -> mx.array:
+        """Radians a position of each pair of columns, ``(dims / 2,)`` float32."""
+        if self.freqs is not None:
+            return self.scale / self.freqs.astype(mx.float32)
+        return _turns(head_dim if self.dims is None else self.dims, self.base, self.scale)
+
+
+@functools.lru_cache(maxsize=32)
+def _turns(dims: int, base: float, scale: float) -> mx.array:
+    """In Python's float64, rounded once: kept, so that a call makes no array of its own."""
+    return mx.array([scale * base ** (-2 * c / dims) for c in range(dims // 2)], mx.float32)

@@ -1,0 +1,201 @@
+"""What builds, times and checks kernels for a search: this process, or helpers beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+
+from metalgen.config import AttentionConfig
+from metalgen.devices import Device, Runner
+from metalgen.errors import DeviceError, MetalgenError
+from metalgen.problem import Problem
+from metalgen.schedule import Schedule
+from metalgen.tuning.measure import Bench, Clock, Policy, Timing
+from metalgen.tuning.racing import Race, race
+from metalgen.verify import Verification
+
+
+class KernelFailure(MetalgenError):
+    """A kernel that failed in a helper process, or took the process with it.
+
+    ``status`` is that of the row that it becomes: ``"invalid"``, ``"compile"``, ``"runtime"`` or
+    ``"timeout"``.
+    """
+
+    def __init__(self, status: str, detail: str) -> None:
+        self.status = status
+        super().__init__(detail)
+
+
+class Executor(Protocol):
+    """Builds, times and checks the kernels of one device, under one policy.
+
+    Every method raises what the device raises for the kernel, or `KernelFailure`.
+    """
+
+    @property
+    def ahead(self) -> int:
+        """How many schedules are worth preparing before the first of them is measured."""
+
+    def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
+        """These will be measured soon, in this order."""
+
+    def warm_up(self, problem: Problem, schedule: Schedule) -> None:
+        """Keep the device at work until its clock rate is up."""
+
+    def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
+        """Time one schedule; a single sample of one that takes longer than `give_up` seconds."""
+
+    def race(
+        self,
+        problem: Problem,
+        schedules: Sequence[Schedule],
+        default: Schedule | None,
+        deadline: float = math.inf,
+    ) -> Race:
+        """Time finalists, interleaved, until it is settled who wins or the clock says so."""
+
+    def verify(
+        self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
+    ) -> Verification:
+        """`metalgen.verify.verify` on this executor's device, which `device` is."""
+
+    def close(self) -> None:
+        """End whatever was started."""
+
+
+class Here:
+    """Executes in this process, one kernel after another.
+
+    Args:
+        device: what runs kernels.
+        policy: how to measure.
+        clock: seconds; another one for tests.
+        lock: of `one_at_a_time`: a file, or None for no lock.
+        waiting: called before the lock is waited for.
+        beat: called at every step: a sign of life.
+        keep: whether arrays stay until another problem comes.
+    """
+
+    ahead = 1
+
+    def __init__(
+        self,
+        device: Device,
+        policy: Policy,
+        clock: Clock = time.perf_counter,
+        *,
+        lock: Path | None = None,
+        waiting: Callable[[], None] = lambda: None,
+        beat: Callable[[], None] = lambda: None,
+        keep: bool = True,
+    ) -> None:
+        self.device = device
+        self.policy = policy
+        self.clock = clock
+        self.lock = lock
+        self.waiting = waiting
+        self.beat = beat
+        self.keep = keep
+        self._bench: Bench | None = None
+        self._built: dict[tuple[str, str, Schedule], Runner] = {}
+
+    def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
+        """Nothing: a process that compiles cannot measure."""
+
+    def compile(self, problem: Problem, schedule: Schedule) -> None:
+        """Build a kernel, and launch it once on one query and one key, which compiles it."""
+        config = problem.config
+        heads = config.heads_per_kv
+        shapes = ((heads, config.head_dim), (1, config.head_dim), (1, config.v_dim))
+        dtype = getattr(mx, config.dtype)
+        arrays = [mx.zeros((1, count, 1, width), dtype) for count, width in shapes]
+        mx.eval(self._runner(problem, schedule)(*arrays, 1.0)[0])
+
+    def warm_up(self, problem: Problem, schedule: Schedule) -> None:
+        runner = self._runner(problem, schedule)
+        with self._alone(problem) as bench:
+            bench.warm_up(runner)
+
+    def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
+        runner = self._runner(problem, schedule)
+        with self._alone(problem) as bench:
+            return bench.measure(runner, give_up=give_up)
+
+    def race(
+        self,
+        problem: Problem,
+        schedules: Sequence[Schedule],
+        default: Schedule | None,
+        deadline: float = math.inf,
+    ) -> Race:
+        runners = {s.key: self._runner(problem, s) for s in schedules}
+        with self._alone(problem) as bench:
+            return race(bench, runners, default.key if default else None, deadline)
+
+    def verify(
+        self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
+    ) -> Verification:
+        from metalgen.verify import verify
+
+        return verify(self.device, config, schedule, family=family)
+
+    def close(self) -> None:
+        self._bench = None
+        self._built.clear()
+
+    def _runner(self, problem: Problem, schedule: Schedule) -> Runner:
+        key = (problem.config.key, problem.family, schedule)
+        if key not in self._built:
+            if any(other[:2] != key[:2] for other in self._built):
+                self._built.clear()
+            self._built[key] = self.device.build(problem.config, schedule, problem.family)
+        return self._built[key]
+
+    @contextlib.contextmanager
+    def _alone(self, problem: Problem) -> Iterator[Bench]:
+        """The arrays of a problem, while no other process measures."""
+        with one_at_a_time(self.lock, self.waiting):
+            self.beat()
+            if self._bench is None or self._bench.problem != problem:
+                self._bench = None  # before the others are made
+                try:
+                    self._bench = Bench(problem, self.policy, self.clock, self.beat)
+                except RuntimeError as error:  # no verdict about a kernel
+                    raise DeviceError(f"cannot make the arrays of {problem}: {error}") from error
+            try:
+                yield self._bench
+            finally:
+                if not self.keep:
+                    self._bench = None
+                    mx.clear_cache()
+
+
+def lock_file() -> Path:
+    """The file whose lock says that this user measures on this machine."""
+    return Path(tempfile.gettempdir()) / f"metalgen-{os.getuid()}.lock"
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path | None, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Wait for the lock of a file, and hold it; a process that ends, however, lets it go."""
+    if path is None:
+        yield
+        return
+    import fcntl
+
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        waiting()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
