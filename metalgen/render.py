@@ -159,17 +159,21 @@ def _context(
     own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
     hooked = hooks(config, schedule, target, family, _feature)
     steps = own["plan"].steps
-    return own | hooked | {
-        "tile_library": f"targets/{target}/tile.jinja",
-        "constants": constants | own["constants"] | hooked["hook_constants"],
-        "schedule": schedule,
-        "k_steps": [step for step in steps if step.operand == "k"],
-        "v_steps": [step for step in steps if step.operand == "v"],
-        "longest_first": config.causal,
-        "packed": family == "decode",
-        "lse": config.return_lse or parts,
-        "Out": "float" if parts else own["T"],
-    }
+    return (
+        own
+        | hooked
+        | {
+            "tile_library": f"targets/{target}/tile.jinja",
+            "constants": constants | own["constants"] | hooked["hook_constants"],
+            "schedule": schedule,
+            "k_steps": [step for step in steps if step.operand == "k"],
+            "v_steps": [step for step in steps if step.operand == "v"],
+            "longest_first": config.causal,
+            "packed": family == "decode",
+            "lse": config.return_lse or parts,
+            "Out": "float" if parts else own["T"],
+        }
+    )
 
 
 def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:

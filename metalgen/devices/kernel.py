@@ -144,7 +144,7 @@ def _joined(
     outputs = []
     for parts in zip(*found, strict=True):
         if launches[0].shape[1:] == (heads, q_len):
-            outputs.append(mx.concatenate(parts, axis=0))
+            outputs.append(mx.concatenate(list(parts), axis=0))
             continue
         # Shares of heads, or of one head's rows: rows of all heads of an entry, one after another.
         tail = parts[0].shape[3:]

@@ -79,7 +79,9 @@ def _cut(
         entries = max(1, min(batch, most // (head * columns)))
         for z in range(0, batch, entries):
             count = min(entries, batch - z)
-            yield Launch((blocks * splits, columns, count), (count, heads, q_len), splits, (z, 0, 0))
+            yield Launch(
+                (blocks * splits, columns, count), (count, heads, q_len), splits, (z, 0, 0)
+            )
         return
     if head <= most or rows > 1 or splits > 1:
         each = max(1, most // head)
