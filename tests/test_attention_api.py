@@ -520,3 +520,29 @@ def test_one_kernel_serves_all_contents(device: str) -> None:
     assert len(dispatch._known) == 1
     (kernel,) = dispatch._known.values()
     assert kernel.backend == "metalgen", kernel.explain()
+
+
+def test_a_batch_may_be_larger_than_what_tuning_knows() -> None:
+    x = mx.broadcast_to(normal((1, 8, 1, 8), "float16"), (1 << 18, 8, 1, 8))
+    assert_close(attention(x, x, x, device="reference")[-1:], x[-1:])  # one key: its value
+
+
+def test_gradients_go_through_dropout_where_the_output_did(where: str) -> None:
+    q, k, v = arrays(6, 9)
+    keywords: dict[str, Any] = {"dropout": 0.4, "dropout_key": mx.random.key(5), "device": where}
+    eye = mx.broadcast_to(mx.eye(9, WIDTH), (2, 2, 9, WIDTH))
+    kept = attention(q, k, eye, **keywords)[..., :9] != 0
+    assert 0.3 < kept.mean().item() < 0.9  # type: ignore[operator]
+
+    def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return (attention(q, k, v, **keywords) ** 2).sum()
+
+    def plain(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        k, v = (mx.repeat(x, 2, axis=1) for x in (k, v))
+        weights = mx.softmax(q @ k.swapaxes(-1, -2) * SCALE, axis=-1)
+        return ((mx.where(kept, weights / 0.6, 0.0) @ v) ** 2).sum()
+
+    got, wanted = (mx.grad(f, argnums=(0, 1, 2))(q, k, v) for f in (loss, plain))
+    for a, b in zip(got, wanted, strict=True):
+        assert np.abs(np.array(b)).max() > 1e-2
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=2e-4, atol=2e-5)
