@@ -77,7 +77,10 @@ class Inputs:
         """The same with other arrays, in the order of `arrays`."""
         score, mask = len(self.score), len(self.score) + len(self.mask)
         named: dict[str, Any] = dict(zip(self.named, arrays[mask:], strict=True))
-        captured = {"score": tuple(arrays[:score]), "mask": tuple(arrays[score:mask])}
+        captured: dict[str, Any] = {
+            "score": tuple(arrays[:score]),
+            "mask": tuple(arrays[score:mask]),
+        }
         return dataclasses.replace(self, **captured, **named)
 
 

@@ -32,6 +32,8 @@ class Problem:
         family: ``"forward"`` or ``"decode"``; left empty, it is chosen by the number of queries
             (with a block mask it is always forward, whose rows are those of one head).
 
+    A deterministic config has one problem a family, whatever the sizes.
+
     Sizes are rounded up to their bucket. Raises `ArgumentError` for sizes below 1.
     """
 
@@ -51,6 +53,10 @@ class Problem:
             object.__setattr__(self, "family", family)
         if self.family not in FAMILIES:
             raise ArgumentError("family", f"one of {', '.join(FAMILIES)}", self.family)
+        if self.config.deterministic:  # one schedule, whatever else is in the call
+            for name, size in (("batch_heads", 32), ("kv_len", 4096)):
+                object.__setattr__(self, name, size)
+            object.__setattr__(self, "q_len", 1 if self.family == "decode" else 4096)
         for name in ("batch_heads", "q_len", "kv_len"):
             object.__setattr__(self, name, bucket(getattr(self, name)))
 

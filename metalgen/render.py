@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metalgen import hooks as hooks_module
 from metalgen import plan, plan_cuda
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.hooks import extra_inputs, hooks
 from metalgen.resources import templates_dir
 from metalgen.schedule import FRAGMENT, Limits, Schedule, check_schedule, padded, threadgroup_bytes
 from metalgen.targets import CUDA, TARGETS
@@ -37,7 +38,9 @@ class KernelSource:
         name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
         header, source: text before the kernel's function, and its body.
         inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale``, which comes times log2(e); then
-            ``block_mask`` where the config has one, and the captured arrays of score and mask.
+            ``block_mask`` where the config has one, the captured arrays of score and mask, what
+            `metalgen.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry, head (or
+            KV head) and block of rows where a dispatch begins.
         outputs: ``out``, and ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.
@@ -98,7 +101,7 @@ def render(
         source=body,
         inputs=("parts", "part_lse")
         if combine
-        else ("q", "k", "v", "scale", *_extra_inputs(config)),
+        else ("q", "k", "v", "scale", *extra_inputs(config)),
         outputs=("out", "lse") if context["lse"] else ("out",),
         math_mode="safe" if combine else schedule.math_mode,
         threads=COMBINE_THREADS if combine else schedule.threads,
@@ -124,7 +127,8 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     digest = hashlib.sha256()
     plans = {"metal": plan, "cuda": plan_cuda}
     printer = Path(__file__).parent / "dsl" / "printer.py"
-    for path in [*files, Path(str(plans[target].__file__)), Path(__file__), printer]:
+    modules = [Path(str(module.__file__)) for module in (plans[target], hooks_module)]
+    for path in [*files, *modules, Path(__file__), printer]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -153,106 +157,23 @@ def _context(
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
     own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
+    hooked = hooks(config, schedule, target, family, _feature)
     steps = own["plan"].steps
-    return own | {
-        "tile_library": f"targets/{target}/tile.jinja",
-        "constants": constants | own["constants"],
-        "schedule": schedule,
-        "functions": _functions(config, target, family),
-        "listed": config.block_mask,
-        "whole": _whole(config),
-        "k_steps": [step for step in steps if step.operand == "k"],
-        "v_steps": [step for step in steps if step.operand == "v"],
-        "masks": [_feature(name) for name in _masks(config)],
-        "longest_first": config.causal,
-        "packed": family == "decode",
-        "lse": config.return_lse or parts,
-        "Out": "float" if parts else own["T"],
-        **_score(config, target),
-    }
-
-
-@dataclass(frozen=True)
-class Function:
-    """A printed score or mask function; ``role`` is ``"score"`` or ``"mask"``."""
-
-    role: str
-    group: tuple[str, ...]
-    row: tuple[str, ...]
-    element: tuple[str, ...]
-    result: str
-
-
-_PLACES = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
-
-
-def _graphs(config: AttentionConfig) -> dict[str, Any]:
-    from metalgen.dsl.graph import parse
-
-    texts = {"score": config.score_mod, "mask": config.mask_mod}
-    return {role: parse(text) for role, text in texts.items() if text is not None}
-
-
-def _extra_inputs(config: AttentionConfig) -> list[str]:
-    from metalgen.dsl.printer import array_names
-
-    names = ["block_mask"] if config.block_mask else []
-    for role, graph in _graphs(config).items():
-        names += array_names(graph, role)
-    return names
-
-
-def _functions(config: AttentionConfig, target: str, family: str) -> list[Function]:
-    from metalgen.dsl.printer import print_graph
-
-    packed = family == "decode"  # rows of several heads
-    places = _PLACES | {"h": "q_head"} if packed else _PLACES
-    rows = ("h", "q") if packed else ("q",)
-    found = []
-    for role, graph in _graphs(config).items():
-        printed = print_graph(graph, target, role, places, rows)
-        found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
-    return found
-
-
-def _whole(config: AttentionConfig) -> str:
-    """What else it takes for a tile to need no mask."""
-    if config.mask_mod is None:
-        return ""
-    return " && unmasked" if config.block_mask else " && false"
-
-
-def _masks(config: AttentionConfig) -> list[str]:
-    found = {
-        "causal": config.causal,
-        "window_left": config.window_left is not None,
-        "window_right": config.window_right is not None,
-    }
-    return [name for name, used in found.items() if used]
-
-
-def _score(config: AttentionConfig, target: str) -> dict[str, Any]:
-    """What fills the score hook: features, and how their scores become exponents of 2."""
-    if config.score_mod is not None:  # its scores are natural ones
-        constant = f"const float score_scale = scale2 * {math.log(2):.9e}f;"
-        log2e = f"{1 / math.log(2):.9e}f"
-        return {"scores": [], "score_constants": [constant], "unit": log2e, "lse_shift": ""}
-    if config.softcap is None:
-        return {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": ""}
-    cap, ln2 = config.softcap, math.log(2)
-    exact = config.dtype == "float32"
-    exp2 = {"metal": "fast::exp2({})", "cuda": "mg_exp2({})"}[target]
-    # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of 2 x / C.
-    inner, unit = (ln2 / cap, cap / ln2) if exact else (2 / cap, 2 * cap / ln2)
-    return {
-        "scores": [_feature("softcap", exact=exact, exp2=exp2.format)],
-        "score_constants": [
-            f"const float cap_in = scale2 * {inner:.9e}f;",
-            f"constexpr float UNIT = {unit:.9e}f;",
-        ],
-        "unit": "UNIT",
-        "lse_shift": "" if exact else f" + {cap:.9e}f",
-    }
+    return (
+        own
+        | hooked
+        | {
+            "tile_library": f"targets/{target}/tile.jinja",
+            "constants": constants | own["constants"] | hooked["hook_constants"],
+            "schedule": schedule,
+            "k_steps": [step for step in steps if step.operand == "k"],
+            "v_steps": [step for step in steps if step.operand == "v"],
+            "longest_first": config.causal,
+            "packed": family == "decode",
+            "lse": config.return_lse or parts,
+            "Out": "float" if parts else own["T"],
+        }
+    )
 
 
 def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:

@@ -2,15 +2,225 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.inputs import NOTHING, Inputs, key_places
 
 if TYPE_CHECKING:
     from metalgen.config import AttentionConfig
     from metalgen.dsl.graph import Graph
+
+ROPE_BASE = 10000.0
+LAST_OFFSET = 1000
+"""Positions of first queries are below this."""
+SEEN_SHARE = 0.8
+"""Share of the keys that a made-up boolean mask leaves."""
+
+Call = tuple[mx.array, mx.array, mx.array, Inputs]
+
+
+def sample_call(
+    config: AttentionConfig,
+    *,
+    batch: int = 1,
+    kv_heads: int = 2,
+    q_len: int,
+    kv_len: int,
+    seed: int = 0,
+    ragged: bool = True,
+) -> Call:
+    """Arrays of a call that use everything a config asks for.
+
+    Args:
+        config: what asks.
+        batch: batch entries, or packed sequences.
+        kv_heads: key/value heads.
+        q_len, kv_len: lengths; of the longest sequence where they differ.
+        seed: the same arrays for a seed.
+        ragged: where the config has lengths, they are any up to these, 0 and 1 among them, some
+            pages are none, and NaN lies wherever no kernel may look; keys and values are views into
+            larger caches, bias and mask broadcast. Otherwise everything is as long as it may be, in
+            one piece: what a timing wants.
+
+    Returns:
+        q, k, v and the other arrays, of unit variance, not evaluated.
+    """
+    return _Sampler(config, batch, kv_heads, q_len, kv_len, seed, ragged).call()
+
+
+class _Sampler:
+    """The arguments of `sample_call`, and its random choices in a fixed order."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        batch: int,
+        kv_heads: int,
+        q_len: int,
+        kv_len: int,
+        seed: int,
+        ragged: bool,
+    ) -> None:
+        self.config, self.batch, self.kv_heads = config, batch, kv_heads
+        self.q_len, self.kv_len, self.seed, self.ragged = q_len, kv_len, seed, ragged
+        self.heads = kv_heads * config.heads_per_kv
+        self.dtype: mx.Dtype = getattr(mx, config.dtype)
+        self.choices = random.Random(seed)
+        self.keys = iter(mx.random.split(mx.random.key(seed), 16))
+
+    def call(self) -> Call:
+        config, found = self.config, dict[str, Any]()
+        rows, entries = self.q_len, self.batch
+        kv_lens = self.lengths(self.kv_len) if config.varlen or config.has_lengths else None
+        if config.varlen:
+            starts = self.starts(self.lengths(self.q_len))
+            found["cu_q"] = mx.array(starts, mx.int32)
+            entries, rows = 1, starts[-1] + (3 if self.ragged else 0)
+        q = self.normal((entries, self.heads, rows, config.head_dim)).astype(self.dtype)
+        if config.varlen:
+            q = mx.where((mx.arange(rows) < starts[-1])[:, None], q, self.outside)
+        k, v = self.caches(kv_lens, found)
+        found |= self.turns() | self.by_head()
+        places = key_places(config, k, Inputs(**found))
+        found |= self.by_score((entries, self.heads, rows, places))
+        functions = synthetic_inputs(config, entries, self.heads, rows, places, self.seed)
+        return q, k, v, Inputs(functions.score, functions.mask, functions.blocks, **found)
+
+    @property
+    def outside(self) -> mx.array:
+        """What lies where nothing is looked at."""
+        return mx.array(float("nan") if self.ragged else 0.0, self.dtype)
+
+    def lengths(self, longest: int) -> list[int]:
+        """One for each sequence: the longest, 0, 1, then any, in any order."""
+        if not self.ragged:
+            return [longest] * self.batch
+        some = [longest, 0, min(1, longest)]
+        more = [self.choices.randint(0, longest) for _ in range(self.batch - len(some))]
+        found = (some + more)[: self.batch]
+        self.choices.shuffle(found)
+        return found
+
+    def starts(self, lengths: list[int]) -> list[int]:
+        return [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+
+    def caches(self, kv_lens: list[int] | None, found: dict[str, Any]) -> tuple[mx.array, mx.array]:
+        """Keys and values, and how long they are, and where."""
+        config = self.config
+        if config.page_size is not None:
+            assert kv_lens is not None
+            table, used = self.table(kv_lens, config.page_size)
+            found["kv_lens"] = mx.array(kv_lens, mx.int32)
+            found["block_table"] = mx.array(table, mx.int32).reshape(self.batch, -1)
+            seen = mx.array(used)
+        elif config.varlen:
+            assert kv_lens is not None
+            starts = self.starts(kv_lens)
+            found["cu_k"] = mx.array(starts, mx.int32)
+            seen = mx.arange(starts[-1] + (5 if self.ragged else 0))[None] < starts[-1]
+        else:
+            places = mx.arange(self.kv_len)[None]
+            seen = mx.broadcast_to(places < self.kv_len, (self.batch, self.kv_len))
+            if kv_lens is not None:
+                found["kv_lens"] = mx.array(kv_lens, mx.int32)
+                seen = places < found["kv_lens"][:, None]
+        return (
+            self.cache("k", seen, config.head_dim, found),
+            self.cache("v", seen, config.v_dim, found),
+        )
+
+    def table(self, kv_lens: list[int], size: int) -> tuple[list[list[int]], list[list[bool]]]:
+        """A block table, its pages in any order, and which keys of which page are some."""
+        width = -(-self.kv_len // size)
+        needed = [-(-length // size) for length in kv_lens]
+        spare = 2 if self.ragged else 0
+        numbers = list(range(sum(needed) + spare))
+        if self.ragged:
+            self.choices.shuffle(numbers)
+        used = [[False] * size for _ in numbers]
+        table = [[-1] * width for _ in kv_lens]
+        for n, length in enumerate(kv_lens):
+            for place in range(needed[n]):
+                if self.ragged and needed[n] > 1 and self.choices.random() < 0.15:
+                    continue  # a page of keys that are not seen
+                page = table[n][place] = numbers.pop()
+                used[page] = [place * size + slot < length for slot in range(size)]
+        return table, used or [[False] * size]
+
+    def cache(self, name: str, seen: mx.array, width: int, found: dict[str, Any]) -> mx.array:
+        """``(B, Hkv, keys, width)`` or pages of that, perhaps a view; quantized if asked for."""
+        first, keys = seen.shape
+        extra = self.choices.choice([0, 7]) if self.ragged else 0
+        heads_last = self.ragged and self.choices.random() < 0.7
+        shape = (first, keys + extra, self.kv_heads, width)
+        if not heads_last:
+            shape = (first, self.kv_heads, keys + extra, width)
+        x = self.normal(shape).astype(self.dtype)
+        if extra:
+            seen = mx.pad(seen, [(0, 0), (2, extra - 2)])
+        mask = seen[:, :, None, None] if heads_last else seen[:, None, :, None]
+
+        def view(part: mx.array) -> mx.array:
+            if heads_last:
+                part = part.swapaxes(1, 2)
+            return part[:, :, 2 : 2 + keys] if extra else part
+
+        if self.config.kv_bits is None:
+            return view(mx.where(mask, x, self.outside))
+        if x.size:
+            words, scales, biases = mx.quantize(
+                x, group_size=self.config.kv_group, bits=self.config.kv_bits
+            )
+        else:  # mx.quantize takes no empty array
+            words = mx.zeros((*x.shape[:3], width * self.config.kv_bits // 32), mx.uint32)
+            scales = biases = mx.zeros((*x.shape[:3], width // self.config.kv_group), self.dtype)
+        for kind, part in (("scales", scales), ("biases", biases)):
+            found[f"{name}_{kind}"] = view(mx.where(mask, part, self.outside))
+        return view(words)
+
+    def turns(self) -> dict[str, mx.array]:
+        if self.config.rope is None:
+            return {}
+        turned = self.config.turned
+        offsets = [
+            self.choices.randrange(LAST_OFFSET) if self.ragged else max(0, self.kv_len - self.q_len)
+            for _ in range(self.batch)
+        ]
+        exponents = mx.arange(0, turned, 2, dtype=mx.float32) / turned
+        return {"rope_freqs": ROPE_BASE**-exponents, "rope_offset": mx.array(offsets, mx.int32)}
+
+    def by_head(self) -> dict[str, mx.array]:
+        found = {}
+        if self.config.alibi:
+            places = mx.arange(1, self.heads + 1, dtype=mx.float32)
+            found["alibi_slopes"] = mx.power(2.0, -8 * places / self.heads)
+        if self.config.sinks:
+            found["sinks"] = self.normal((self.heads,))
+        if self.config.dropout:
+            found["dropout_key"] = mx.random.key(self.seed)
+        return found
+
+    def by_score(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        found = {}
+        if self.config.bias:
+            dtype = self.choices.choice([mx.float32, self.dtype]) if self.ragged else self.dtype
+            found["bias"] = self.normal(self.broadcast(shape)).astype(dtype)
+        if self.config.array_mask:
+            key = next(self.keys)
+            found["array_mask"] = mx.random.bernoulli(SEEN_SHARE, self.broadcast(shape), key=key)
+        return found
+
+    def broadcast(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape that broadcasts to another: any axis 1."""
+        if not self.ragged:
+            return 1, *shape[1:]
+        return tuple(1 if self.choices.random() < 0.3 else size for size in shape)
+
+    def normal(self, shape: tuple[int, ...]) -> mx.array:
+        return mx.random.normal(shape, key=next(self.keys))
 
 
 def synthetic_inputs(

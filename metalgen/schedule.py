@@ -131,7 +131,7 @@ class Schedule:
 CHOICES: dict[str, tuple[Any, ...] | range] = {
     "bq": range(8, 1025, 8),
     "bk": range(8, 257, 8),
-    "bd": range(8, 257, 8),
+    "bd": range(8, 577, 8),
     "simdgroups": range(1, 33),
     "row_blocks": range(1, 9),
     "q_source": ("registers", "threadgroup"),
@@ -270,9 +270,10 @@ def default_schedule(
 ) -> Schedule:
     """The schedule that runs a config before anything was tuned, and that races in every search.
 
-    Forward: four simdgroups; two row blocks each where the accumulator leaves room, else one; K
-    and V staged; the longest pass and the widest slice that fit the limits; Q in registers where
-    they are likely to suffice. Decode: one simdgroup of one row block, and eight splits.
+    Forward: four simdgroups, or fewer where their rows do not fit; two row blocks each where the
+    accumulator leaves room, else one; K and V staged; the longest pass and the widest slice that
+    fit the limits; Q in registers where they are likely to suffice. Decode: one simdgroup of one
+    row block, and eight splits.
     """
     target = TARGETS[limits.target]
     widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
@@ -284,7 +285,6 @@ def default_schedule(
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
-    simdgroups = 1 if decode else 4
     candidates = [
         Schedule(
             bq=target.row_block * row_blocks * simdgroups,
@@ -296,6 +296,7 @@ def default_schedule(
             buffers=buffers,
             splits=8 if decode else 1,
         )
+        for simdgroups in ((1,) if decode else (4, 2, 1))
         for row_blocks in ((2, 1) if config.v_dim <= roomy and not decode else (1,))
         for bk, bd in sizes
         for source in sources

@@ -9,7 +9,9 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
+from metalgen.inputs import has_inputs
 from metalgen.reference import attention_float64, attention_mlx, config_features
+from metalgen.samples import sample_call
 from metalgen.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -21,9 +23,11 @@ TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 LSE_TOLERANCE = 1e-5
 """Largest absolute error of the log-sum-exp over its magnitude or 1, whichever is larger."""
 FUNCTION_FACTOR = 8
-"""How many times the error of plain MLX a kernel with a user's functions may have,"""
+"""How many times the error of plain MLX a kernel with more inputs or functions may have,"""
 MOST_FOR_FUNCTIONS = 1e-2
-"""and the error that none may have, whatever its functions."""
+"""and the error that none may have, whatever its inputs."""
+SEQUENCES = 4
+"""Batch entries where lengths differ: the longest, none, one, and any."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ def verify(
     """Run a kernel on small ragged shapes and compare it with the float64 reference.
 
     Two query blocks and three passes over the keys, neither of them whole, two KV heads, keys and
-    values as ``(B, L, H, D)`` views; for a causal config also more queries than keys, so that some
-    rows see nothing.
+    values as views (`metalgen.samples.sample_call`); for a causal config also more queries than
+    keys, so that some rows see nothing.
 
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
@@ -74,22 +78,19 @@ def verify(
     tolerance = TOLERANCE[config.dtype]
     worst, faults = 0.0, []
     for number, (queries, keys) in enumerate(shapes):
-        q, k, v = _inputs(config, queries, keys, seed + number)
-        scale = config.head_dim**-0.5
-        features = config_features(config)
-        if config.score_mod is None and config.mask_mod is None:
-            out, lse = run(q, k, v, scale)
-        else:
-            from metalgen.samples import synthetic_inputs
-
-            given = synthetic_inputs(config, q.shape[0], q.shape[1], queries, keys, seed)
-            features["inputs"] = given
-            out, lse = run(q, k, v, scale, given)
-        mx.eval(out)
-        expected, expected_lse = attention_float64(
-            *(x.astype(mx.float32) for x in (q, k, v)), scale=scale, **features
+        q, k, v, given = sample_call(
+            config,
+            batch=SEQUENCES if config.varlen or config.has_lengths else 1,
+            q_len=queries,
+            kv_len=keys,
+            seed=seed + number,
         )
-        if "inputs" in features:
+        scale = config.head_dim**-0.5
+        out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
+        mx.eval(out)
+        features = config_features(config) | {"inputs": given}
+        expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
+        if has_inputs(config):
             plain, _ = attention_mlx(q, k, v, scale=scale, **features)
             tolerance = max(tolerance, _by_functions(expected, plain))
         error = relative_error(out, expected)
@@ -97,7 +98,7 @@ def verify(
         if not error <= tolerance:
             faults.append(f"Lq={queries} Lk={keys}: relative error {error:.2e}")
         if lse is not None:
-            fault = _lse_fault(lse, expected_lse)
+            fault = lse_fault(lse, expected_lse, lse_tolerance(config))
             faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []
     shape = " and ".join(f"Lq={queries} Lk={keys}" for queries, keys in shapes)
     return Verification(not faults, worst, tolerance, shape, "; ".join(faults))
@@ -115,14 +116,23 @@ def relative_error(out: mx.array, expected: NDArray[np.float64]) -> float:
 
 
 def _by_functions(expected: NDArray[np.float64], plain: mx.array) -> float:
-    """What a user's functions allow: several times the error of plain MLX in float32.
+    """What other inputs allow: several times the error of plain MLX in float32.
 
-    Their scores may be large, which costs a softmax digits, or be rounded to 16 bits on the way.
+    Scores of functions may be large, which costs a softmax digits, or be rounded on the way.
     """
     return min(FUNCTION_FACTOR * relative_error(plain, expected), MOST_FOR_FUNCTIONS)
 
 
-def _lse_fault(lse: mx.array, expected: NDArray[np.float64]) -> str:
+def lse_tolerance(config: AttentionConfig) -> float:
+    """Largest error of a config's log-sum-exp: absolute, or over its magnitude where above 1.
+
+    Turned queries are rounded to the config's type, now and then to the other neighbour.
+    """
+    return LSE_TOLERANCE if config.rope is None else max(LSE_TOLERANCE, TOLERANCE[config.dtype])
+
+
+def lse_fault(lse: mx.array, expected: NDArray[np.float64], tolerance: float) -> str:
+    """What is wrong with a log-sum-exp, or nothing."""
     import numpy as np
 
     got = np.asarray(lse, dtype=np.float64)
@@ -131,17 +141,4 @@ def _lse_fault(lse: mx.array, expected: NDArray[np.float64]) -> str:
     rows = np.isfinite(expected)
     difference = np.abs(got[rows] - expected[rows]) / np.maximum(1.0, np.abs(expected[rows]))
     worst = float(difference.max(initial=0.0))
-    return "" if worst <= LSE_TOLERANCE else f"log-sum-exp off by {worst:.2e}"
-
-
-def _inputs(
-    config: AttentionConfig, q_len: int, kv_len: int, seed: int
-) -> tuple[mx.array, mx.array, mx.array]:
-    dtype = getattr(mx, config.dtype)
-    keys = mx.random.split(mx.random.key(seed), 3)
-    heads = 2
-    q = mx.random.normal((1, heads * config.heads_per_kv, q_len, config.head_dim), key=keys[0])
-    k = mx.random.normal((1, kv_len, heads, config.head_dim), key=keys[1])
-    v = mx.random.normal((1, kv_len, heads, config.v_dim), key=keys[2])
-    k, v = (x.astype(dtype).swapaxes(1, 2) for x in (k, v))
-    return q.astype(dtype), k, v
+    return "" if worst <= tolerance else f"log-sum-exp off by {worst:.2e}"

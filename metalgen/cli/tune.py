@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from metalgen.cli.measuring import Measuring, measuring_options
 from metalgen.cli.options import (
     chip_option,
     columns,
@@ -80,6 +81,7 @@ class Plan:
     type=click.Choice(["metal", "cuda", "simulator"]),
     help="metal, cuda: measure here. simulator: predict, and check kernels on this CPU.",
 )
+@measuring_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @json_option
 @click.pass_context
@@ -91,6 +93,7 @@ def command(
     budget: float | None,
     seed: int,
     device_name: str | None,
+    measuring: Measuring,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -105,6 +108,7 @@ def command(
 
     check_arguments(trials, budget, seed)
     plan = make_plan(chip, device_name)
+    measuring.check(plan.device)
     chosen = preset(preset_name)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)
@@ -130,6 +134,7 @@ def command(
                 budget=budget,
                 seed=seed,
                 observe=observe,
+                **measuring.arguments(plan.device),
             )
         path = str(store.path)
     if as_json:

@@ -189,10 +189,14 @@ class Store:
         return added
 
     def _insert(self, m: Measurement, problem: int) -> int:
-        statuses = self._check_statuses(
+        checks = self._checks(
             m.problem.family, m.problem.config.key, m.schedule.key, m.template_hash
         )
+        statuses = {status for status, _ in checks}
         verified = m.status == "ok" and (m.verified or bool(statuses)) and statuses <= {"ok"}
+        error = m.error
+        if verified and error is None:
+            error = max((e for _, e in checks if e is not None), default=None)
         row = {
             "problem": problem,
             "schedule": self.id_of("schedules", {"key": m.schedule.key}),
@@ -210,7 +214,7 @@ class Store:
             "samples": json.dumps(list(m.samples)),
             "default_seconds": m.default_seconds,
             "mlx_seconds": m.mlx_seconds,
-            "error": m.error,
+            "error": error,
             "detail": m.detail,
             "os": m.os,
             "mlx_version": m.mlx_version,
@@ -328,7 +332,8 @@ class Store:
                 "AND problem IN (SELECT id FROM problems WHERE config = ? AND family = ?)"
             )
             where = [template_hash, schedule.key, config.key, family]
-            statuses = self._check_statuses(family, config.key, schedule.key, template_hash)
+            checks = self._checks(family, config.key, schedule.key, template_hash)
+            statuses = {found for found, _ in checks}
             if status != "ok":
                 self.db.execute(
                     "UPDATE measurements SET status = ?, verified = 0, error = ?, detail = ? "
@@ -367,15 +372,15 @@ class Store:
             config, schedule, template_hash, family=family, **{name: row[name] for name in names}
         )
 
-    def _check_statuses(
+    def _checks(
         self, family: str, config: str, schedule: str, template_hash: str
-    ) -> set[str]:
-        rows = self.db.execute(
-            "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? "
+    ) -> list[tuple[str, float | None]]:
+        """Status and error of every check of a kernel, on whatever device."""
+        return self.db.execute(
+            "SELECT status, error FROM checks WHERE config = ? AND family = ? AND schedule = ? "
             "AND template_hash = ?",
             [config, family, schedule, template_hash],
-        )
-        return {status for (status,) in rows}
+        ).fetchall()
 
     # Pins
 

@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.devices.launch import Launch, attention_launches
+from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
@@ -34,42 +35,41 @@ class KernelDevice(Device):
         check_schedule(config, schedule, self.limits, family)
         source = render(config, schedule, self.target, family)
         kernel = self.compile(source)
-        splits = schedule.splits
-        join = self._combine(config, schedule) if splits > 1 else None
+        join = self._combine(config, schedule) if schedule.splits > 1 else None
 
         def run(
-            q: mx.array,
-            k: mx.array,
-            v: mx.array,
-            scale: float,
-            inputs: Inputs = NOTHING,
+            q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
             batch, heads, q_len, _ = q.shape
-            shapes = [(batch, heads, q_len, config.v_dim), (batch, heads, q_len)]
             if 0 in q.shape or 0 in k.shape:  # nothing to launch: no row sees a key
-                lse = mx.full(shapes[1], -mx.inf) if config.return_lse else None
-                return mx.zeros(shapes[0], q.dtype), lse
-            dtypes = [q.dtype, mx.float32]
-            if join:
-                shapes, dtypes = [(splits, *shape) for shape in shapes], [mx.float32] * 2
-            rows, columns = (
-                (q_len * config.heads_per_kv, k.shape[1]) if family == "decode" else (q_len, heads)
-            )
+                return _empty(config, q, inputs)
             q, scale = positive_scale(q, scale)
-            # Seen as bytes, an array is copied only where its last axis has gaps.
-            bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
-            if inputs.blocks is not None:
-                bound.append(inputs.blocks.lists(source.bq, schedule.bk))
-            bound += [mx.contiguous(x) for x in inputs.arrays]
-            outputs = kernel(
-                inputs=bound,
-                output_shapes=shapes[: len(source.outputs)],
-                output_dtypes=dtypes[: len(source.outputs)],
-                grid=(-(-rows // source.bq) * source.threads * splits, columns, batch),
-                threadgroup=(source.threads, 1, 1),
+            bound = _bound(config, source, schedule, q, k, v, scale, inputs)
+
+            def dispatch(launch: Launch) -> list[mx.array]:
+                shapes = [(*launch.shape, config.v_dim), launch.shape]
+                dtypes = [q.dtype, mx.float32]
+                if join:
+                    dtypes[0] = mx.float32
+                    shapes = [(launch.splits, *shape) for shape in shapes]
+                start = [] if launch.start is None else [mx.array(launch.start, mx.int32)]
+                x, y, z = launch.groups
+                outputs = kernel(
+                    inputs=bound + start,
+                    output_shapes=shapes[: len(source.outputs)],
+                    output_dtypes=dtypes[: len(source.outputs)],
+                    grid=(x * source.threads, y, z),
+                    threadgroup=(source.threads, 1, 1),
+                )
+                return join(outputs[0], outputs[1], q.dtype) if join else outputs
+
+            keys = key_places(config, k, inputs)
+            sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
+            launches = attention_launches(
+                config, schedule, family, (batch, heads, q_len), keys, sequences
             )
-            if join:
-                outputs = join(outputs[0], outputs[1], q.dtype)
+            found = [dispatch(launch) for launch in launches]
+            outputs = found[0] if len(found) == 1 else _joined(found, launches, batch, heads, q_len)
             return outputs[0], outputs[1] if config.return_lse else None
 
         return run
@@ -95,6 +95,62 @@ class KernelDevice(Device):
             )
 
         return run
+
+
+def _bound(
+    config: AttentionConfig,
+    source: KernelSource,
+    schedule: Schedule,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    inputs: Inputs,
+) -> list[mx.array]:
+    """A kernel's inputs. Seen as bytes, an array is copied only where its last axis has gaps."""
+    bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
+    if inputs.blocks is not None:
+        bound.append(inputs.blocks.lists(source.bq, schedule.bk))
+    bound += [mx.contiguous(x) for x in (*inputs.score, *inputs.mask)]
+    for name in asked_for(config):
+        array = getattr(inputs, name)
+        if name in ("bias", "array_mask"):
+            shape = (*q.shape[:3], key_places(config, k, inputs))
+            bound.append(mx.broadcast_to(array, shape))
+        elif name.endswith(("_scales", "_biases")):
+            bound.append(array.view(mx.uint8))
+        else:
+            bound.append(mx.contiguous(array))
+    return bound
+
+
+def _empty(
+    config: AttentionConfig, q: mx.array, inputs: Inputs
+) -> tuple[mx.array, mx.array | None]:
+    """What a call without queries or keys gives."""
+    shape = q.shape[:3]
+    out = mx.zeros((*shape, config.v_dim), q.dtype)
+    if not config.return_lse:
+        return out, None
+    if inputs.sinks is None:
+        return out, mx.full(shape, -mx.inf)
+    return out, mx.broadcast_to(inputs.sinks[None, :, None], shape)
+
+
+def _joined(
+    found: list[list[mx.array]], launches: list[Launch], batch: int, heads: int, q_len: int
+) -> list[mx.array]:
+    """The outputs of a call's dispatches, put together; they come in order of their rows."""
+    outputs = []
+    for parts in zip(*found, strict=True):
+        if launches[0].shape[1:] == (heads, q_len):
+            outputs.append(mx.concatenate(list(parts), axis=0))
+            continue
+        # Shares of heads, or of one head's rows: rows of all heads of an entry, one after another.
+        tail = parts[0].shape[3:]
+        rows = mx.concatenate([p.reshape(-1, *tail) for p in parts], axis=0)
+        outputs.append(rows.reshape(batch, heads, -1, *tail))
+    return outputs
 
 
 def arguments(source: KernelSource) -> dict[str, Any]:

@@ -124,6 +124,54 @@ def attention(
     return call("attention", q, k, v, scale, return_lse, options)
 
 
+@overload
+def varlen_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    cu_seqlens_q: mx.array,
+    cu_seqlens_k: mx.array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    **options: Unpack[SharedOptions],
+) -> mx.array: ...
+
+
+@overload
+def varlen_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    cu_seqlens_q: mx.array,
+    cu_seqlens_k: mx.array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    **options: Unpack[SharedOptions],
+) -> tuple[mx.array, mx.array]: ...
+
+
+@overload
+def varlen_attention(
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    cu_seqlens_q: mx.array,
+    cu_seqlens_k: mx.array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool,
+    **options: Unpack[SharedOptions],
+) -> mx.array | tuple[mx.array, mx.array]: ...
+
+
 def varlen_attention(
     q: mx.array,
     k: Keys,

@@ -11,7 +11,7 @@ import mlx.core as mx
 from metalgen.config import KV_BITS, KV_GROUPS, AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
-from metalgen.inputs import Inputs, check_call, key_places
+from metalgen.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
 from metalgen.ops.conversions import booleans, brief, dropout_key, integers, numbers, scores
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
@@ -73,24 +73,24 @@ def call(
     """
     if not options.keys() <= KNOWN_OPTIONS:
         raise _unexpected(operation, options)
-    names = dict(USERS_NAMES)
-    try:
-        options = _widened(options, functions, names)
-        key, value, bits, group = _main_arrays(q, k, v, names)
+    options, names = _widened(options, functions)
+    key, value, bits, group = _main_arrays(q, k, v)
+    if bits is not None:
+        names |= {"k": "k[0]", "v": "v[0]"}
+    words = _UsersWords(names)
+    with words:
         config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
-        inputs = _inputs(config, q, key, value, options, functions)
-        kernel = get_kernel(config, **_sizes(config, q, key[0], inputs, options))
+    inputs = _inputs(config, q, key, value, options, functions)
+    sizes = _sizes(config, q, key[0], inputs, options)
+    with words:
+        kernel = get_kernel(config, **sizes)
         if options.get("check", False):
             _check_contents(config, q, key[0], value[0], inputs)
         return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
-    except ArgumentError as error:
-        if type(error) is ArgumentError:
-            _rename(error, names)
-        raise
 
 
 def _main_arrays(
-    q: mx.array, k: Keys, v: Keys, names: dict[str, str]
+    q: mx.array, k: Keys, v: Keys
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...], int | None, int]:
     """Keys and values taken apart, each with what it is quantized by; bits and group of that."""
     key, value = _taken_apart("k", k), _taken_apart("v", v)
@@ -110,7 +110,6 @@ def _main_arrays(
         raise ArgumentError("k.shape", expected, key[0].shape)
     if len(key) == 1:
         return key, value, None, 64
-    names |= {"k": "k[0]", "v": "v[0]"}
     bits, group = _quantization("k", key, q.shape[3])
     v_dim = value[0].shape[3] * 32 // bits
     if (value[0].dtype, value[1].shape[3] * group) != (mx.uint32, v_dim):
@@ -148,8 +147,15 @@ def _quantization(name: str, parts: tuple[mx.array, ...], width: int) -> tuple[i
     return bits, group
 
 
-def _widened(options: Options, functions: Functions, names: dict[str, str]) -> Options:
-    """The options with `mask` and its like said in one way; what excludes each other is refused."""
+def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str, str]]:
+    """The options with `mask` said in one way, and the names that users know them by.
+
+    What excludes each other is refused.
+    """
+    names = dict(USERS_NAMES)
+    rope = options.get("rope")
+    if rope is not None and not isinstance(rope, Rope):
+        raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
     mask = options.get("mask")
     cu_q, table = options.get("cu_seqlens_q"), options.get("block_table")
     if mask is not None:
@@ -187,7 +193,7 @@ def _widened(options: Options, functions: Functions, names: dict[str, str]) -> O
     if table is not None and options.get("kv_lens") is None:
         expected = "an mlx.core.array beside a block_table: how many keys each sequence has"
         raise ArgumentError("kv_lens", expected, None)
-    return options
+    return options, names
 
 
 def _config(
@@ -200,10 +206,7 @@ def _config(
     options: Options,
     functions: Functions,
 ) -> AttentionConfig:
-    rope = options.get("rope")
-    if rope is not None and not isinstance(rope, Rope):
-        raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
-    table = options.get("block_table")
+    rope, table = options.get("rope"), options.get("block_table")
     packed = 1 if bits is None else 32 // bits
     return AttentionConfig(
         q.shape[3],
@@ -244,6 +247,8 @@ def _inputs(
     functions: Functions,
 ) -> Inputs:
     """The other arrays of a call, in the types that kernels take."""
+    if not has_inputs(config) and options.get("dropout_key") is None:
+        return NOTHING
     found: dict[str, Any] = {
         "cu_q": integers("cu_seqlens_q", options.get("cu_seqlens_q"), 1),
         "kv_lens": integers("kv_lens", options.get("kv_lens"), 1),
@@ -346,23 +351,33 @@ def _check_contents(
         raise ArgumentError("check", expected, True) from None
 
 
-def _rename(error: ArgumentError, names: dict[str, str]) -> None:
-    """Say an error in the user's names; the traceback stays."""
-    head = re.match(r"\w+", error.argument)
-    if head and head[0] in names:
-        error.argument = names[head[0]] + error.argument[head.end() :]
-    error.expected = re.sub(
-        r"\b(cu_[qk]|array_mask|[kv]_(scales|biases)|rope_(freqs|offset|dims))\b",
-        lambda found: names[found[0]],
-        error.expected,
-    )
-    error.args = (f"{error.argument}: expected {error.expected}, but got {error.got!r}",)
+class _UsersWords:
+    """Errors of configs and kernels, raised in here, leave it in the user's names."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if type(error) is not ArgumentError:
+            return
+        head = re.match(r"\w+", error.argument)
+        if head and head[0] in self.names:
+            error.argument = self.names[head[0]] + error.argument[head.end() :]
+        error.expected = re.sub(
+            r"\b(cu_[qk]|array_mask|[kv]_(scales|biases)|rope_(freqs|offset|dims))\b",
+            lambda found: self.names[found[0]],
+            error.expected,
+        )
+        error.args = (f"{error.argument}: expected {error.expected}, but got {error.got!r}",)
 
 
 def _unexpected(operation: str, options: Options) -> TypeError:
     import difflib
 
     name = next(name for name in options if name not in KNOWN_OPTIONS)
-    near = difflib.get_close_matches(name, KNOWN_OPTIONS, 1)
+    near = difflib.get_close_matches(name, KNOWN_OPTIONS, 1, 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return TypeError(f"{operation}() got an unexpected keyword argument {name!r}{hint}")

@@ -192,7 +192,10 @@ def one_at_a_time(path: Path | None, waiting: Callable[[], None] = lambda: None)
         return
     import fcntl
 
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise DeviceError(f"cannot open {path} to measure alone: {error.strerror}") from error
     try:
         waiting()
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -255,6 +255,7 @@ class MeasuredSession(Session):
                 samples=race.timings[schedule.key].samples,
                 default_seconds=default,
                 mlx_seconds=own.median if own else None,
+                error=self.checker.error(self.problem.config, schedule, self.problem.family),
                 detail=race.reservation(schedule.key),
             )
             for schedule in schedules

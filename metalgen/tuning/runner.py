@@ -14,6 +14,7 @@ from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.tuning.executing import Executor, Here, lock_file
+from metalgen.tuning.helpers import TIME_LIMIT, Helpers, check_jobs
 from metalgen.tuning.measure import Clock, Policy
 from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.modelled import ModelledSession
@@ -38,6 +39,8 @@ def tune(
     seed: int = 0,
     observe: Observer | None = None,
     policy: Policy | None = None,
+    jobs: int = 0,
+    time_limit: float = TIME_LIMIT,
     clock: Clock = time.perf_counter,
     verify: Verify | None = None,
     share: Share | None = None,
@@ -58,19 +61,25 @@ def tune(
         seed: of the search.
         observe: called whenever something changed.
         policy: how to measure; None: the standard one.
-        clock: seconds, for the budget and for measurements.
+        jobs: processes that compile ahead for a device, time in turn and may crash; 0: this
+            process does everything.
+        time_limit: seconds that one compilation, sample or check may take in such a process.
+        clock: seconds, for the budget and for measurements in this process.
         verify: the check; another one for tests.
         share: where to meet other workers of the same chip, who share the schedules out.
 
     A `KeyboardInterrupt` ends the run early: what was done is in the report and in the store.
 
     Raises:
-        ArgumentError: `trials`, `budget` or `seed` that cannot be; a `share` without a device.
+        ArgumentError: `trials`, `budget`, `seed`, `jobs` or `time_limit` that cannot be; a
+            `share` without a device.
+        DeviceError: the device fails whatever the kernel, or processes cannot be started.
         StorageError: the shared storage fails, or is of workers unlike this one.
         IncompleteChip: the chip model does not know this chip, and there is no device.
         DatabaseError: the store can no longer be written.
     """
     check_arguments(trials, budget, seed)
+    check_jobs(jobs, time_limit)
     if share and not device:
         raise ArgumentError("share", "a device that measures; predictions need no sharing", share)
     executing = checker or device
@@ -81,7 +90,15 @@ def tune(
     policy = policy or Policy()
     executor: Executor | None = None
     if device:
-        executor = Here(device, policy, clock, lock=lock_file())
+        if jobs:
+            executor = Helpers(
+                *(device, policy, jobs),
+                time_limit=time_limit,
+                deadline=deadline,
+                lock=lock_file(),
+            )
+        else:
+            executor = Here(device, policy, clock, lock=lock_file())
         if executing is device:
             verify = verify or executor.verify
     common: dict[str, Any] = {
@@ -122,6 +139,8 @@ def tune(
         report.seconds = clock() - start
         report.checks = session.checker.checked
         session.close()
+        if executor:
+            executor.close()
         try:
             store.end_run(report.run, ended)
         except DatabaseError:

@@ -83,6 +83,13 @@ class Checker:
             return found
         return self.store.find_check(*kernel, self.device.name, family=family)
 
+    def error(
+        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
+    ) -> float | None:
+        """The relative error that is on record of a kernel."""
+        found = self.known(config, schedule, family)
+        return found.error if found else None
+
     def check(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Check:
         """The check of a kernel: the one on record, or a new one, which is recorded.
 

@@ -1,0 +1,76 @@
+"""Options of ``metalgen tune`` that say how to measure."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from metalgen.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from metalgen.devices import Device
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """Options that say how to measure; None where the user gave none."""
+
+    jobs: int | None
+    time_limit: float | None
+    cache: str | None
+
+    def check(self, device: Device | None) -> None:
+        """Raise `ArgumentError` where one was given and nothing is measured."""
+        for name in ("jobs", "time_limit", "cache"):
+            if device is None and getattr(self, name) is not None:
+                expected = "none where times are predicted, not measured"
+                raise ArgumentError(name, expected, getattr(self, name))
+        if device:
+            from metalgen.tuning.helpers import check_jobs
+
+            check_jobs(self.jobs or 0, 1.0 if self.time_limit is None else self.time_limit)
+
+    def arguments(self, device: Device | None) -> dict[str, Any]:
+        """What `metalgen.tuning.runner.tune` takes of them."""
+        if device is None:
+            return {}
+        from metalgen.tuning.helpers import TIME_LIMIT, usual_jobs
+        from metalgen.tuning.measure import Policy
+
+        return {
+            "jobs": usual_jobs(device) if self.jobs is None else self.jobs,
+            "time_limit": TIME_LIMIT if self.time_limit is None else self.time_limit,
+            "policy": Policy(cache=self.cache or "cold"),
+        }
+
+
+def measuring_options(function: Any) -> Any:
+    """Options about measuring; the command gets them as ``measuring``, a `Measuring`."""
+
+    @click.option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="Measuring: processes that compile ahead; 0: none. Default: 1 to 8.",
+    )
+    @click.option(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="Measuring: what one compilation or launch may take. Default: 60.",
+    )
+    @click.option(
+        "--cache",
+        type=click.Choice(["cold", "warm"]),
+        help="Measuring: other arrays for each launch, or the same. Default: cold.",
+    )
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any, jobs: int | None, time_limit: float | None, cache: str | None, **kwargs: Any
+    ) -> Any:
+        return function(*args, measuring=Measuring(jobs, time_limit, cache), **kwargs)
+
+    return wrapper

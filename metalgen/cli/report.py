@@ -1,0 +1,60 @@
+"""``metalgen report``: one HTML page about tuning records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from metalgen.cli.options import chip_option, json_option, print_json
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=FILE)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    default=Path("report.html"),
+    show_default=True,
+    metavar="PAGE",
+    help="The page to write.",
+)
+@chip_option("Only this chip's rows.")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context, files: tuple[Path, ...], output: Path, chip: str | None, as_json: bool
+) -> None:
+    """Write one HTML page about the rows of FILES, or of your database.
+
+    FILE is a database or a file of records (JSON lines). The page needs no network and no script.
+    """
+    from metalgen.chips import get_chip
+    from metalgen.report.page import check_target, write_report
+    from metalgen.report.sources import read_sources
+
+    name = get_chip(chip).name if chip else None
+    check_target(output)
+    sources = read_sources(files, name)
+    found = write_report(output, sources)
+    kinds = {kind: sum(r.provenance == kind for r in found) for kind in ("measured", "modelled")}
+    if as_json:
+        print_json(
+            {
+                "page": str(output),
+                "bytes": output.stat().st_size,
+                "sources": sources.names,
+                "rows": len(sources.rows),
+                "left_out": sources.summary.rejected,
+                "results": kinds,
+            }
+        )
+    else:
+        told = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        click.echo(f"{output}: {told} results from {len(sources.rows)} rows")
+        for file, place, reason in sources.summary.reasons:
+            click.echo(f"  left out: {file}: {place}: {reason}")
+    ctx.exit(1 if sources.summary.rejected else 0)

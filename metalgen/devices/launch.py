@@ -1,0 +1,101 @@
+"""How many threadgroups a call takes, and in how many dispatches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from metalgen.config import AttentionConfig
+from metalgen.hooks import share
+from metalgen.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One dispatch.
+
+    Args:
+        groups: threadgroups along x (blocks of rows, times splits), y (heads, or KV heads) and z
+            (batch entries).
+        shape: ``(B, H, L)`` of its output's rows.
+        splits: outputs that the combine step joins.
+        start: batch entry, head (or KV head) and block of rows where it begins; None: at the first.
+    """
+
+    groups: tuple[int, int, int]
+    shape: tuple[int, int, int]
+    splits: int = 1
+    start: tuple[int, int, int] | None = None
+
+
+def attention_launches(
+    config: AttentionConfig,
+    schedule: Schedule,
+    family: str,
+    shape: tuple[int, int, int],
+    keys: int,
+    sequences: int = 0,
+) -> list[Launch]:
+    """The dispatches of a call, in the order of the rows that they compute.
+
+    With the config's `max_work` none computes more scores than that, as far as whole blocks of rows
+    allow: a call is cut into batch entries, those into heads, and in the forward family those into
+    blocks of rows.
+
+    Args:
+        shape: ``(B, H, Lq)`` of the queries.
+        keys: how many keys a sequence has at most.
+        sequences: how many packed sequences there are.
+    """
+    batch, heads, q_len = shape
+    packed = family == "decode"
+    rows = config.heads_per_kv if packed else 1
+    columns = heads // rows
+    splits = schedule.splits
+    if config.deterministic and splits > 1:
+        splits = -(-keys // share(schedule))
+    if config.varlen:
+        blocks = q_len * rows // schedule.bq + sequences + 1
+        return [Launch((blocks * splits, columns, 1), shape, splits)]
+    blocks = -(-q_len * rows // schedule.bq)
+    if config.max_work is None:
+        return [Launch((blocks * splits, columns, batch), shape, splits)]
+    return list(_cut(schedule, shape, keys, config.max_work, rows, columns, blocks, splits))
+
+
+def _cut(
+    schedule: Schedule,
+    shape: tuple[int, int, int],
+    keys: int,
+    most: int,
+    rows: int,
+    columns: int,
+    blocks: int,
+    splits: int,
+) -> Iterator[Launch]:
+    batch, heads, q_len = shape
+    head = max(1, q_len * rows * keys)  # scores of a head, or of the heads of a KV head
+    if head * columns <= most:
+        entries = max(1, min(batch, most // (head * columns)))
+        for z in range(0, batch, entries):
+            count = min(entries, batch - z)
+            yield Launch(
+                (blocks * splits, columns, count), (count, heads, q_len), splits, (z, 0, 0)
+            )
+        return
+    if head <= most or rows > 1 or splits > 1:
+        each = max(1, most // head)
+        for z in range(batch):
+            for y in range(0, columns, each):
+                count = min(each, columns - y)
+                yield Launch(
+                    (blocks * splits, count, 1), (1, count * rows, q_len), splits, (z, y, 0)
+                )
+        return
+    each = max(1, most // (schedule.bq * keys))
+    for z in range(batch):
+        for y in range(columns):
+            for x in range(0, blocks, each):
+                count = min(each, blocks - x)
+                length = min(q_len, (x + count) * schedule.bq) - x * schedule.bq
+                yield Launch((count, 1, 1), (1, 1, length), 1, (z, y, x))

@@ -1,0 +1,65 @@
+"""Attention by its definition: in float64 for checking, in plain MLX for what has no kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from metalgen.reference.plain import attention_plain
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from metalgen.config import AttentionConfig
+
+__all__ = ["attention_float64", "attention_mlx", "config_features"]
+
+HOW_NOT_WHAT = frozenset(
+    {"head_dim", "value_head_dim", "heads_per_kv", "return_lse", "deterministic", "max_work"}
+)
+"""Fields of a config that the definition finds in the arrays' shapes, or has no use for."""
+
+
+def attention_float64(
+    q: Any, k: Any, v: Any, *, scale: float, **features: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Attention and its log-sum-exp in NumPy float64: what every kernel is checked against.
+
+    By definition, one sequence after the other, and with nothing shared with the kernels. What
+    kernels round to the config's type before they multiply is rounded here, too: turned queries,
+    and keys and values that were quantized.
+
+    Args:
+        q, k, v: arrays of MLX or NumPy, of the shapes that `AttentionConfig` describes.
+        scale: factor of the scores.
+        features: fields of an `AttentionConfig`, by name; left out: its default. ``inputs``: the
+            `metalgen.inputs.Inputs` that they ask for.
+
+    Returns:
+        ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there (with
+        sinks: the sink's logit).
+    """
+    from metalgen.reference.float64 import attention
+
+    return attention(q, k, v, scale, features)
+
+
+def attention_mlx(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float | mx.array, **features: Any
+) -> tuple[mx.array, mx.array]:
+    """The same in plain MLX operations, in float32: lazy, and looks at no array's contents.
+
+    Differentiable in q, k and v (unless quantized), bias, slopes, sinks and what score functions
+    capture. The output has the type of `q`, the log-sum-exp is float32. Its memory grows with
+    Lq * Lk, of all packed sequences together.
+    """
+    return attention_plain(q, k, v, scale, features)
+
+
+def config_features(config: AttentionConfig) -> dict[str, Any]:
+    """The keyword arguments of both functions for a config."""
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: getattr(config, name) for name in names if name not in HOW_NOT_WHAT}

@@ -1,0 +1,217 @@
+"""Attention by its definition, in NumPy float64, one sequence after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from metalgen import philox
+from metalgen.dsl.graph import parse
+from metalgen.inputs import NOTHING, Inputs
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One batch entry, or one packed sequence.
+
+    Args:
+        number: which.
+        entry: index of q's first axis.
+        rows: its rows of q.
+        q, k, v: ``(H, Lq, D)``, ``(Hkv, Lk, D)`` and ``(Hkv, Lk, Dv)``.
+        there: ``(Lk,)``, whether a key is there at all.
+    """
+
+    number: int
+    entry: int
+    rows: slice
+    q: Float64
+    k: Float64
+    v: Float64
+    there: NDArray[np.bool_]
+
+
+def attention(
+    q: Any, k: Any, v: Any, scale: float, features: dict[str, Any]
+) -> tuple[Float64, Float64]:
+    """What `metalgen.reference.attention_float64` describes."""
+    inputs = features.get("inputs") or NOTHING
+    queries = as_float64(q)
+    keys = _dequantized(k, inputs.k_scales, inputs.k_biases, features)
+    values = _dequantized(v, inputs.v_scales, inputs.v_biases, features)
+    out = np.zeros((*queries.shape[:3], values.shape[3]))
+    lse = np.full(queries.shape[:3], -np.inf)
+    for sequence in _sequences(queries, keys, values, features, inputs):
+        place = sequence.entry, slice(None), sequence.rows
+        out[place], lse[place] = _of_sequence(sequence, queries.shape, scale, features, inputs)
+    return out, lse
+
+
+def _sequences(
+    q: Float64, k: Float64, v: Float64, features: dict[str, Any], inputs: Inputs
+) -> Iterator[Sequence]:
+    varlen = features.get("varlen", False)
+    count = _integers(inputs.cu_q).size - 1 if varlen else q.shape[0]
+    for n in range(count):
+        entry, rows = n, slice(0, q.shape[2])
+        if varlen:
+            entry, rows = 0, _span(_integers(inputs.cu_q), n, q.shape[2])
+        if features.get("page_size") is not None:
+            own_k, own_v, there = _from_pages(k, v, features["page_size"], inputs, n)
+        else:
+            own = slice(0, k.shape[2])
+            if varlen:
+                own = _span(_integers(inputs.cu_k), n, k.shape[2])
+            elif features.get("kv_lens"):
+                own = slice(0, int(np.clip(_integers(inputs.kv_lens)[n], 0, k.shape[2])))
+            own_k, own_v = k[entry][:, own], v[entry][:, own]
+            there = np.ones(own_k.shape[1], dtype=bool)
+        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there)
+
+
+def _of_sequence(
+    s: Sequence, shape: tuple[int, ...], scale: float, features: dict[str, Any], inputs: Inputs
+) -> tuple[Float64, Float64]:
+    heads, q_len = s.q.shape[:2]
+    kv_len = s.k.shape[1]
+    h = np.arange(heads, dtype=np.int32)[:, None, None]
+    i = np.arange(q_len, dtype=np.int32)[:, None]
+    j = np.arange(kv_len, dtype=np.int32)
+    places = {"b": np.full((1, 1, 1), s.number, np.int32), "h": h, "q": i, "kv": j}
+    q = _turned(s.q, features, inputs, s.number) if features.get("rope") else s.q
+    k, v = (np.repeat(x, heads // x.shape[0], axis=0) for x in (s.k, s.v))
+    scores = scale * (q @ np.swapaxes(k, 1, 2))
+
+    # What changes scores
+    if (cap := features.get("softcap")) is not None:
+        scores = cap * np.tanh(scores / cap)
+    if (text := features.get("score_mod")) is not None:
+        captured = [_captured(a) for a in inputs.score]
+        scores = parse(text).evaluate(np, {**places, "score": scores}, captured)
+        scores = np.broadcast_to(scores, (heads, q_len, kv_len))
+    own = i + kv_len - q_len  # the key at a query's own position
+    if features.get("alibi"):
+        scores = scores - as_float64(inputs.alibi_slopes)[:, None, None] * np.abs(own - j)
+    if features.get("bias"):
+        scores = scores + _entry(inputs.bias, s, shape)[:, :, :kv_len]
+
+    # What is seen
+    seen = np.broadcast_to(s.there, scores.shape)
+    if features.get("causal"):
+        seen = seen & (j <= own)
+    if (left := features.get("window_left")) is not None:
+        seen = seen & (j >= own - left)
+    if (right := features.get("window_right")) is not None:
+        seen = seen & (j <= own + right)
+    if (text := features.get("mask_mod")) is not None:
+        seen = seen & parse(text).evaluate(np, places, [_captured(a) for a in inputs.mask])
+    if features.get("array_mask"):
+        seen = seen & (_entry(inputs.array_mask, s, shape)[:, :, :kv_len] != 0)
+    scores = np.where(seen, scores, -np.inf)
+
+    # Softmax, and the values
+    peak = scores.max(axis=2, keepdims=True, initial=-np.inf)
+    if features.get("sinks"):
+        sinks = as_float64(inputs.sinks)[:, None, None]
+        peak = np.maximum(peak, sinks)
+    base = np.where(np.isfinite(peak), peak, 0.0)
+    weights = np.exp(scores - base)
+    total = weights.sum(axis=2, keepdims=True)
+    if features.get("sinks"):
+        total = total + np.exp(sinks - base)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total > 0, base + np.log(total), -np.inf)[:, :, 0]
+    weights = weights / np.where(total == 0, 1.0, total)
+    if p := features.get("dropout", 0.0):
+        key = np.array(inputs.dropout_key)
+        gone = philox.dropped(np, key, p, places["b"], h, i, j)
+        weights = np.where(gone, 0.0, weights / (1 - p))
+    return weights @ v, lse
+
+
+def _turned(q: Float64, features: dict[str, Any], inputs: Inputs, number: int) -> Float64:
+    """Queries of a sequence after rotary embedding; angles in float32, as `Inputs` says."""
+    freqs = np.array(inputs.rope_freqs, dtype=np.float32)
+    positions = int(_integers(inputs.rope_offset)[number]) + np.arange(q.shape[1])
+    angles = (positions.astype(np.float32)[:, None] * freqs).astype(np.float64)
+    if features["rope"] == "half":
+        first, second = np.arange(freqs.size), np.arange(freqs.size) + freqs.size
+    else:
+        first, second = 2 * np.arange(freqs.size), 2 * np.arange(freqs.size) + 1
+    x, y = q[..., first], q[..., second]
+    turned = q.copy()
+    turned[..., first] = x * np.cos(angles) - y * np.sin(angles)
+    turned[..., second] = x * np.sin(angles) + y * np.cos(angles)
+    return _rounded(turned, features)
+
+
+def _dequantized(
+    x: Any, scales: mx.array | None, biases: mx.array | None, features: dict[str, Any]
+) -> Float64:
+    """``scale * q + bias``, rounded to the config's type; q in the words from the lowest bits."""
+    bits = features.get("kv_bits")
+    if bits is None:
+        return as_float64(x)
+    words = np.array(x, dtype=np.uint32)[..., None]
+    numbers = words >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
+    width = words.shape[3] * 32 // bits
+    numbers = numbers.reshape(*words.shape[:3], width).astype(np.float64)
+    scale, bias = (np.repeat(as_float64(a), features["kv_group"], axis=3) for a in (scales, biases))
+    with np.errstate(invalid="ignore"):  # anything may lie where nothing is looked at
+        return _rounded(scale * numbers + bias, features)
+
+
+def _from_pages(
+    k: Float64, v: Float64, page_size: int, inputs: Inputs, number: int
+) -> tuple[Float64, Float64, NDArray[np.bool_]]:
+    """Keys and values of a sequence, and which of them are on a page that exists."""
+    table = _integers(inputs.block_table)[number]
+    kv_len = int(np.clip(_integers(inputs.kv_lens)[number], 0, table.size * page_size))
+    own_k, own_v = (np.zeros((x.shape[1], kv_len, x.shape[3])) for x in (k, v))
+    there = np.zeros(kv_len, dtype=bool)
+    for j in range(kv_len):
+        page, slot = table[j // page_size], j % page_size
+        if 0 <= page < k.shape[0]:
+            own_k[:, j], own_v[:, j], there[j] = k[page, :, slot], v[page, :, slot], True
+    return own_k, own_v, there
+
+
+def _span(starts: Array, number: int, size: int) -> slice:
+    """Where a packed sequence lies; whatever the numbers are, inside of the array."""
+    begin = int(np.clip(starts[number], 0, size))
+    return slice(begin, int(np.clip(starts[number + 1], begin, size)))
+
+
+def _entry(array: mx.array | None, s: Sequence, shape: tuple[int, ...]) -> Float64:
+    """A sequence's part of an array that broadcasts to ``(B, H, Lq, Lk)``."""
+    wide = as_float64(array)
+    own: Float64 = np.broadcast_to(wide, (*shape[:3], wide.shape[3]))[s.number]
+    return own
+
+
+def _rounded(x: Float64, features: dict[str, Any]) -> Float64:
+    narrow = mx.array(x.astype(np.float32)).astype(getattr(mx, features.get("dtype", "float32")))
+    return as_float64(narrow)
+
+
+def as_float64(array: Any) -> Float64:
+    """An array of MLX (of any type) or NumPy in float64."""
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
+        array = array.astype(mx.float32)
+    return np.asarray(array, dtype=np.float64)
+
+
+def _captured(array: mx.array) -> Array:
+    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+
+def _integers(array: mx.array | None) -> Array:
+    return np.asarray(array).astype(np.int64)

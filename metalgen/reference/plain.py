@@ -1,0 +1,280 @@
+"""Attention in plain MLX operations: the fallback, and what gradients are computed from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from metalgen import philox
+from metalgen.inputs import NOTHING, Inputs
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where scores ``(B, H, Lq, Lk)`` stand; int32 arrays that broadcast to that shape.
+
+    Packed sequences have one batch entry, with all rows and keys of all sequences, and each row is
+    masked to its own.
+
+    Args:
+        b: batch entry, or packed sequence, of a row.
+        h: query head.
+        i: query, counted in its sequence.
+        j: key, counted in its sequence.
+        own: the key at the query's own position, ``i + kv_len - q_len``.
+        there: booleans, whether a key is there at all; None: all are.
+        rows: booleans, whether a row belongs to any sequence; None: all do.
+    """
+
+    b: mx.array
+    h: mx.array
+    i: mx.array
+    j: mx.array
+    own: mx.array
+    there: mx.array | None = None
+    rows: mx.array | None = None
+
+
+def attention_plain(
+    q: mx.array, k: mx.array, v: mx.array, scale: float | mx.array, features: dict[str, Any]
+) -> tuple[mx.array, mx.array]:
+    """What `metalgen.reference.attention_mlx` describes."""
+    inputs: Inputs = features.get("inputs") or NOTHING
+    paged = features.get("page_size") is not None
+    on_page = None
+    if paged:
+        on_page = _on_page(inputs.block_table, k.shape[0], k.shape[2])
+        inputs = _gathered_scales(inputs)
+        k, v = (_gathered(x, inputs.block_table) for x in (k, v))
+    if features.get("kv_bits") is not None:
+        k = _dequantized(k, inputs.k_scales, inputs.k_biases, q.dtype, features)
+        v = _dequantized(v, inputs.v_scales, inputs.v_biases, q.dtype, features)
+    sequence_keys = k.shape[2]
+    if paged and features.get("varlen"):  # all sequences' keys one after the other
+        k, v = (_joined(x) for x in (k, v))
+    at = _places(q, k, sequence_keys, on_page, features, inputs)
+
+    wide = q.astype(mx.float32)
+    if features.get("rope") is not None:
+        wide = _turned(wide, at, features, inputs).astype(q.dtype).astype(mx.float32)
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1:3]
+    shape = (batch, heads, q_len, kv_len)
+    by_group = (batch, kv_heads, heads // kv_heads, q_len)
+    if at.there is not None:  # what lies elsewhere may be anything, and 0 * nan is nan
+        used = at.there.any(axis=(0, 1, 2)) if features.get("varlen") else at.there[:, 0, 0]
+        used = mx.broadcast_to(used, (batch, kv_len))[:, None, :, None]
+        k, v = (mx.where(used, x, mx.array(0, x.dtype)) for x in (k, v))
+    keys, values = (x.astype(mx.float32)[:, :, None] for x in (k, v))
+    grouped = (wide * scale).reshape(*by_group, head_dim)
+    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(shape)
+    scores = _changed(scores, at, features, inputs)
+    seen = _seen(shape, at, features, inputs)
+    if seen is not None:
+        scores = mx.where(seen, scores, -mx.inf)
+    sinks = inputs.sinks[:, None, None] if inputs.sinks is not None else None
+    weights, lse = _softmax(scores, sinks)
+    if p := features.get("dropout", 0.0):
+        gone = philox.dropped(mx, inputs.dropout_key, p, at.b, at.h, at.i, at.j)
+        weights = mx.where(gone, 0.0, weights / (1 - p))
+    out = (weights.reshape(*by_group, kv_len) @ values).reshape(*q.shape[:3], v.shape[3])
+    if at.rows is not None:
+        out = mx.where(at.rows[..., None], out, 0.0)
+        lse = mx.where(at.rows, lse, -mx.inf)
+    return out.astype(q.dtype), lse
+
+
+def _softmax(scores: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Weights and their log-sum-exp; a row that sees nothing has zeros, and no NaN gradient."""
+    if scores.shape[3]:
+        peak = mx.stop_gradient(scores.max(axis=-1, keepdims=True))
+    else:
+        peak = mx.full((*scores.shape[:3], 1), -mx.inf)
+    if sinks is not None:
+        peak = mx.maximum(peak, mx.stop_gradient(sinks))
+    peak = mx.where(peak == -mx.inf, 0.0, peak)
+    weights = mx.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + mx.exp(sinks - peak)
+    safe = mx.where(total == 0.0, 1.0, total)
+    lse = mx.where(total == 0.0, -mx.inf, peak + mx.log(safe))
+    return weights / safe, lse[..., 0]
+
+
+def _places(
+    q: mx.array,
+    k: mx.array,
+    sequence_keys: int,
+    on_page: mx.array | None,
+    features: dict[str, Any],
+    inputs: Inputs,
+) -> Places:
+    heads, rows, keys = q.shape[1], q.shape[2], k.shape[2]
+    h = mx.arange(heads, dtype=mx.int32)[:, None, None]
+    row = mx.arange(rows, dtype=mx.int32)[:, None]
+    key = mx.arange(keys, dtype=mx.int32)
+    kv_lens = inputs.kv_lens
+    if kv_lens is not None:
+        kv_lens = mx.clip(kv_lens, 0, sequence_keys)
+    if not features.get("varlen"):
+        b = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None]
+        if kv_lens is None:
+            return Places(b, h, row, key, row + (keys - rows))
+        kv_len = kv_lens[:, None, None, None]
+        there = key < kv_len
+        if on_page is not None:
+            there = there & on_page[:, None, None, :]
+        return Places(b, h, row, key, row + kv_len - rows, there)
+
+    cu_q = _starts(inputs.cu_q, rows)
+    b = _sequence(row, cu_q)
+    begin, end = cu_q[b], mx.maximum(cu_q[b], cu_q[b + 1])
+    live = (row >= begin) & (row < end)
+    if kv_lens is not None:
+        count = max(1, sequence_keys)
+        of_key, j = key // count, key % count
+        kv_len = kv_lens[b]
+        there = (of_key == b) & (j < kv_len)
+    else:
+        cu_k = _starts(inputs.cu_k, keys)
+        of_key = _sequence(key[:, None], cu_k)[:, 0]
+        j = key - cu_k[of_key]
+        kv_len = mx.maximum(cu_k[b + 1] - cu_k[b], 0)
+        there = (of_key == b) & (j >= 0) & (j < kv_len)
+    if on_page is not None:
+        there = there & on_page.reshape(-1)
+    i = row - begin
+    there = mx.broadcast_to(there & live, (1, 1, rows, keys))
+    return Places(b, h, i, j, i + kv_len - (end - begin), there, live[:, 0])
+
+
+def _starts(starts: mx.array | None, size: int) -> mx.array:
+    assert starts is not None
+    return mx.clip(starts, 0, size)
+
+
+def _sequence(place: mx.array, starts: mx.array) -> mx.array:
+    """Number of the packed sequence that a place ``(n, 1)`` lies in; the last one's after it."""
+    inner = starts[1:-1]
+    if inner.size == 0:
+        return mx.zeros(place.shape, mx.int32)
+    return (inner[None, :] <= place).sum(axis=1, keepdims=True).astype(mx.int32)
+
+
+def _changed(scores: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:
+    """Scores after everything that changes them, in the order that `AttentionConfig` gives."""
+    if (cap := features.get("softcap")) is not None:
+        scores = cap * mx.tanh(scores / cap)
+    if (text := features.get("score_mod")) is not None:
+        found = _evaluated(text, at, inputs.score, {"score": scores})
+        scores = mx.broadcast_to(found, scores.shape)
+    if inputs.alibi_slopes is not None:
+        distance = mx.abs(at.own - at.j).astype(mx.float32)
+        scores = scores - inputs.alibi_slopes[:, None, None] * distance
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.astype(mx.float32)
+    return scores
+
+
+def _seen(
+    shape: tuple[int, ...], at: Places, features: dict[str, Any], inputs: Inputs
+) -> mx.array | None:
+    """Which keys queries see, in booleans that broadcast to `shape`; None: all."""
+    masks: list[mx.array] = []
+    if at.there is not None:
+        masks.append(at.there)
+    if features.get("causal"):
+        masks.append(at.j <= at.own)
+    if (left := features.get("window_left")) is not None:
+        masks.append(at.j >= at.own - left)
+    if (right := features.get("window_right")) is not None:
+        masks.append(at.j <= at.own + right)
+    if (text := features.get("mask_mod")) is not None:
+        masks.append(mx.broadcast_to(_evaluated(text, at, inputs.mask, {}), shape))
+    if inputs.array_mask is not None:
+        masks.append(inputs.array_mask)
+    return functools.reduce(mx.logical_and, masks) if masks else None
+
+
+def _evaluated(
+    text: str, at: Places, arrays: tuple[mx.array, ...], more: dict[str, mx.array]
+) -> mx.array:
+    from metalgen.dsl.graph import parse
+
+    places = {"b": at.b, "h": at.h, "q": at.i, "kv": at.j, **more}
+    value: mx.array = parse(text).evaluate(mx, places, arrays)
+    return value
+
+
+def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:
+    freqs, offset = inputs.rope_freqs, inputs.rope_offset
+    assert freqs is not None and offset is not None
+    position = (offset[at.b] + at.i).astype(mx.float32)  # (B or 1, 1, L, 1) or (L, 1)
+    angles = position * freqs
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    turns = 2 * freqs.size
+    part, rest = q[..., :turns], q[..., turns:]
+    if features["rope"] == "half":
+        x, y = part[..., : freqs.size], part[..., freqs.size :]
+        turned = mx.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1)
+    else:
+        x, y = part[..., ::2], part[..., 1::2]
+        turned = mx.stack([x * cos - y * sin, x * sin + y * cos], axis=-1).reshape(part.shape)
+    return mx.concatenate([turned, rest], axis=-1)
+
+
+def _dequantized(
+    x: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    dtype: mx.Dtype,
+    features: dict[str, Any],
+) -> mx.array:
+    """``scale * q + bias`` in float32, rounded once: mx.dequantize rounds differently by device."""
+    assert scales is not None and biases is not None
+    bits = features["kv_bits"]
+    shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
+    numbers = (x[..., None] >> shifts) & mx.array(2**bits - 1, mx.uint32)
+    groups = (*scales.shape, features["kv_group"])
+    numbers = numbers.astype(mx.float32).reshape(groups)
+    scale, bias = (a.astype(mx.float32)[..., None] for a in (scales, biases))
+    width = groups[3] * groups[4]
+    return (scale * numbers + bias).astype(dtype).reshape(*x.shape[:3], width)
+
+
+def _gathered(pages: mx.array, table: mx.array | None) -> mx.array:
+    """``(N, Hkv, keys, D)`` of ``(pages, Hkv, page_size, D)``; anything for bad numbers."""
+    assert table is not None
+    count, heads, size, width = pages.shape
+    shape = (table.shape[0], heads, table.shape[1] * size, width)
+    if count == 0 or table.size == 0:
+        return mx.zeros(shape, pages.dtype)
+    return pages[mx.clip(table, 0, count - 1)].swapaxes(1, 2).reshape(shape)
+
+
+def _joined(x: mx.array) -> mx.array:
+    """``(1, Hkv, N * keys, D)`` of ``(N, Hkv, keys, D)``."""
+    count, heads, keys, width = x.shape
+    return x.swapaxes(0, 1).reshape(1, heads, count * keys, width)
+
+
+def _gathered_scales(inputs: Inputs) -> Inputs:
+    names = ("k_scales", "k_biases", "v_scales", "v_biases")
+    found = {name: getattr(inputs, name) for name in names}
+    gathered: dict[str, Any] = {
+        name: _gathered(array, inputs.block_table)
+        for name, array in found.items()
+        if array is not None
+    }
+    return dataclasses.replace(inputs, **gathered)
+
+
+def _on_page(table: mx.array | None, pages: int, page_size: int) -> mx.array:
+    """``(N, keys)``: whether a key's page is one that exists."""
+    assert table is not None
+    return mx.repeat((table >= 0) & (table < pages), page_size, axis=1)

@@ -1,0 +1,190 @@
+"""Where the marks of a picture stand: SVG paths in the units of its view box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 420.0, 230.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 20.0, 24.0, 38.0
+"""Margins around the plotted area."""
+STRIP = 220.0
+"""Width of a strip of samples."""
+FAR = 4.0
+"""Times beyond so many times the best stand at a picture's upper edge."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: its place, and what stands there."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from values to places.
+
+    Args:
+        low, high: values at the ends.
+        start, end: places of these.
+        log: whether equal factors are equal distances.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        value = min(max(value, self.low), self.high)
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Paths in a box of `WIDTH` by `HEIGHT`; an empty path draws nothing.
+
+    Args:
+        line: the best so far, or predicted times by rank.
+        band: between two quantiles.
+        dots, far, failed: measurements, those beyond the upper edge, and those without a time.
+        default, mlx: heights of these times, or None.
+        x_ticks, y_ticks: of the axes; times in milliseconds.
+    """
+
+    line: str
+    band: str
+    dots: str
+    far: str
+    failed: str
+    default: float | None
+    mlx: float | None
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+def chart(
+    line: Sequence[tuple[float, float]],
+    *,
+    step: bool = False,
+    log: bool = False,
+    end: float,
+    band: Sequence[tuple[float, float, float]] = (),
+    dots: Sequence[tuple[float, float]] = (),
+    failed: Iterable[float] = (),
+    default: float | None = None,
+    mlx: float | None = None,
+) -> Chart:
+    """A picture of times over a count from 1 to `end`.
+
+    Args:
+        line: counts and seconds, in ascending order of counts; at least one.
+        step: keep each value until the next one.
+        log: a logarithmic count.
+        band: counts, lower and upper seconds.
+        dots: counts and seconds of single measurements.
+        failed: counts without a time.
+        default, mlx: seconds of horizontal lines.
+    """
+    best = min(t for _, t in line)
+    drawn = [t for t in (default, mlx) if t is not None and t <= FAR * best]
+    drawn += [t for _, t in line if t <= FAR * best]
+    margin = 0.1 * (1.05 * max(drawn) - min(drawn))
+    low, high = min(drawn) - margin, max(drawn) + margin
+    x = Axis(1, max(end, 2), LEFT, WIDTH - RIGHT, log)
+    y = Axis(low, high, HEIGHT - BOTTOM, TOP)
+    near = [(x(n), y(t)) for n, t in dots if t <= high]
+    far = [x(n) for n, t in dots if t > high]
+    lower = "L".join(f"{x(n):g} {y(t):g}" for n, t, _ in band)
+    upper = "L".join(f"{x(n):g} {y(t):g}" for n, _, t in reversed(band))
+    return Chart(
+        line=_path([(x(n), y(t)) for n, t in line], step),
+        band=f"M{lower}L{upper}Z" if band else "",
+        dots="".join(f"M{a:g} {b:g}h0" for a, b in near),
+        far="".join(f"M{a - 2.5:g} {TOP + 5:g}l2.5 -5l2.5 5z" for a in far),
+        failed="".join(f"M{x(n) - 2:g} {HEIGHT - BOTTOM - 5:g}l4 4m0 -4l-4 4" for n in failed),
+        default=y(default) if default is not None and default <= high else None,
+        mlx=y(mlx) if mlx is not None and mlx <= high else None,
+        x_ticks=tuple(Tick(x(n), f"{n:g}") for n in _counts(end, log)),
+        y_ticks=tuple(Tick(y(v / 1e3), f"{v:g}") for v in ticks(low * 1e3, high * 1e3)),
+    )
+
+
+def _path(points: Sequence[tuple[float, float]], step: bool) -> str:
+    a, b = points[0]
+    parts = [f"M{a:g} {b:g}"]
+    for c, d in points[1:]:
+        if step:
+            parts.append(f"H{c:g}V{d:g}" if d != b else f"H{c:g}")
+        else:
+            parts.append(f"L{c:g} {d:g}")
+        b = d
+    return "".join(parts)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round values from `low` to `high`, two to `most` of them, in steps of 1, 2 or 5."""
+    size = 10.0 ** math.floor(math.log10((high - low) / most))
+    for step in (size * factor for factor in (1, 2, 5, 10, 20)):
+        first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
+        if last - first < most:
+            return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
+    raise AssertionError("a step of 20 sizes always fits")
+
+
+def _counts(end: float, log: bool) -> list[float]:
+    if not log:
+        return sorted({1.0, *(n for n in ticks(0, max(end, 2)) if n >= 1 and n == int(n))})
+    powers = range(1 + int(math.log10(max(end, 2))))
+    few = (1, 10, 100) if end > 1000 else (1, 2, 5, 10, 20, 50, 100)
+    marks = {f * 10.0**p for p in powers for f in few if f < 10 or f in (10, 100)}
+    return sorted(n for n in marks if n <= max(end, 2))
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Samples of one schedule on a common scale of `STRIP` units; places of single times."""
+
+    dots: str
+    median: float | None
+
+
+def strips(
+    rows: Sequence[tuple[Sequence[float], float]], marks: Sequence[float]
+) -> tuple[list[Strip], list[float], tuple[float, float]]:
+    """Strips of samples and medians, the places of `marks`, and the seconds at the two ends."""
+    values = [t for samples, median in rows for t in (*samples, median)] + list(marks)
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = 0.99 * low, 1.01 * high
+    x = Axis(low, high, 6, STRIP - 6)
+    found = [
+        Strip("".join(f"M{x(t):g} 10h0" for t in samples), x(median)) for samples, median in rows
+    ]
+    return found, [x(t) for t in marks], (low, high)
+
+
+SPEEDS = 160.0
+"""Width of a bar of speeds."""
+
+
+def speed_axis(speeds: Iterable[float]) -> Axis:
+    """The common scale of bars that start at 0, with the default schedule at 1."""
+    return Axis(0.0, max(1.25, *speeds, 0.0), 0.0, SPEEDS)
+
+
+HEAT = (1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
+"""Upper ends of the shades of a heat map, as multiples of the best time; beyond: the last."""
+
+
+def shade(ratio: float) -> int:
+    """The number of a shade: 0 is the best."""
+    return next((n for n, end in enumerate(HEAT) if ratio <= end), len(HEAT))

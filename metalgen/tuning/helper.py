@@ -1,0 +1,86 @@
+"""A helper process of a tuning run: compiles, times and checks what it is told to.
+
+The parent sends ``(operation, *arguments)``; answers are tuples whose first member says what they
+are: ``ready``; ``waiting`` (for the device, so that no limit runs) and ``beat`` (a sign of life);
+at the end of an operation ``done`` with its value, ``failed`` with a status and a detail, or
+``cannot`` with the reason, where the failure says nothing about the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import parent_process
+from pathlib import Path
+from typing import Any
+
+from metalgen.devices import Device
+from metalgen.errors import MetalgenError
+from metalgen.tuning.executing import Here
+from metalgen.tuning.measure import Policy
+
+BEAT = 0.25
+"""Seconds between two signs of life, at least."""
+
+
+def serve(
+    channel: Connection[Any, Any], device: Device, policy: Policy, lock: Path | None, log: Path
+) -> None:
+    """Obey the parent until it closes the channel, or ends."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for stream in (1, 2):  # a crash's last words, for the row; the terminal is the parent's
+        os.dup2(file, stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    last = 0.0
+
+    def beat() -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= BEAT:
+            channel.send(("beat",))
+            last = now
+
+    def waiting() -> None:
+        nonlocal last
+        channel.send(("waiting",))
+        last = 0.0
+
+    try:
+        device.require()
+        here = Here(device, policy, lock=lock, waiting=waiting, beat=beat, keep=False)
+        channel.send(("ready",))
+        while True:
+            operation, *arguments = channel.recv()
+            last = 0.0
+            channel.send(_answer(here, operation, arguments))
+    except (EOFError, OSError):  # the parent is done
+        return
+    except MetalgenError as error:
+        channel.send(("cannot", str(error)))
+
+
+def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]:
+    from metalgen.tuning.verifying import CannotCheck, failure_status, first_line
+
+    try:
+        if operation == "check":
+            config, schedule, family = arguments
+            return "done", here.verify(here.device, config, schedule, family=family)
+        return "done", getattr(here, operation)(*arguments)
+    except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
+        try:
+            return "failed", failure_status(error), first_line(error)
+        except CannotCheck as reason:
+            return "cannot", str(reason)
+    except Exception as error:  # a defect of ours, and no kernel's
+        return "cannot", f"{type(error).__name__}: {error}"
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, whatever it is doing."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

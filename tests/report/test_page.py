@@ -1,0 +1,219 @@
+"""The page as a parser sees it: what it says, and that nothing in it can run or be fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from report_samples import (
+    DEFAULT,
+    HOSTILE,
+    OTHER,
+    PROBLEM,
+    THIRD,
+    Page,
+    database,
+    final,
+    modelled,
+    records,
+    row,
+)
+
+from metalgen.errors import ArgumentError
+from metalgen.report.page import number, write_report
+from metalgen.report.sources import read_sources
+
+
+def page_of(folder: Path, *paths: Path) -> Page:
+    """The page about some files."""
+    write_report(folder / "report.html", read_sources(paths))
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def searched() -> list[object]:
+    """25 measurements that become quicker, one failure, and a race of three finals."""
+    rows = [row(DEFAULT, 2e-3), row(THIRD, None, status="runtime", detail="no")]
+    rows += [row(dataclasses.replace(OTHER, bq=8 * n, simdgroups=n), 2e-3 - n * 5e-5)
+             for n in range(1, 25)]  # fmt: skip
+    race = {"default_seconds": 1.8e-3, "mlx_seconds": 1.5e-3}
+    rows += [final(OTHER, 1.2e-3, **race), final(DEFAULT, 1.8e-3, **race)]
+    return rows
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    notes = {PROBLEM.key: {"noise_floor": 0.0042, "drift": [0.001], "outliers": 2}}
+    return database(tmp_path / "measured.db", searched(), notes)
+
+
+def test_the_page_says_what_won_against_the_default_and_mlx(tmp_path: Path, measured: Path):
+    text = page_of(tmp_path, measured).text("measured")
+    assert "1.200 ms" in text and "1.800 ms" in text and "1.500 ms" in text
+    assert "1.50× the default schedule's speed; the noise floor was 0.4 %" in text
+    assert "1.25× the speed of MLX's own attention." in text and "ours is faster" in text
+    assert str(OTHER) in text
+    assert "final, checked" in text
+
+
+def test_the_page_says_where_rows_come_from(tmp_path: Path, measured: Path):
+    text = page_of(tmp_path, measured).text("measured")
+    for fact in (
+        *("M3Max, 40 GPU cores", "macOS 26.1", "0.32.4", "2026-11-21T08:00:00Z", "0.42%"),
+        *("+0.10%", "policy: timer wall", "policy: repetitions 7", "samples of a final 3"),
+        *("28: 26 of the search, 2 finals", "failed 1 runtime", PROBLEM.config.key),
+    ):
+        assert fact in text, fact
+
+
+def test_the_course_of_a_search_is_drawn_and_told_in_numbers(tmp_path: Path, measured: Path):
+    page = page_of(tmp_path, measured)
+    text = page.text("measured")
+    assert "26 measurements in the order in which they were taken." in text
+    # after 1, 5, 15, 25, 26: of the n-th row the best is 2 ms - (n - 2) * 0.05 ms
+    assert "after 1 5 15 25 26 best, ms 2.000 1.850 1.350 0.8500 0.8000" in text
+    paths = [a for tag, a in page.elements if tag == "path"]
+    [dots] = [a["d"] for a in paths if a["class"] == "dots" and len(a["d"] or "") > 100]
+    assert dots.count("M") == 25
+    assert [a["d"].count("M") for a in paths if a["class"] == "failed"] == [1, 1]  # and its legend
+
+
+def test_predictions_stand_apart_from_measurements_in_words_and_in_looks(
+    tmp_path: Path, measured: Path
+):
+    prediction = records(tmp_path / "m.jsonl", [modelled(OTHER, 0.123e-3, verified=True)])
+    page = page_of(tmp_path, measured, prediction)
+    assert "0.1230 ms" in page.text("modelled") and "0.1230" not in page.text("measured")
+    assert "1.200 ms" not in page.text("modelled")
+    assert "Predicted: 0.1230 ms" in page.text("modelled")
+    assert "executed by nothing: the chip model" in page.text("modelled")
+    assert "MLX's own attention is not in it" in page.text("modelled")
+    sections = [a["class"] for tag, a in page.elements if tag == "section"]
+    assert sections == ["kind measured", "kind modelled"]
+    assert "nobody measured them" in page.text("")
+
+
+def test_records_without_an_order_are_shown_as_a_random_draw(tmp_path: Path):
+    rows = [row(DEFAULT, 2e-3), row(OTHER, 1e-3), row(THIRD, 4e-3)]
+    text = page_of(tmp_path, records(tmp_path / "r.jsonl", rows)).text()
+    assert "no search of metalgen's" in text
+    assert "drawn 1 3 lucky 10 %, ms 1.000 1.000 median, ms 2.000 1.000" in text
+    assert "search only, not checked" in text and "none is dispatched" in text
+
+
+def test_finals_alone_make_a_page(tmp_path: Path):
+    text = page_of(tmp_path, records(tmp_path / "r.jsonl", [final(OTHER, 1e-3)])).text()
+    assert "These sources hold no rows of the search." in text
+    assert "MLX's own attention took no part in this race." in text
+    assert "noise floor not in these sources" in text
+
+
+def test_a_problem_where_nothing_ran_is_on_the_page(tmp_path: Path):
+    rows = [row(OTHER, None, status="compile", detail="no"), row(DEFAULT, None, status="runtime")]
+    text = page_of(tmp_path, records(tmp_path / "r.jsonl", rows)).text()
+    assert "No schedule has a time." in text and "nothing ran" in text
+    assert "failed 1 compile, 1 runtime" in text
+
+
+def test_a_hostile_record_comes_out_as_text_and_nothing_of_it_runs(tmp_path: Path):
+    texts = dict.fromkeys(("os", "mlx_version", "metalgen_version", "detail"), HOSTILE)
+    policy = json.dumps({HOSTILE: HOSTILE, "model": [HOSTILE]})
+    rows = [
+        *(final(OTHER, 1e-3, **texts, policy=policy), row(THIRD, 1e-3, **texts, policy=policy)),
+        row(DEFAULT, None, status="runtime", **texts, policy=HOSTILE),
+        modelled(OTHER, 1e-3, policy=HOSTILE, **texts),
+    ]
+    folder = tmp_path / "<b onclick=alert(3)>"
+    folder.mkdir()
+    path = records(folder / "r.jsonl", rows)
+    bad = row().to_record() | {"family": "<script>alert(4)</script>"}
+    path.write_text(path.read_text() + json.dumps(bad) + "\n")
+    page = page_of(tmp_path, path)
+    assert {tag for tag, _ in page.elements} & {"script", "img", "b", "iframe", "object"} == set()
+    assert [name for _, a in page.elements for name in a if name.startswith("on")] == []
+    assert page.text().count(HOSTILE) >= 8  # shown, as it is
+    assert "{{7*7}}" in page.text() and "49" not in page.text()
+    assert "<script>alert(4)</script>" in page.text()
+
+
+def test_the_page_refers_to_nothing_outside_and_forbids_itself_to(tmp_path: Path, measured: Path):
+    page = page_of(tmp_path, measured)
+    html = (tmp_path / "report.html").read_text()
+    links = [a[n] for _, a in page.elements for n in ("src", "href", "action", "data") if n in a]
+    assert links and all(re.fullmatch("#result-[0-9]+", link or "") for link in links)
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids)) and {link[1:] for link in links if link} <= set(ids)
+    assert "url(" not in html and "@import" not in html
+    policies = [a["content"] for tag, a in page.elements if a.get("http-equiv")]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_pictures_have_names_and_tables_have_headers(tmp_path: Path, measured: Path):
+    page = page_of(tmp_path, measured)
+    for tag, a in page.elements:
+        if tag == "svg":
+            named = a.get("aria-label") or a.get("aria-labelledby")
+            assert (a.get("role") == "img" and named) or a.get("aria-hidden") == "true", a
+        if tag == "th":
+            assert a.get("scope") in ("row", "col"), a
+    assert page.elements[0] == ("html", {"lang": "en"})
+
+
+def test_an_earlier_page_is_replaced_and_any_other_file_is_not(tmp_path: Path, measured: Path):
+    page_of(tmp_path, measured)
+    page_of(tmp_path, measured)
+    other = tmp_path / "mine.txt"
+    other.write_text("my thoughts")
+    for path in (other, measured):
+        before = path.read_bytes()
+        with pytest.raises(ArgumentError, match="--output: expected a new file, or an earlier"):
+            write_report(path, read_sources([measured]))
+        assert path.read_bytes() == before
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_earlier_one(
+    tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    page_of(tmp_path, measured)
+    before = (tmp_path / "report.html").read_bytes()
+    files = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(ArgumentError, match="No space left on device"):
+            write_report(tmp_path / "report.html", read_sources([measured]))
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
+
+
+def test_two_pages_of_the_same_rows_differ_in_their_date_alone(
+    tmp_path: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("metalgen.report.page.now", lambda: "2026-11-21T08:00:00Z")
+    for name in ("a.html", "b.html"):
+        write_report(tmp_path / name, read_sources([measured]))
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (1.2345678, "1235"),
+        (0.12345678, "123.5"),
+        (0.012345678, "12.35"),
+        (1.2e-3, "1.200"),
+        (0.36161e-3, "0.3616"),
+        (0.0511e-3, "0.05110"),
+        (1.5e-9, "1.500e-06"),
+    ],
+)
+def test_times_have_four_digits_that_count(seconds: float | None, text: str):
+    assert number(seconds) == text
