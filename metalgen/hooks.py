@@ -9,10 +9,10 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.inputs import asked_for
-from metalgen.schedule import Schedule
+from metalgen.schedule import Schedule, value_width
 
 SHARED_KEYS = 16384
-"""A deterministic decode shares out the keys by this many over its splits, whatever their number."""
+"""A share of a deterministic decode has this many keys over its splits, however many there are."""
 
 LN2 = math.log(2)
 Feature = Callable[..., Any]
@@ -83,6 +83,7 @@ def hooks(
         "chunked": config.max_work is not None,
         "deterministic": config.deterministic and schedule.splits > 1,
         "key_arrays": ["k", "v", *(n for n in names if n[:2] in ("k_", "v_"))],
+        "value_part_bytes": _value_part_bytes(config, schedule),
         "rope": config.rope,
         "turned": config.turned,
         "first_position": position if config.varlen else "rope_offset[sequence]",
@@ -100,6 +101,15 @@ def hooks(
         "whole": _whole(config),
         **score,
     }
+
+
+def _value_part_bytes(config: AttentionConfig, schedule: Schedule) -> dict[str, int]:
+    """Bytes of a threadgroup's share of a row, by array of the values."""
+    width = value_width(config, schedule)
+    if config.kv_bits is None:
+        return {"v": width * config.itemsize}
+    groups = width // config.kv_group * config.itemsize
+    return {"v": width * config.kv_bits // 8, "v_scales": groups, "v_biases": groups}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from metalgen.schedule import (
     Schedule,
     padded,
     staged_width,
+    value_width,
 )
 
 
@@ -120,7 +121,7 @@ def forward_plan(config: AttentionConfig, schedule: Schedule) -> ForwardPlan:
     steps: list[Step] = []
     for operand, width, source in (
         ("k", config.head_dim, schedule.k_source),
-        ("v", config.v_dim, schedule.v_source),
+        ("v", value_width(config, schedule), schedule.v_source),
     ):
         staged = source == "threadgroup"
         size = min(schedule.bd, padded(width)) if staged else padded(width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import CHUNK_BYTES, Schedule, padded, row_bytes
+from metalgen.schedule import CHUNK_BYTES, Schedule, padded, row_bytes, value_width
 from metalgen.targets import CUDA
 
 
@@ -57,7 +57,7 @@ def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
     """The plan of a valid schedule (see `metalgen.schedule.check_schedule`)."""
     q, k, v = (
         _copy(width, config.itemsize, schedule.threads)
-        for width in (config.head_dim, config.head_dim, config.v_dim)
+        for width in (config.head_dim, config.head_dim, value_width(config, schedule))
     )
     return CudaPlan(
         steps=(CudaStep("k"), CudaStep("v")),

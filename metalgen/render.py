@@ -16,7 +16,15 @@ from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.hooks import extra_inputs, hooks
 from metalgen.resources import templates_dir
-from metalgen.schedule import FRAGMENT, Limits, Schedule, check_schedule, padded, threadgroup_bytes
+from metalgen.schedule import (
+    FRAGMENT,
+    Limits,
+    Schedule,
+    check_schedule,
+    padded,
+    threadgroup_bytes,
+    value_width,
+)
 from metalgen.targets import CUDA, TARGETS
 
 if TYPE_CHECKING:
@@ -138,21 +146,24 @@ def _context(
 ) -> dict[str, Any]:
     facts = TARGETS[target]
     rows = facts.row_block * schedule.row_blocks
+    width = config.v_dim if family == "combine" else value_width(config, schedule)
     constants = {
         "D": config.head_dim,
-        "DV": config.v_dim,
+        "DV": width,
         "BQ": schedule.bq,
         "BK": schedule.bk,
         "SIMDGROUPS": schedule.simdgroups,
         "ROW_BLOCKS": schedule.row_blocks,
         "ROWS": rows,
         "K_FRAGMENTS": schedule.bk // FRAGMENT,
-        "V_FRAGMENTS": padded(config.v_dim, facts) // FRAGMENT,
+        "V_FRAGMENTS": padded(width, facts) // FRAGMENT,
         "HEADS_PER_KV": config.heads_per_kv,
     }
     parts = schedule.splits > 1 and family == "decode"
     if schedule.splits > 1:
         constants["SPLITS"] = schedule.splits
+    if schedule.value_parts > 1:
+        constants["VALUE_PARTS"] = schedule.value_parts
     for name in ("window_left", "window_right"):
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound

@@ -54,6 +54,10 @@ class Schedule:
         fragment: ``"input"`` (fragments in the input's type) or ``"float32"`` (widened on load).
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         splits: threadgroups that share out the keys of a row (decode only; 1: no combine step).
+        fma_exp2: every so manieth fragment's exponentials are polynomials, so that fewer wait for
+            the special-function units (CUDA; 0: none, 1: all).
+        value_parts: threadgroups that share out the columns of the values of one block of rows,
+            each with scores of its own: for outputs too wide for the registers.
     """
 
     bq: int
@@ -69,6 +73,8 @@ class Schedule:
     fragment: str = "input"
     math_mode: str = "safe"
     splits: int = 1
+    fma_exp2: int = 0
+    value_parts: int = 1
 
     @property
     def threads(self) -> int:
@@ -124,6 +130,8 @@ class Schedule:
             f"w{self.load_width}",
         ]
         words += [f"split{self.splits}"] if self.splits > 1 else []
+        words += [f"fma{self.fma_exp2}"] if self.fma_exp2 else []
+        words += [f"parts{self.value_parts}"] if self.value_parts > 1 else []
         words += [w for w, d in ((self.fragment, "input"), (self.math_mode, "safe")) if w != d]
         return " ".join(words)
 
@@ -142,6 +150,8 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "fragment": ("input", "float32"),
     "math_mode": ("safe", "relaxed", "fast"),
     "splits": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "fma_exp2": (0, 1, 2, 4),
+    "value_parts": (1, 2, 4),
 }
 """Every value that a field of a schedule may take, whatever the config."""
 
@@ -162,9 +172,20 @@ def row_bytes(width: int, itemsize: int, target: Target = METAL) -> int:
     return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
 
 
+def value_width(config: AttentionConfig, schedule: Schedule) -> int:
+    """Columns of the values that one threadgroup computes with."""
+    return config.v_dim // schedule.value_parts
+
+
+def widest_row(config: AttentionConfig, value_parts: int, target: Target = METAL) -> int:
+    """The wider of a row of K and a threadgroup's share of a row of V, padded."""
+    return max(padded(config.head_dim, target), padded(config.v_dim // value_parts, target))
+
+
 def staged_width(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
     """Columns of the widest K or V slice that is staged at once; 0 when none is."""
-    widths = {"k": padded(config.head_dim, target), "v": padded(config.v_dim, target)}
+    width = value_width(config, schedule)
+    widths = {"k": padded(config.head_dim, target), "v": padded(width, target)}
     return max((min(schedule.bd, widths[name]) for name in schedule.staged), default=0)
 
 
@@ -187,7 +208,7 @@ def register_estimate(config: AttentionConfig, schedule: Schedule) -> int:
     schedules and refuses none. The hardware has 256 a thread.
     """
     rows = FRAGMENT * schedule.row_blocks
-    out = rows * padded(config.v_dim) // 16
+    out = rows * padded(value_width(config, schedule)) // 16
     scores = rows * schedule.bk // 16
     wide = 4 if schedule.fragment == "float32" else config.itemsize
     queries = rows * padded(config.head_dim) * wide // 64
@@ -232,7 +253,13 @@ def check_schedule(
         "threads", s.threads <= limits.threads, f"{s.threads} threads of at most {limits.threads}"
     )
     require("bk", s.bk % target.depth == 0, f"bk must be a multiple of {target.depth}, not {s.bk}")
-    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    group = 1 if config.kv_bits is None else config.kv_group
+    require(
+        "value_parts",
+        s.value_parts == 1 or config.v_dim % (s.value_parts * max(target.depth, group)) == 0,
+        f"value_parts must cut {config.v_dim} columns into whole matrices and groups",
+    )
+    widest = widest_row(config, s.value_parts, target)
     require("bd", s.bd <= widest, f"bd={s.bd} is wider than the padded head dimension {widest}")
     if target.name == "cuda":
         require("bd", s.bd == widest, f"cuda stages whole rows: bd must be {widest}, not {s.bd}")
@@ -245,6 +272,11 @@ def check_schedule(
         "float32 inputs need no widening: fragment must be 'input'",
     )
     require("family", family == "forward" or not config.block_mask, "decode takes no block mask")
+    require(
+        "fma_exp2",
+        s.fma_exp2 == 0 or config.dtype != "float32",
+        "polynomials have 16 bits: fma_exp2 must be 0",
+    )
     require("splits", family == "decode" or s.splits == 1, "only decode shares out the keys")
     size = threadgroup_bytes(config, s, target)
     require(
@@ -265,6 +297,13 @@ def is_valid(
     return True
 
 
+def default_value_parts(config: AttentionConfig, target: Target) -> int:
+    """Shares of the values of which one fits the registers: of 256 columns at most."""
+    group = max(target.depth, 1 if config.kv_bits is None else config.kv_group)
+    parts = [n for n in (1, 2, 4) if config.v_dim % (n * group) == 0]
+    return next((n for n in parts if config.v_dim // n <= 256), 1)
+
+
 def default_schedule(
     config: AttentionConfig, limits: Limits = APPLE, family: str = "forward"
 ) -> Schedule:
@@ -276,7 +315,8 @@ def default_schedule(
     row block, and eight splits.
     """
     target = TARGETS[limits.target]
-    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    parts = default_value_parts(config, target)
+    widest = widest_row(config, parts, target)
     decode = family == "decode"
     sources: tuple[str, ...]
     if limits.target == "cuda":
@@ -295,9 +335,10 @@ def default_schedule(
             q_source=source,
             buffers=buffers,
             splits=8 if decode else 1,
+            value_parts=parts,
         )
         for simdgroups in ((1,) if decode else (4, 2, 1))
-        for row_blocks in ((2, 1) if config.v_dim <= roomy and not decode else (1,))
+        for row_blocks in ((2, 1) if config.v_dim // parts <= roomy and not decode else (1,))
         for bk, bd in sizes
         for source in sources
     ]

@@ -26,7 +26,14 @@ class Target:
     choices: tuple[tuple[str, tuple[object, ...]], ...] = ()
 
 
-METAL = Target("metal", row_block=8, depth=8, buffers=2, dtypes=("float32", "float16", "bfloat16"))
+METAL = Target(
+    "metal",
+    row_block=8,
+    depth=8,
+    buffers=2,
+    dtypes=("float32", "float16", "bfloat16"),
+    choices=(("fma_exp2", (0,)),),
+)
 CUDA = Target(
     "cuda",
     row_block=16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,6 +240,45 @@ def _cells(m: Measurement) -> str:
     return "  ".join(
         (m.chip, *problem_cells(m.problem), str(m.schedule), milliseconds(m.seconds), m.status)
     )
+
+
+@command.command("study")
+@click.argument("files", nargs=-1, type=FILE)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    default=Path("study.log"),
+    show_default=True,
+    metavar="STUDY",
+    help="The file to write: SQLite for .db, .sqlite and .sqlite3, else a journal.",
+)
+@chip_option("Only this chip's rows.")
+@json_option
+@click.pass_context
+def study(
+    ctx: click.Context, files: tuple[Path, ...], output: Path, chip: str | None, as_json: bool
+) -> None:
+    """Write FILES, or your database, as studies that Optuna's dashboard opens."""
+    from metalgen.chips import get_chip
+    from metalgen.report.page import check_target
+    from metalgen.report.sources import read_sources
+    from metalgen.report.study import SQLITE, write_studies
+
+    name = get_chip(chip).name if chip else None
+    check_target(output, new=True)
+    sources = read_sources(files, name)
+    found = write_studies(output, sources)
+    left_out = sources.summary.rejected
+    if as_json:
+        studies = {study: len(result.rows) for study, result in found.items()}
+        print_json({"file": str(output), "studies": studies, "left_out": left_out})
+    else:
+        url = f"sqlite:///{output}" if output.suffix.lower() in SQLITE else str(output)
+        click.echo(f"{output}: {len(found)} studies of {len(sources.rows)} trials")
+        click.echo(f"  optuna-dashboard {shlex.quote(url)}")
+        _print_reasons(sources.summary)
+    ctx.exit(1 if left_out else 0)
 
 
 @command.command("stats")

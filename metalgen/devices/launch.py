@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
 from metalgen.hooks import share
@@ -15,8 +18,8 @@ class Launch:
     """One dispatch.
 
     Args:
-        groups: threadgroups along x (blocks of rows, times splits), y (heads, or KV heads) and z
-            (batch entries).
+        groups: threadgroups along x (blocks of rows, times splits), y (heads, or KV heads, times
+            shares of the values) and z (batch entries).
         shape: ``(B, H, L)`` of its output's rows.
         splits: outputs that the combine step joins.
         start: batch entry, head (or KV head) and block of rows where it begins; None: at the first.
@@ -50,52 +53,51 @@ def attention_launches(
     batch, heads, q_len = shape
     packed = family == "decode"
     rows = config.heads_per_kv if packed else 1
-    columns = heads // rows
+    columns, parts = heads // rows, schedule.value_parts
     splits = schedule.splits
     if config.deterministic and splits > 1:
         splits = -(-keys // share(schedule))
     if config.varlen:
         blocks = q_len * rows // schedule.bq + sequences + 1
-        return [Launch((blocks * splits, columns, 1), shape, splits)]
+        return [Launch((blocks * splits, columns * parts, 1), shape, splits)]
     blocks = -(-q_len * rows // schedule.bq)
     if config.max_work is None:
-        return [Launch((blocks * splits, columns, batch), shape, splits)]
-    return list(_cut(schedule, shape, keys, config.max_work, rows, columns, blocks, splits))
+        return [Launch((blocks * splits, columns * parts, batch), shape, splits)]
+    whole = _Call(shape, keys, rows, columns, blocks, splits)
+    return [
+        dataclasses.replace(launch, groups=(x, y * parts, z))
+        for launch in _cut(whole, schedule.bq, config.max_work)
+        for x, y, z in (launch.groups,)
+    ]
 
 
-def _cut(
-    schedule: Schedule,
-    shape: tuple[int, int, int],
-    keys: int,
-    most: int,
-    rows: int,
-    columns: int,
-    blocks: int,
-    splits: int,
-) -> Iterator[Launch]:
-    batch, heads, q_len = shape
+class _Call(NamedTuple):
+    """What is to be cut: its blocks of rows, of `rows` heads each, its columns of heads."""
+
+    shape: tuple[int, int, int]
+    keys: int
+    rows: int
+    columns: int
+    blocks: int
+    splits: int
+
+
+def _cut(call: _Call, bq: int, most: int) -> Iterator[Launch]:
+    (batch, heads, q_len), keys, rows, columns, blocks, splits = call
     head = max(1, q_len * rows * keys)  # scores of a head, or of the heads of a KV head
     if head * columns <= most:
         entries = max(1, min(batch, most // (head * columns)))
         for z in range(0, batch, entries):
-            count = min(entries, batch - z)
-            yield Launch(
-                (blocks * splits, columns, count), (count, heads, q_len), splits, (z, 0, 0)
-            )
-        return
-    if head <= most or rows > 1 or splits > 1:
+            n = min(entries, batch - z)
+            yield Launch((blocks * splits, columns, n), (n, heads, q_len), splits, (z, 0, 0))
+    elif head <= most or rows > 1 or splits > 1:
         each = max(1, most // head)
-        for z in range(batch):
-            for y in range(0, columns, each):
-                count = min(each, columns - y)
-                yield Launch(
-                    (blocks * splits, count, 1), (1, count * rows, q_len), splits, (z, y, 0)
-                )
-        return
-    each = max(1, most // (schedule.bq * keys))
-    for z in range(batch):
-        for y in range(columns):
-            for x in range(0, blocks, each):
-                count = min(each, blocks - x)
-                length = min(q_len, (x + count) * schedule.bq) - x * schedule.bq
-                yield Launch((count, 1, 1), (1, 1, length), 1, (z, y, x))
+        for z, y in itertools.product(range(batch), range(0, columns, each)):
+            n = min(each, columns - y)
+            yield Launch((blocks * splits, n, 1), (1, n * rows, q_len), splits, (z, y, 0))
+    else:
+        each = max(1, most // (bq * keys))
+        for z, y, x in itertools.product(range(batch), range(columns), range(0, blocks, each)):
+            n = min(each, blocks - x)
+            length = min(q_len, (x + n) * bq) - x * bq
+            yield Launch((n, 1, 1), (1, 1, length), 1, (z, y, x))

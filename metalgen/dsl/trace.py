@@ -70,6 +70,15 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
         mx.export_function(records.append, call, *scalars, *captured)
     except FunctionError:
         raise
+    except KeyError as error:
+        if not any(isinstance(key, mx.array) for key in error.args):
+            raise
+        raise FunctionError(
+            argument,
+            "arrays where something is looked up",
+            "a dictionary",
+            "put its values into an mx.array, and index that, as in table[h]",
+        ) from None  # its key has no value that could be printed
     except ValueError as error:
         if "eval" in str(error) and "transformation" in str(error):
             raise _looked_at(function, argument) from error

@@ -15,7 +15,7 @@ from metalgen.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
 from metalgen.ops.conversions import booleans, brief, dropout_key, integers, numbers, scores
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
-from metalgen.problem import DECODE_QUERIES
+from metalgen.problem import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:
     from metalgen.block_mask import BlockMask
@@ -308,7 +308,7 @@ def _offsets(
 def _sizes(
     config: AttentionConfig, q: mx.array, key: mx.array, inputs: Inputs, options: Options
 ) -> dict[str, Any]:
-    """What `get_kernel` chooses among tuned kernels by."""
+    """What `get_kernel` chooses among tuned kernels by; a call may well be larger."""
     batch, heads, q_len = q.shape[:3]
     kv_len = key_places(config, key, inputs)
     if inputs.cu_q is not None:
@@ -321,10 +321,10 @@ def _sizes(
             kv_len = -(-kv_len // batch)
         kv_len = _longest("max_seqlen_k", options.get("max_seqlen_k")) or kv_len
     return {
-        "batch": max(1, batch),
+        "batch": max(1, min(batch, MAX_BATCH_HEADS // heads)),
         "heads": heads,
-        "q_len": max(1, q_len),
-        "kv_len": max(1, kv_len),
+        "q_len": max(1, min(q_len, MAX_LENGTH)),
+        "kv_len": max(1, min(kv_len, MAX_LENGTH)),
         "device": options.get("device"),
         "chip": options.get("chip"),
     }

@@ -10,7 +10,7 @@ from metalgen.errors import ArgumentError
 
 def _array(name: str, x: object, of: str) -> mx.array:
     if not isinstance(x, mx.array):
-        raise ArgumentError(name, f"an mlx.core.array of {of}, made as mx.array([...])", brief(x))
+        raise ArgumentError(name, f"an mlx.core.array of {of}, as of mx.array(...)", brief(x))
     return x
 
 
@@ -81,5 +81,10 @@ def dropout_key(config: AttentionConfig, key: object) -> mx.array | None:
 
 
 def brief(x: object) -> object:
-    """What an error message says of an argument."""
-    return f"{x.dtype} {x.shape}" if isinstance(x, mx.array) else x
+    """What an error message says of an argument: no more than a line."""
+    if isinstance(x, mx.array):
+        return f"{x.dtype} {x.shape}"
+    text = repr(x)
+    return (
+        x if len(text) <= 60 and "\n" not in text else f"a {type(x).__module__}.{type(x).__name__}"
+    )

@@ -59,6 +59,8 @@ def attention_plain(
     at = _places(q, k, sequence_keys, on_page, features, inputs)
 
     wide = q.astype(mx.float32)
+    if at.rows is not None:
+        wide = mx.where(at.rows[:, None], wide, 0.0)
     if features.get("rope") is not None:
         wide = _turned(wide, at, features, inputs).astype(q.dtype).astype(mx.float32)
     batch, heads, q_len, head_dim = q.shape

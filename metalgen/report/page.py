@@ -54,8 +54,8 @@ def write_report(
     return found
 
 
-def check_target(path: Path, heads: Sequence[bytes] = (HEAD,), what: str = "page") -> None:
-    """Whether a file may be written: new, or one that begins as those do.
+def check_target(path: Path, *, new: bool = False) -> None:
+    """Whether a file may be written: a new one or, unless it must be `new`, an earlier page.
 
     Raises:
         ArgumentError: a folder, a missing folder, or someone's file.
@@ -64,10 +64,12 @@ def check_target(path: Path, heads: Sequence[bytes] = (HEAD,), what: str = "page
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ArgumentError("--output", "a file in a folder that exists", str(path))
         if path.exists():
+            if new:
+                raise ArgumentError("--output", "a new file", str(path))
             with path.open("rb") as file:
-                head = file.read(64).lower()
-            if head and not head.startswith(tuple(heads)):
-                raise ArgumentError("--output", f"a new file, or an earlier {what}", str(path))
+                head = file.read(len(HEAD)).lower()
+            if head and head != HEAD:
+                raise ArgumentError("--output", "a new file, or an earlier page", str(path))
     except OSError as error:
         raise ArgumentError("--output", f"a file to write ({error.strerror})", str(path)) from error
 

@@ -20,7 +20,8 @@ from metalgen.schedule import (
     Schedule,
     check_schedule,
     default_schedule,
-    padded,
+    default_value_parts,
+    widest_row,
 )
 from metalgen.targets import TARGETS
 
@@ -137,7 +138,8 @@ def space(
     """
     target = TARGETS[limits.target]
     only = dict(target.choices)
-    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    own_parts = default_value_parts(config, target)
+    widest = widest_row(config, own_parts, target)
     # The default schedule's slice is among the choices, so that it is a point of every space.
     slices = {w for w in (32, 64, 128, default_schedule(config, limits, family).bd) if w <= widest}
     if target.name == "cuda":  # stages whole rows
@@ -167,8 +169,18 @@ def space(
             Parameter("load_width", only.get("load_width", (2, 4, 8))),
             Parameter("fragment", only.get("fragment", fragments)),
             Parameter("math_mode", only.get("math_mode", math_modes)),
+            Parameter(
+                "value_parts", (own_parts, 2 * own_parts) if 1 < own_parts < 4 else (own_parts,)
+            ),
+            Parameter("fma_exp2", (0, 1, 2, 4) if _busy_with_exp2(config, target.name) else (0,)),
         ),
     )
+
+
+def _busy_with_exp2(config: AttentionConfig, target: str) -> bool:
+    """Whether scores take more special functions than the exponential of a softmax."""
+    more = config.softcap is not None or config.score_mod is not None
+    return target == "cuda" and more and config.dtype != "float32"
 
 
 @functools.lru_cache(maxsize=64)

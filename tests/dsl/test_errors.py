@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -25,6 +26,12 @@ def converts(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     return s * float(i)
 
 
+def loops(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    for _ in range(i):
+        s = s + 1
+    return s
+
+
 def by_numpy(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     return np.tanh(s)
 
@@ -36,9 +43,19 @@ def forgets_to_return(s: Any, b: Any, h: Any, i: Any, j: Any) -> None:
 SCORES = {
     "branches on a value": (branches, "branches on a value.*write mx.where"),
     "asks for a value": (converts, r"asks for it.*no item\(\), int\(\), float\(\) or bool\(\)"),
+    "loops": (loops, "branches on a value or asks for it"),
+    "calls math": (lambda s, b, h, i, j: math.tanh(s), "asks for it.*no item"),
+    "indexes a list": (lambda s, b, h, i, j: s * [1, 2, 3, 4][h], "asks for it"),
+    "looks up in a dictionary": (
+        lambda s, b, h, i, j: s * {0: 1.0}[h],
+        r"a dictionary; put its values into an mx.array, and index that, as in table\[h\]",
+    ),
     "calls NumPy": (by_numpy, "NumPy.*use the functions of mlx.core: mx.tanh for np.tanh"),
     "returns NumPy": (lambda *x: np.float32(1), "one scalar array, but got a numpy.float32"),
     "returns a tuple": (lambda s, b, h, i, j: (s, s), "got a tuple; return a single value"),
+    "returns a list": (lambda s, b, h, i, j: [s], "got a list; return a single value"),
+    "returns an axis": (lambda s, b, h, i, j: s[None], r"got an array of shape \(1,\); index"),
+    "returns text": (lambda s, b, h, i, j: "s", "one scalar array, but got a builtins.str"),
     "returns nothing": (forgets_to_return, "got None; end the function with return"),
     "returns a row": (
         lambda s, b, h, i, j: s + TABLE[h],
@@ -69,6 +86,8 @@ SCORES = {
 }
 MASKS = {
     "returns a number": (lambda b, h, i, j: i - j, "got int32; return a comparison"),
+    "returns a pair": (lambda b, h, i, j: (j <= i, i < 3), "got a tuple; return a single value"),
+    "compares in a chain": (lambda b, h, i, j: 0 <= i - j < 3, "& | ~ for and, or, not"),
     "takes a score": (lambda s, b, h, i, j: i >= j, "missing a required argument"),
     "branches with and": (lambda b, h, i, j: i >= j and i < 5, "& | ~ for and, or, not"),
 }

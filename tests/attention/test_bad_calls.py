@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import metalgen
@@ -29,8 +30,12 @@ K8, K4 = quantized(K), quantized(K, 4)
 DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "a list of lengths": (
         {"kv_lens": [9, 4]},
-        r"kv_lens: expected an mlx.core.array of integers, made as mx.array\(\[...\]\), "
+        r"kv_lens: expected an mlx.core.array of integers, as of mx.array\(...\), "
         r"but got \[9, 4\]",
+    ),
+    "lengths of NumPy": (
+        {"kv_lens": np.ones(99, np.int32)},
+        r"kv_lens: expected an mlx.core.array of integers.*, but got 'a numpy.ndarray'$",
     ),
     "lengths of floats": ({"kv_lens": mx.ones((2,))}, "kv_lens.dtype: expected int32, but got "),
     "lengths of too few": ({"kv_lens": mx.array([9])}, r"kv_lens.shape: expected \(2,\)"),

@@ -1,0 +1,28 @@
+"""Where the calls of these tests run; lets them import `attention_calls` from anywhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from metalgen import dispatch
+
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["reference", "kernel"])
+def where(request: pytest.FixtureRequest, device: str) -> str:
+    """Both ways: by plain MLX, and by the kernels of the device under test."""
+    return "reference" if request.param == "reference" else device
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    """What a device with kernels was asked for, its kernels computed."""
+    dispatch.forget_kernels()
+    yield
+    for kernel in dispatch._known.values():
+        assert (kernel.backend == "plain") == (kernel.device == "reference"), kernel.explain()

@@ -1,0 +1,194 @@
+"""Where keys and queries come from: packs, lengths, pages, bits, positions; against MLX's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from attention_calls import (
+    LENGTHS_K,
+    LENGTHS_Q,
+    SCALE,
+    TABLE,
+    WIDTH,
+    arrays,
+    assert_close,
+    dequantized,
+    in_pages,
+    packed,
+    sdpa,
+    turned,
+)
+
+from metalgen import Rope, attention, varlen_attention
+from metalgen.testing.devices import normal
+
+
+def one_by_one(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """What packed sequences should give, causally, and zeros in the rows after them."""
+    parts, i, j = [], 0, 0
+    for rows, keys in zip(LENGTHS_Q, LENGTHS_K, strict=True):
+        own = q[:, :, i : i + rows], k[:, :, j : j + keys], v[:, :, j : j + keys]
+        if rows:
+            parts.append(sdpa(*own, mask="causal"))
+        i, j = i + rows, j + keys
+    return mx.concatenate([*parts, mx.zeros((1, 4, q.shape[2] - i, WIDTH))], axis=2)
+
+
+def test_packed_sequences_do_not_see_each_other(where: str) -> None:
+    q, k, v, cu_q, cu_k = packed()
+    expected = one_by_one(q, k, v)
+    for kind in (mx.int32, mx.int64, mx.uint32):
+        out = attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_q.astype(kind),
+            cu_seqlens_k=cu_k.astype(kind),
+            causal=True,
+            device=where,
+        )
+        assert_close(out, expected)
+
+
+def test_packed_sequences_in_the_layout_of_flash_attn(where: str) -> None:
+    q, k, v, cu_q, cu_k = packed()
+    expected, expected_lse = attention(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=True, return_lse=True, device=where
+    )
+    rows = [x[0].swapaxes(0, 1) for x in (q, k, v)]
+    out, lse = varlen_attention(
+        *rows, cu_q, cu_k, 11, 11, causal=True, return_lse=True, device=where
+    )
+    assert out.shape == (q.shape[2], 4, WIDTH)
+    assert_close(out.swapaxes(0, 1)[None], expected)
+    np.testing.assert_allclose(np.array(lse), np.array(expected_lse[0]), rtol=1e-5, atol=1e-5)
+    assert_close(
+        varlen_attention(*rows, cu_q, cu_k, causal=True, device=where), out, tolerance=3e-6
+    )
+
+
+def test_packed_queries_alone_say_where_their_own_keys_are(where: str) -> None:
+    q, k, v = arrays(16, 16, batch=1)
+    cu = mx.array([0, 9, 16])
+    out = attention(q, k, v, cu_seqlens_q=cu, device=where)
+    parts = [sdpa(q[:, :, s], k[:, :, s], v[:, :, s]) for s in (slice(0, 9), slice(9, 16))]
+    assert_close(out, mx.concatenate(parts, axis=2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_hide_the_rest_of_a_cache(where: str, causal: bool) -> None:
+    q, k, v = arrays(5, 37)
+    lengths = [37, 12]
+    out = attention(q, k, v, kv_lens=mx.array(lengths), causal=causal, device=where)
+    for n, length in enumerate(lengths):
+        own = q[n : n + 1], k[n : n + 1, :, :length], v[n : n + 1, :, :length]
+        assert_close(out[n : n + 1], sdpa(*own, mask="causal" if causal else None))
+
+
+@pytest.mark.parametrize("q_len", [1, 6])
+def test_pages_are_found_by_the_table(where: str, q_len: int) -> None:
+    q, k, v = arrays(q_len, 32)
+    lengths = [19, 32]
+    keywords: dict[str, Any] = {"kv_lens": mx.array(lengths), "causal": True, "device": where}
+    table = mx.array(TABLE, mx.int64)
+    out = attention(q, in_pages(k), in_pages(v), block_table=table, **keywords)
+    assert_close(out, attention(q, k, v, **keywords))
+    for n, length in enumerate(lengths):
+        own = q[n : n + 1], k[n : n + 1, :, :length], v[n : n + 1, :, :length]
+        assert_close(out[n : n + 1], sdpa(*own, mask="causal"))
+
+
+def test_pages_for_packed_queries_in_either_layout(where: str) -> None:
+    _, k, v = arrays(1, 32)
+    q = normal((1, 4, 8, WIDTH), seed=1)
+    cu_q, table, lengths = mx.array([0, 3, 8]), mx.array(TABLE), mx.array([19, 32])
+    pages = in_pages(k), in_pages(v)
+    keywords: dict[str, Any] = {"causal": True, "block_table": table, "device": where}
+    out = attention(q, *pages, cu_seqlens_q=cu_q, kv_lens=lengths, **keywords)
+    for n, (a, b, length) in enumerate([(0, 3, 19), (3, 8, 32)]):
+        own = q[:, :, a:b], k[n : n + 1, :, :length], v[n : n + 1, :, :length]
+        assert_close(out[:, :, a:b], sdpa(*own, mask="causal"))
+    rows = q[0].swapaxes(0, 1), *(x.swapaxes(1, 2) for x in pages)
+    for lengths_keywords in (
+        {"kv_lens": lengths},
+        {"cu_seqlens_k": mx.array([0, 19, 51])},  # flash-attn's way
+    ):
+        got = varlen_attention(*rows, cu_q, **lengths_keywords, **keywords)
+        assert_close(got.swapaxes(0, 1)[None], out, tolerance=3e-6)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32), (8, 64), (4, 64), (8, 128)])
+def test_quantized_keys_and_values_say_their_bits_and_groups_themselves(
+    where: str, bits: int, group: int
+) -> None:
+    q = normal((2, 4, 3, 128), "float16", 1)
+    k, v = (normal((2, 2, 40, 128), "float16", seed) for seed in (2, 3))
+    how: dict[str, Any] = {"group_size": group, "bits": bits}
+    triples = [mx.quantize(x, **how) for x in (k, v)]
+    expected = sdpa(q, *(dequantized(x, **how) for x in triples))
+    for kind in (tuple, list):
+        out = attention(q, *(kind(x) for x in triples), scale=SCALE, device=where)
+        assert_close(out, expected)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "halves": {},
+    "pairs": {"style": "pairs"},
+    "partial": {"dims": 20},
+    "partial pairs": {"dims": 12, "style": "pairs", "base": 500.0},
+    "scaled": {"scale": 0.125},
+    "periods": {"freqs": mx.array([1.5**n for n in range(16)])},
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_queries_turn_as_by_mlxs_own_rope(where: str, name: str) -> None:
+    q, k, v = arrays()
+    for offset, given in (
+        (16, None),  # by default the last query stands at the last key
+        (3, 3),
+        (7, mx.array(7)),
+        (mx.array([5, 9]), mx.array([5, 9], mx.int64)),
+    ):
+        rope = Rope(**ROPES[name], offset=given)
+        expected = sdpa(turned(q, offset, **ROPES[name]), k, v)
+        assert_close(attention(q, k, v, rope=rope, device=where), expected, tolerance=2e-5)
+
+
+def test_queries_stand_at_the_end_of_each_sequences_keys(where: str) -> None:
+    q, k, v = arrays(2, 37)
+    lengths = mx.array([37, 12])
+    out = attention(q, k, v, rope=Rope(), kv_lens=lengths, causal=True, device=where)
+    by_hand = turned(q, mx.array([35, 10]))
+    expected = attention(by_hand, k, v, kv_lens=lengths, causal=True, device="reference")
+    assert_close(out, expected, tolerance=2e-5)
+    q, k, v, cu_q, cu_k = packed()
+    keywords: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "causal": True}
+    out = attention(q, k, v, rope=Rope(), device=where, **keywords)
+    starts = np.cumsum([0, *LENGTHS_Q])
+    by_hand = mx.concatenate(
+        [
+            *(
+                turned(q[:, :, s : s + rows], keys - rows)
+                for s, rows, keys in zip(starts.tolist(), LENGTHS_Q, LENGTHS_K, strict=False)
+                if rows
+            ),
+            q[:, :, sum(LENGTHS_Q) :],
+        ],
+        axis=2,
+    )
+    expected = attention(by_hand, k, v, device="reference", **keywords)
+    assert_close(out, expected, tolerance=2e-5)
+
+
+def test_the_absorbed_form_of_multi_head_latent_attention(where: str) -> None:
+    """One latent head of width 576 for all queries; its first 512 columns are the values."""
+    q = normal((1, 16, 2, 576), "float16", 1)
+    latent = normal((1, 1, 70, 576), "float16", 2)
+    out = attention(q, latent, latent[..., :512], causal=True, scale=192**-0.5, device=where)
+    own = (x.astype(mx.float32) for x in (q, latent, latent[..., :512]))
+    expected = mx.fast.scaled_dot_product_attention(*own, scale=192**-0.5, mask="causal")
+    assert_close(out, expected)
