@@ -12,13 +12,14 @@ from metalgen.cache.render import AppendSchedule, inputs, operands
 from metalgen.config import KV_BITS, AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import integers
+from metalgen.ops.options import Keys
 from metalgen.ops.rope import Rope
 
 _SCHEDULE = AppendSchedule()
 
 
 def append_kv(
-    cache: tuple[Part, Part],
+    cache: tuple[Keys, Keys],
     k: mx.array,
     v: mx.array,
     *,
@@ -72,6 +73,8 @@ def append_kv(
     if config.has_lengths:
         given["offset"] = _vector("offset", offset, sequences)
         given["limit"] = mx.array([slots])
+    elif k.shape[2] > slots:
+        raise ArgumentError("k.shape", f"at most {slots} rows, the slots of the cache", k.shape)
     elif not 0 <= offset <= slots - k.shape[2]:
         expected = f"a number from 0 to {slots - k.shape[2]}: {k.shape[2]} rows in {slots} slots"
         raise ArgumentError("offset", expected, offset)
@@ -87,7 +90,7 @@ def append_kv(
     if check:
         _check_contents(config, given, slots, k.shape[2])
     if k.size == 0:
-        return cache
+        return part_of(key), part_of(value)
     maker = row_maker(config, device, schedule or _SCHEDULE)
     made = maker({name: given[name] for name in inputs(config)})
     stored = []
