@@ -16,9 +16,10 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.errors import DeviceError, MetalgenError
+from metalgen.inputs import has_inputs
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.measure import Bench, Clock, Policy, Timing
+from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.racing import Race, race
 from metalgen.verify import Verification
 
@@ -113,12 +114,9 @@ class Here:
 
     def compile(self, problem: Problem, schedule: Schedule) -> None:
         """Build a kernel, and launch it once on one query and one key, which compiles it."""
-        config = problem.config
-        heads = config.heads_per_kv
-        shapes = ((heads, config.head_dim), (1, config.head_dim), (1, config.v_dim))
-        dtype = getattr(mx, config.dtype)
-        arrays = [mx.zeros((1, count, 1, width), dtype) for count, width in shapes]
-        mx.eval(self._runner(problem, schedule)(*arrays, 1.0)[0])
+        q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
+        more = (inputs,) if has_inputs(problem.config) else ()
+        mx.eval(self._runner(problem, schedule)(q, k, v, 1.0, *more)[0])
 
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
         runner = self._runner(problem, schedule)

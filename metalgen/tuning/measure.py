@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 
+from metalgen.config import AttentionConfig
 from metalgen.devices import Runner
 from metalgen.errors import ArgumentError
+from metalgen.inputs import NOTHING, Inputs, has_inputs
 from metalgen.problem import Problem
+from metalgen.samples import Call, sample_call
 
 Clock = Callable[[], float]
 """Seconds, from any start."""
@@ -149,7 +152,10 @@ class Bench:
         self.clock = clock
         self.beat = beat
         self.scale = problem.config.head_dim**-0.5
-        self.sets = [arrays(problem, seed) for seed in range(set_count(problem, policy))]
+        self.sets = [arrays(problem, 0)]
+        count = set_count(sum(x.nbytes for x in members(self.sets[0])), policy)
+        self.sets += [arrays(problem, seed) for seed in range(1, count)]
+        self._bare = not has_inputs(problem.config)
         self._next = 0
 
     def run(self, runner: Runner, launches: int = 1) -> float:
@@ -158,9 +164,10 @@ class Bench:
         start = self.clock()
         outputs = []
         for _ in range(launches):
-            q, k, v = self.sets[self._next % len(self.sets)]
+            q, k, v, inputs = self.sets[self._next % len(self.sets)]
             self._next += 1
-            outputs.append(runner(q, k, v, self.scale))
+            more = () if self._bare else (inputs,)
+            outputs.append(runner(q, k, v, self.scale, *more))
         mx.eval(outputs)
         return (self.clock() - start) / launches
 
@@ -221,47 +228,58 @@ class Bench:
         return timings
 
 
-def set_count(problem: Problem, policy: Policy) -> int:
-    """How many sets of a problem's arrays a policy takes in turn."""
+def set_count(size: int, policy: Policy) -> int:
+    """How many sets of arrays a policy takes in turn, where each holds `size` bytes."""
     if policy.cache == "warm":
         return 1
-    config = problem.config
-    kv_heads = max(1, problem.heads // config.heads_per_kv)
-    keys = kv_heads * problem.kv_len * (config.head_dim + config.v_dim)
-    size = (problem.heads * problem.q_len * config.head_dim + keys) * config.itemsize
     return max(policy.sets, min(MAX_SETS, math.ceil(policy.cold_bytes / size)))
 
 
-def arrays(problem: Problem, seed: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Unit-variance q, k, v of a problem's bucket, a batch of one: ``(1, H, L, D)``, evaluated."""
-    config = problem.config
-    dtype = getattr(mx, config.dtype)
-    kv_heads = max(1, problem.heads // config.heads_per_kv)
-    keys = mx.random.split(mx.random.key(seed), 3)
-    shapes = (
-        (1, problem.heads, problem.q_len, config.head_dim),
-        (1, kv_heads, problem.kv_len, config.head_dim),
-        (1, kv_heads, problem.kv_len, config.v_dim),
+def arrays(
+    problem: Problem, seed: int, q_len: int | None = None, kv_len: int | None = None
+) -> Call:
+    """Unit-variance arrays of a problem's bucket, a batch of one, evaluated.
+
+    ``(1, H, L, D)`` q, k and v, and whatever else the config asks for, everything as long as it may
+    be (`metalgen.samples.sample_call`); with other lengths where they are given.
+    """
+    call = sample_call(
+        problem.config,
+        kv_heads=max(1, problem.heads // problem.config.heads_per_kv),
+        q_len=problem.q_len if q_len is None else q_len,
+        kv_len=problem.kv_len if kv_len is None else kv_len,
+        seed=seed,
+        ragged=False,
     )
-    q, k, v = (
-        mx.random.normal(shape, key=key).astype(dtype)
-        for shape, key in zip(shapes, keys, strict=True)
-    )
-    mx.eval(q, k, v)
-    return q, k, v
+    mx.eval(members(call))
+    return call
+
+
+def members(call: Call) -> list[mx.array]:
+    """Every array of a call, but for those of a block mask."""
+    q, k, v, inputs = call
+    return [q, k, v, *inputs.arrays]
 
 
 def mlx_runner(problem: Problem) -> Runner | None:
     """MLX's own fused attention, where it computes the same thing; None where it does not."""
     config = problem.config
-    windows = config.window_left is not None or config.window_right is not None
-    if config.return_lse or windows or config.softcap is not None:
+    plain = AttentionConfig(
+        config.head_dim,
+        config.dtype,
+        value_head_dim=config.value_head_dim,
+        heads_per_kv=config.heads_per_kv,
+        causal=config.causal,
+    )
+    if config != plain:
         return None
     if config.causal and problem.q_len > problem.kv_len:  # rows that see no key: NaN there
         return None
     mask = "causal" if config.causal else None
 
-    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+    def run(
+        q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
+    ) -> tuple[mx.array, None]:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
 
     return run

@@ -81,6 +81,9 @@ class MeasuredSession(Session):
                 self._watch_drift(search)
         self._note_search()
         winner, rejected, note = self._finals()
+        if winner:  # what is shown at last; the budget has no say any more
+            self.progress.best, self.progress.best_seconds = winner.schedule, winner.seconds
+            self.progress.default_seconds = winner.default_seconds
         default = search.times.get(self.default, math.inf)
         return Outcome(
             self.problem,

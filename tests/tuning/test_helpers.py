@@ -66,6 +66,10 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 def alive(pid: int) -> bool:
     """Whether a process is there and no zombie."""
+    if not Path("/proc/self/stat").exists():  # macOS
+        command = ["ps", "-o", "stat=", "-p", str(pid)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return bool(found.strip()) and not found.startswith("Z")
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

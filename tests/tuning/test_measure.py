@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +17,15 @@ from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
 from metalgen.schedule import default_schedule
-from metalgen.tuning.measure import Bench, Policy, Timing, arrays, mlx_runner, set_count
+from metalgen.tuning.measure import (
+    Bench,
+    Policy,
+    Timing,
+    arrays,
+    members,
+    mlx_runner,
+    set_count,
+)
 
 PROBLEM = Problem(AttentionConfig(head_dim=8, heads_per_kv=2, causal=True), 4, 16, 32)
 POLICY = Policy(
@@ -85,7 +94,7 @@ def test_launches_take_the_sets_of_arrays_in_turn() -> None:
     seen = []
 
     def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
-        seen.append([x is q for x, _, _ in bench.sets].index(True))
+        seen.append([x is q for x, _, _, _ in bench.sets].index(True))
         return mx.zeros(1), None
 
     bench.run(run, 5)
@@ -96,12 +105,13 @@ def test_launches_take_the_sets_of_arrays_in_turn() -> None:
 def test_a_cold_cache_takes_as_many_sets_as_fill_it_and_a_warm_one_takes_one() -> None:
     problem = Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=2), 8, 1024, 2048)
     size = (8 * 1024 * 64 + 4 * 2048 * (64 + 32)) * 2
-    assert size == sum(x.nbytes for x in arrays(problem, 0))
-    assert set_count(problem, Policy(cold_bytes=5 * size)) == 5
-    assert set_count(problem, Policy(cold_bytes=5 * size + 1)) == 6
-    assert set_count(problem, Policy(cold_bytes=0, sets=3)) == 3
-    assert set_count(problem, Policy(cache="warm")) == 1
-    assert set_count(PROBLEM, Policy()) == 64  # 1 KiB each: in any cache, and the page says so
+    for cold_bytes, sets in ((5 * size, 5), (5 * size + 1, 6), (0, 3)):
+        bench = Bench(problem, Policy(cold_bytes=cold_bytes, sets=3))
+        assert len(bench.sets) == sets
+        assert all(sum(x.nbytes for x in members(call)) == size for call in bench.sets)
+        assert len({call[0].sum().item() for call in bench.sets}) == sets  # all different
+    assert set_count(size, Policy(cache="warm")) == 1
+    assert set_count(1024, Policy()) == 64  # in any cache, and the documentation says so
     warm = Bench(PROBLEM, Policy(cache="warm"), Clock())
     taken = []
 
@@ -145,16 +155,47 @@ def test_a_comparison_goes_on_until_it_is_settled_or_the_time_is_over() -> None:
 
 
 def test_arrays_have_the_shapes_of_the_bucket_and_unit_variance() -> None:
-    q, k, v = arrays(Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=3), 9, 50, 60), 0)
+    problem = Problem(AttentionConfig(64, value_head_dim=32, heads_per_kv=3), 9, 50, 60)
+    q, k, v, _ = arrays(problem, 0)
     assert (q.shape, k.shape, v.shape) == ((1, 15, 64, 64), (1, 5, 64, 64), (1, 5, 64, 32))
     assert q.dtype == mx.float16
     assert mx.std(q.astype(mx.float32)).item() == pytest.approx(1.0, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (AttentionConfig(64, alibi=True, sinks=True), {"alibi_slopes": (4,), "sinks": (4,)}),
+        (AttentionConfig(64, bias=True), {"bias": (1, 4, 16, 32)}),
+        (
+            AttentionConfig(64, page_size=16),
+            {"kv_lens": (1,), "block_table": (1, 2)},
+        ),
+        (AttentionConfig(64, kv_bits=4, kv_group=32), {"k_scales": (1, 4, 32, 2)}),
+    ],
+)
+def test_what_a_config_asks_for_beside_q_k_and_v_is_there_and_handed_over(
+    config: AttentionConfig, names: dict[str, tuple[int, ...]]
+) -> None:
+    bench = Bench(Problem(config, 4, 16, 32), POLICY, Clock())
+    seen = []
+
+    def run(*call: Any) -> tuple[mx.array, None]:
+        seen.append(call)
+        return mx.zeros(1), None
+
+    bench.run(run, 2)
+    for n, (q, _, _, scale, inputs) in enumerate(seen):
+        assert (q.shape, scale) == ((1, 4, 16, 64), 0.125)
+        assert inputs is bench.sets[n][3]
+        for name, shape in names.items():
+            assert inputs.named[name].shape == shape
+
+
 def test_mlx_races_where_it_computes_the_same() -> None:
     own = mlx_runner(PROBLEM)
     assert own is not None
-    q, k, v = (x.astype(mx.float32) for x in arrays(PROBLEM, 1))
+    q, k, v = (x.astype(mx.float32) for x in arrays(PROBLEM, 1)[:3])
     out, _ = own(q, k, v, 0.5)
     expected, _ = attention_float64(q, k, v, scale=0.5, causal=True)
     np.testing.assert_allclose(np.asarray(out), expected, atol=1e-5)
@@ -166,6 +207,9 @@ def test_mlx_races_where_it_computes_the_same() -> None:
         Problem(AttentionConfig(64, return_lse=True), 1, 16, 16),
         Problem(AttentionConfig(64, causal=True, window_left=7), 1, 16, 16),
         Problem(AttentionConfig(64, softcap=30.0), 1, 16, 16),
+        Problem(AttentionConfig(64, alibi=True), 1, 16, 16),
+        Problem(AttentionConfig(64, sinks=True), 1, 16, 16),
+        Problem(AttentionConfig(64, page_size=16, kv_bits=8), 1, 16, 16),
         Problem(AttentionConfig(64, causal=True), 1, 32, 16),  # rows that see no key
     ],
 )
