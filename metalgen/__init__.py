@@ -20,10 +20,13 @@ from metalgen._version import __version__
 
 if TYPE_CHECKING:
     from metalgen.block_mask import BlockMask, create_block_mask
+    from metalgen.cache.dense import KVCache
+    from metalgen.cache.paged import CacheFull, PagedKVCache
     from metalgen.config import AttentionConfig
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.ops.alibi import alibi_slopes
+    from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.rope import Rope
@@ -33,14 +36,18 @@ _WHERE = {
     "ArgumentError": "metalgen.errors",
     "AttentionConfig": "metalgen.config",
     "BlockMask": "metalgen.block_mask",
+    "CacheFull": "metalgen.cache.paged",
     "DeviceError": "metalgen.errors",
     "InvalidSchedule": "metalgen.errors",
+    "KVCache": "metalgen.cache.dense",
     "Kernel": "metalgen.dispatch",
     "MetalgenError": "metalgen.errors",
+    "PagedKVCache": "metalgen.cache.paged",
     "Rope": "metalgen.ops.rope",
     "Schedule": "metalgen.schedule",
     "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
+    "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
     "create_block_mask": "metalgen.block_mask",
     "flex_attention": "metalgen.ops.flex_attention",
@@ -53,15 +60,19 @@ __all__ = [
     "ArgumentError",
     "AttentionConfig",
     "BlockMask",
+    "CacheFull",
     "DeviceError",
     "InvalidSchedule",
+    "KVCache",
     "Kernel",
     "MetalgenError",
+    "PagedKVCache",
     "Rope",
     "Schedule",
     "__version__",
     "alibi_slopes",
     "and_masks",
+    "append_kv",
     "attention",
     "create_block_mask",
     "flex_attention",

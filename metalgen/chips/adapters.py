@@ -15,11 +15,19 @@ from metalgen.chips.counts import pass_sums
 from metalgen.chips.work import REGISTERS, Work
 from metalgen.schedule import FRAGMENT
 
-LINE = 128
-"""Bytes of a cache line."""
+LINE, SECTOR = 128, 64
+"""Bytes of a cache line, and of the half lines that copies into threadgroup memory ask for."""
 OCCUPANCY_REGISTERS = 104
 """16-bit registers a thread under metal-flash-attention's bound of 1024 threads a threadgroup, on
 chips that hand out registers at launch (metal-benchmarks: 52 32-bit registers)."""
+UNROLLED = 340
+"""Products to which a compiler unrolls a loop that asks to be unrolled fully: Clang stops at 16,384
+instructions of its own, and the tables jump between 320 and 384 products."""
+BRANCH = 10
+"""Issue cycles of a branch between products, which no load crosses. A guess."""
+AHEAD = 48
+"""16-bit registers for loads ahead in a loop that is unrolled fully and holds no barrier. A guess,
+as are the 16 and half a register a column below: by the tiles from which on measured rates fall."""
 
 
 class Tile(NamedTuple):
@@ -70,60 +78,86 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
     live = passes * simdgroups
     products = live * gemms * fragments * wide
 
+    # A loop over blocks of D that runs once is no loop, nor is what is left behind its last block.
+    # There, where no barrier keeps them (no copies), loads of what stays the same are moved out of
+    # the pass, and those of all accumulators to its start: it needs registers as if all was cached.
+    straight = t.head_dim if t.head_dim < 2 * columns else t.head_dim % columns
+    straight = 0 if direct else straight // FRAGMENT
+    looped = columns // FRAGMENT * (straight < wide)
+
     # 16-bit registers a thread: a float32 fragment takes 4. dO and all accumulators are float32
     # in registers; Q, K, V, S and P are 16-bit ones where inputs are.
     fragment = 2 if t.half else 4
     inputs = {"fwd": fragment, "bwd_dQ": fragment + 4, "bwd_dKV": 2 * fragment}[t.kernel]
     one_input = 4 if query else fragment
-    kept = wide if t.cache_inputs else 0
-    registers = 48.0
-    registers += inputs * wide if t.cache_inputs else one_input * columns // FRAGMENT
-    registers += 4 * (outputs * wide if t.cache_outputs else columns // FRAGMENT)
+    registers = 16 + columns / 2 if not direct else 32 + AHEAD * t.cache_inputs
+    registers += inputs * (wide if t.cache_inputs else straight)
+    registers += 0 if t.cache_inputs else one_input * looped
+    registers += 4 * outputs * wide if t.cache_outputs else 4 * (outputs * straight + looped)
     # S becomes P in place, and dS needs P and dP. With direct reads there is no barrier between
     # the two products of the forward pass: S of one overlaps with P of the other.
-    registers += fragments * (fragment * (2 if forward and direct else 1))
-    registers += 0 if forward else 4 * fragments
+    scored = fragments * (fragment * (2 if forward and direct else 1) + (0 if forward else 4))
+    registers += scored
 
-    # The compiler may not keep an array in registers that a rolled loop indexes: dO, when its sum
-    # with O is formed, lives in memory if it is cached. It is read for every product with it.
-    # (Inputs of up to 40 bytes a thread seem to be unrolled.)
-    array = 4 * kept if query and inputs * wide > 20 else 0
-    reloads = live * array * fragments
-    registers -= array
+    # The compiler may not keep an array in registers that a loop indexes. dO, whose sum with O is
+    # formed in one, lives in memory unless there is room for a copy; it is read at every product
+    # with it (staged: at every other, between barriers).
+    array = 0
+    if query and t.cache_inputs and 32 + scored + inputs * wide >= OCCUPANCY_REGISTERS:
+        array = 4 * wide
+    reloads = live * array * fragments * (1.0 if direct else 0.5)
+    # Loops that stay loops index what was to be kept: read once a pass. Inputs have two loads and
+    # two addresses for each product, so their loops stay sooner, and the accumulators' with them.
+    unrolled = wide * fragments
+    if direct and t.cache_inputs and unrolled > UNROLLED / 2:
+        kept = inputs * wide - array + 4 * outputs * wide * t.cache_outputs
+    elif direct and t.cache_outputs and unrolled > UNROLLED:
+        kept = 4 * outputs * wide
+    else:
+        kept = 0
+    registers -= array + kept
+    array += kept
+    reloads += live * kept
     if direct:
-        limit, uses = REGISTERS, gemms * fragments
-    else:  # barriers between the blocks: what has no room is stored and loaded once a block
+        limit, uses = REGISTERS, 1
+    else:  # barriers between the blocks: what has no room is loaded once a block
         limit, uses = OCCUPANCY_REGISTERS, 2 if forward else 1
         registers = max(registers, float(limit))  # what is left, loads ahead of their use take
 
-    # Slices that a group copies to or from threadgroup memory, and the cache lines that they touch.
-    lines = _lines(t.head_dim, columns, item)
-    page_ins, page_outs = 0 if t.cache_inputs else scores, 0 if t.cache_outputs else outputs
+    # Slices that a group copies to or from threadgroup memory, and fragments that simdgroups page.
+    page_ins = 0.0 if t.cache_inputs else scores * (1 - straight / wide)
+    page_outs = 0 if t.cache_outputs else outputs
     if direct:
         # An accumulator is fetched, and written back behind two barriers.
         slices = passes * blocks * (page_ins + 3 * page_outs)
-        copied = passes * rows * (page_ins * lines + 2 * page_outs * _lines(t.head_dim, columns, 4))
+        copied = passes * rows * page_ins * _touched(t.head_dim, columns, item, SECTOR)
+        copied += passes * rows * 2 * page_outs * _touched(t.head_dim, columns, 4, SECTOR)
         direct_bytes = products * FRAGMENT * FRAGMENT * item
-        on_core = direct_bytes + 2 * LINE * copied
+        on_core = passes * rows * t.head_dim * (page_ins * item + 2 * page_outs * 4)
+        on_core = direct_bytes + 2 * on_core
         paged = paged_bytes = 0.0
         memory = rows * columns * 4 if slices else 0
     else:
         slices = passes * (blocks * gemms + (2 if key_value else 0))  # L and D are staged too
-        copied = passes * keys * gemms * lines
+        copied = passes * keys * gemms * _touched(t.head_dim, columns, item, SECTOR)
         direct_bytes = 0.0
-        on_core = products * FRAGMENT * FRAGMENT * item + LINE * copied
-        paged = live * wide * (page_ins + 2 * page_outs)
-        paged_bytes = live * wide * (page_ins * 64 * item + 2 * page_outs * 256)
+        on_core = (products * FRAGMENT * FRAGMENT + passes * keys * gemms * t.head_dim) * item
+        paged = live * wide * (page_ins * item / 4 + 2 * page_outs)
+        touched = page_ins * _touched(t.head_dim, columns, item, LINE)
+        touched += 2 * page_outs * _touched(t.head_dim, columns, 4, LINE)
+        paged_bytes = live * FRAGMENT * touched
         memory = keys * columns * item
 
     # An element of S, two a lane and fragment: maximum, FMA, exp2, sum and conversion; backwards
     # also the derivative, and where keys and values are updated L and D are loaded with it.
     per_element = {"fwd": 4, "bwd_dQ": 4, "bwd_dKV": 5}[t.kernel]
     elements = 2 * live * fragments
-    # The right side of S is transposed: its two elements a lane are loaded one by one, each with
-    # an address of its own.
-    loads = live * wide * fragments * (2 * scores + outputs)
+    # Loads, their addresses and waits. By the tables an output product costs 1.1 to 1.3 times a
+    # product S, though S reads its right side transposed, element by element.
+    loads = live * wide * fragments * (scores + 3 * outputs)
     arithmetic = elements * per_element + loads + (2 * live * wide if forward else 0)
+    if not direct and t.length % keys:  # the padded edge is a branch in the midst of each block
+        arithmetic += BRANCH * live * (scores * wide + outputs * blocks)
     array_bytes = t.length * t.head_dim * item
     return Work(
         groups=groups,
@@ -138,12 +172,13 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
         arithmetic=arithmetic,
         wide=not t.half,
         spill_uses=live * uses,
+        array=array,
         reloads=reloads,
         paged=paged,
         loop=0.0,
         on_core_bytes=on_core,
         direct_bytes=direct_bytes,
-        other_bytes=LINE * copied + paged_bytes,
+        other_bytes=copied + paged_bytes,
         distinct_bytes=(2 + gemms) * array_bytes,
         reused_bytes=2 * array_bytes,
         heads=1,
@@ -156,18 +191,18 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
 
 
 @functools.lru_cache(maxsize=1024)
-def _lines(width: int, columns: int, item: int) -> float:
-    """Cache lines that slices of `columns` of a row touch, all slices of a row, mean over rows."""
+def _touched(width: int, columns: int, item: int, line: int) -> float:
+    """Bytes of the lines that slices of `columns` of a row touch: all of a row, mean over rows."""
     pitch = width * item
     if columns >= width:  # whole rows lie one behind the other
-        return pitch / LINE
-    rows = LINE // math.gcd(LINE, pitch)
+        return pitch
+    rows = line // math.gcd(line, pitch)
     touched = 0
     for start in range(0, width, columns):
         size = min(columns, width - start) * item
-        offsets = ((row * pitch + start * item) % LINE for row in range(rows))
-        touched += sum(-(-(offset + size) // LINE) for offset in offsets)
-    return touched / rows
+        offsets = ((row * pitch + start * item) % line for row in range(rows))
+        touched += sum(-(-(offset + size) // line) for offset in offsets)
+    return line * touched / rows
 
 
 MLX_PASS = {
@@ -201,6 +236,7 @@ def mlx_work(head_dim: int, causal: bool, batch_heads: int, q_len: int, kv_len: 
         arithmetic=live * arithmetic,
         wide=False,
         spill_uses=live * bk // 8,
+        array=0,
         reloads=0.0,
         paged=0.0,
         loop=720,

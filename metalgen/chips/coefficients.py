@@ -16,12 +16,13 @@ from typing import NamedTuple
 from metalgen.chips.fitted import VALUES
 
 FITTED = (
-    "matrix",
     "matrix_wide",
     "alu",
     "page",
     "barrier",
     "spill",
+    "spill_dynamic",
+    "in_step",
     "leak",
     "saturation",
     "stage_wait",
@@ -33,9 +34,9 @@ FITTED = (
 class Coefficients(NamedTuple):
     """Units in brackets; docs/chip-model.md explains each."""
 
-    # [cycles] 8x8x8 multiply-accumulate; 16 is the peak, 17 to 20 were seen in loops
-    # (metal-benchmarks). What float32 operands take on top.
-    matrix: float = 17.0
+    # [cycles] 8x8x8 multiply-accumulate. Measured: 16 is the peak, 17 to 20 were seen in loops with
+    # their loads (metal-benchmarks). What float32 operands take on top.
+    matrix: float = 16.0
     matrix_wide: float = 1.0
     # [cycles] any other arithmetic. Measured: 1 for float, up to 4 for some integer.
     alu: float = 1.0
@@ -43,8 +44,15 @@ class Coefficients(NamedTuple):
     page: float = 3.0
     # [cycles] of a simdgroup for the barriers of a staged slice.
     barrier: float = 15.0
-    # [cycles] to store and load again a 16-bit register that does not fit.
-    spill: float = 4.0
+    # [bytes a cycle] at which a core loads registers that live in memory and were pushed out of
+    # what is near: about the bandwidth of the SLC (metal-benchmarks). And on chips that hand out
+    # registers as they are needed, where all of them share one memory with threadgroup memory and
+    # the stack (Apple), from which they push each other.
+    spill: float = 17.5
+    spill_dynamic: float = 4.0
+    # [bytes] of such memory that holds a stack. Set: on an M4 a value in memory costs what the
+    # core's bandwidth allows up to some 50 KiB a core, and many times that from 100 on.
+    near: float = 65536.0
     # [share] of every resource's busy time but the busiest's that is not overlapped.
     leak: float = 0.05
     # [share] of a core's register file below which latency cannot be hidden. Measured: arithmetic
@@ -67,9 +75,11 @@ class Coefficients(NamedTuple):
     direct_wait: float = 300.0
     # [share] of repeated device reads that hit because groups that read the same keys run nearly
     # in step: staged reads in the L2; direct ones in the core's data cache, on chips whose
-    # published kernels read directly. Set: metal-flash-attention's kernels are bound by no cache on
-    # an M1 Max and an M4, which takes more than half.
+    # published kernels read directly. Guessed before the fit: kernels bound by no cache on an M1
+    # Max and an M4 take about half. And in kernels without a barrier, whose simdgroups drift apart.
+    # Set: on an M4 a kernel that caches its queries, and so needs no barrier, is about 10 % slower.
     in_step: float = 0.6
+    adrift: float = 0.39
     # [share] of a thread's most registers that it holds on average, where a chip hands them out as
     # they are needed. Set: kernels of 128 32-bit registers a thread on an M4 lose no residency.
     live_registers: float = 0.25

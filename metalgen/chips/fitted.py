@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 VALUES = {
-    "matrix": 16.79,
-    "matrix_wide": 1.716,
-    "alu": 0.7923,
-    "page": 2.974,
-    "barrier": 15.96,
-    "spill": 4.498,
-    "leak": 0.04157,
-    "saturation": 0.6122,
-    "stage_wait": 305.5,
-    "parallel_issue": 0.6687,
+    "matrix_wide": 1.423,
+    "alu": 0.7272,
+    "page": 3.056,
+    "barrier": 16.35,
+    "spill": 22.26,
+    "spill_dynamic": 4.199,
+    "in_step": 0.5232,
+    "leak": 0.06996,
+    "saturation": 0.6183,
+    "stage_wait": 369.9,
+    "parallel_issue": 0.743,
 }

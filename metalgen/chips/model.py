@@ -119,6 +119,7 @@ class _Core(NamedTuple):
     slc: float
     l2_bytes: int
     slc_bytes: int
+    data_cache: int
     dram: float
     dynamic_registers: bool
     parallel_issue: bool
@@ -137,6 +138,7 @@ _FIGURES = {
     "slc_bytes_per_cycle": "slc",
     "l2_bytes": "l2_bytes",
     "slc_bytes": "slc_bytes",
+    "data_cache_bytes": "data_cache",
 }
 
 
@@ -190,6 +192,22 @@ def _residency(w: Work, core: _Core, c: Coefficients) -> tuple[int, float]:
     return max(1, room), spilled
 
 
+def _stack(registers: float, core: _Core, c: Coefficients) -> float:
+    """Cycles of a core to load a byte of a register that lives in memory.
+
+    The core's memory and its share of the L2 hold so many bytes of all such `registers` (16-bit
+    ones of whole simdgroups) that are resident; the rest comes from further away.
+    """
+    if not registers:
+        return 0.0
+    held = registers * HALF_REGISTER_BYTES
+    if core.dynamic_registers:  # one memory for registers, threadgroup memory and stack
+        near, far = min(1.0, c.near / held) ** 2, c.spill_dynamic
+    else:
+        near, far = min(1.0, (core.data_cache + core.l2_bytes / core.cores) / held), c.spill
+    return near / core.on_core + (1.0 - near) / far
+
+
 def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Prediction:
     """The modelled time of some work on a chip; raises as `predict`.
 
@@ -213,7 +231,8 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     code = w.loop * c.instruction_bytes
     missing = max(0.0, 1.0 - core.instruction_cache / code) if code else 0.0
     arithmetic = (matrix + other) * (1.0 + c.fetch * missing)
-    spill = (w.spill_uses * spilled + w.reloads) * c.spill * per_scheduler
+    spill = (w.spill_uses * spilled + w.reloads) * HALF_REGISTER_BYTES / cores
+    spill *= _stack(min(room, share) * simdgroups * (spilled + w.array), core, c)
     exp2 = w.exponentials * c.exp2 * per_scheduler
     slots = (w.products + w.arithmetic + w.exponentials + w.shuffles + w.moves) * per_scheduler
     on_core = w.on_core_bytes / (cores * core.on_core)
@@ -224,7 +243,8 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     hits = 0.0
     if core.direct_reads:  # shared by the simdgroups of a core that work on the same head
         alike = simdgroups * max(1.0, min(room, share, share / w.heads))
-        hits = c.in_step * (1.0 - 1.0 / alike)
+        # Without barriers they drift apart.
+        hits = (c.in_step if w.slices else c.adrift) * (1.0 - 1.0 / alike)
     drifting = w.direct_bytes * (1.0 - hits)
     l2 = (drifting + w.other_bytes) / (cores * core.l2)
     heads = min(w.heads, max(1.0, min(room, share) * cores * w.heads / w.groups))

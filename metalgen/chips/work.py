@@ -23,9 +23,11 @@ class Work(NamedTuple):
             8x8x8 multiply-accumulates, exp2, shuffles, loads and stores, and all others.
         wide: whether the products' operands are float32.
         register_limit: 16-bit registers that the compiler may use, where the launch bounds them.
-        spill_uses: times that a register without room is stored and loaded, over all simdgroups.
-        reloads: stores and loads of registers that live in memory on every chip (arrays that a
-            loop indexes), over all simdgroups.
+        spill_uses: times that a register without room is loaded, over all simdgroups; stores wait
+            for nothing.
+        array: 16-bit registers a thread that live in memory on every chip: arrays that a loop
+            indexes.
+        reloads: loads of those, over all simdgroups.
         paged: fragments of queries or accumulators that simdgroups load or store each pass,
             straight from or to device memory.
         loop: instructions of one pass of the loop, unrolled, for the instruction cache.
@@ -53,6 +55,7 @@ class Work(NamedTuple):
     arithmetic: float
     wide: bool
     spill_uses: float
+    array: int
     reloads: float
     paged: float
     loop: float
@@ -143,6 +146,7 @@ def forward_work(
         wide=wider or item == 4,
         # O and S are touched once for each fragment of 8 keys.
         spill_uses=live * fragments,
+        array=0,
         reloads=0.0,
         paged=0.0,
         loop=per_pass + loads + blocks * fragments * (k_fragments + v_fragments),

@@ -20,6 +20,7 @@ from metalgen.cli.options import (
     problem_fields,
     ratio,
 )
+from metalgen.cli.sharing import Sharing, sharing_options, shown
 from metalgen.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Plan:
     help="metal, cuda: measure here. simulator: predict, and check kernels on this CPU.",
 )
 @measuring_options
+@sharing_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @json_option
 @click.pass_context
@@ -94,6 +96,7 @@ def command(
     seed: int,
     device_name: str | None,
     measuring: Measuring,
+    sharing: Sharing,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -109,6 +112,7 @@ def command(
     check_arguments(trials, budget, seed)
     plan = make_plan(chip, device_name)
     measuring.check(plan.device)
+    share = sharing.arguments(plan.device)
     chosen = preset(preset_name)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)
@@ -135,6 +139,7 @@ def command(
                 seed=seed,
                 observe=observe,
                 **measuring.arguments(plan.device),
+                **share,
             )
         path = str(store.path)
     if as_json:
@@ -351,5 +356,5 @@ def _again(ctx: click.Context) -> list[str]:
         if source == click.core.ParameterSource.COMMANDLINE:
             words.append(parameter.opts[0])
             if not getattr(parameter, "is_flag", False):
-                words.append(str(value))
+                words.append(shown(str(value)) if parameter.name == "storage" else str(value))
     return words

@@ -42,17 +42,30 @@ class StorageError(MetalgenError):
         super().__init__(f"storage {storage}: {reason}")
 
 
+_PASSWORDS = (
+    re.compile(r"(?<=://)(?P<before>[^:@/?#]*:)(?P<secret>.*)(?=@)", re.DOTALL),
+    # Where the host was forgotten: what follows the colon is no port.
+    re.compile(r"(?<=://)(?P<before>[^:@/?#]*:)(?P<secret>(?!\d*(?:[/?#]|$))[^@/?#]*)(?=[/?#]|$)"),
+    re.compile(r"(?P<before>password=)(?P<secret>[^&#]*)", re.IGNORECASE),
+)
+
+
 def masked(url: str) -> str:
     """A URL without its password."""
-    shown = re.sub(r"://([^:@/]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
-    shown = re.sub(r"(?i)(password=)[^&]*", r"\1***", shown)
-    return "".join(c if c.isprintable() else "?" for c in shown)
+    for pattern in _PASSWORDS:
+        url = pattern.sub(r"\g<before>***", url)
+    return "".join(c if c.isprintable() else "?" for c in url)
 
 
 def _secrets(url: str) -> list[str]:
-    found = re.findall(r"://[^:@/]*:(.*)@", url, flags=re.DOTALL)
-    found += re.findall(r"(?i)password=([^&]*)", url)
+    found = (match["secret"] for pattern in _PASSWORDS for match in pattern.finditer(url))
     return [text for secret in found for text in (secret, unquote(secret)) if text]
+
+
+def check_url(url: str) -> None:
+    """Raise `ArgumentError` for a text that names no kind of storage that workers can share."""
+    if not re.match(r"postgres(ql)?(\+psycopg)?://.|journal:.", url, flags=re.DOTALL):
+        raise ArgumentError("storage", EXPECTED, masked(url))
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -64,22 +77,16 @@ def open_storage(url: str) -> BaseStorage:
     """
     import optuna
 
+    check_url(url)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url.startswith("journal:"):
-        return _open_journal(url)
-    if re.match(r"postgres(ql)?(\+psycopg2?)?://", url):
-        return _open_postgresql(url)
-    raise ArgumentError("storage", EXPECTED, masked(url))
+    return _open_journal(url) if url.startswith("journal:") else _open_postgresql(url)
 
 
 def _open_journal(url: str) -> BaseStorage:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    name = url.removeprefix("journal:").removeprefix("//")
-    if not name:
-        raise ArgumentError("storage", EXPECTED, url)
-    path = Path(name).expanduser()
+    path = Path(url.removeprefix("journal:").removeprefix("//")).expanduser()
     if path.is_dir():
         raise StorageError(url, "is a folder, not a file")
     with explained(url), warnings.catch_warnings():

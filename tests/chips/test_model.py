@@ -38,6 +38,7 @@ PRODUCTS = Work(
     arithmetic=0.0,
     wide=False,
     spill_uses=0.0,
+    array=0,
     reloads=0.0,
     paged=0.0,
     loop=100.0,
@@ -106,7 +107,37 @@ def test_registers_that_do_not_fit_are_paid_for_at_each_use() -> None:
     fits = PRODUCTS._replace(registers=256, spill_uses=1e6)
     over = fits._replace(registers=266)
     extra = estimate(over, M1_MAX, IDEAL).seconds - estimate(fits, M1_MAX, IDEAL).seconds
-    assert extra == pytest.approx(10 * 4.0 * 1e6 / (32 * 4 * 1.296e9))
+    # 10 registers of 12 simdgroups (208 KiB hold 3 groups) fit beside what the core is near to,
+    # 8 KiB of its own and 16 of the L2.
+    bytes_a_core = 10 * 64 * 1e6 / 32
+    assert extra == pytest.approx(bytes_a_core / 64 / 1.296e9)
+    many = estimate(fits._replace(registers=256 + 64), M1_MAX, IDEAL).parts["spill"]
+    near = 24 / 48  # of 64 registers of 12 simdgroups
+    cycles = 64 * 64 * 1e6 / 32 * (near / 64 + (1 - near) / 17.5)
+    assert many == pytest.approx(cycles / 1.296e9)
+
+
+def test_values_in_memory_push_each_other_out_where_registers_are_dynamic() -> None:
+    # 24 groups of 4 simdgroups, which are 3072 threads, share 64 KiB of a core.
+    work = PRODUCTS._replace(registers=40, array=20, reloads=1e6)
+    cycles = 1e6 * 64 / 40
+    held = 24 * 4 * 20 * 64
+    near = (65536 / held) ** 2
+    expected = cycles * (near / 64 + (1 - near) / 4.0) / 1.38e9
+    assert estimate(work, M3_MAX, IDEAL).parts["spill"] == pytest.approx(expected)
+    assert estimate(work._replace(array=1), M3_MAX, IDEAL).parts["spill"] == pytest.approx(
+        cycles / 64 / 1.38e9
+    )
+
+
+def test_simdgroups_that_meet_at_no_barrier_find_less_in_the_cache() -> None:
+    work = PRODUCTS._replace(direct_bytes=1e12)
+    sets = IDEAL._replace(in_step=0.5, adrift=0.25)
+    meeting = work._replace(slices=1e-9)
+    alike = 1 - 1 / (4 * 1.6)  # 64 groups of a head on 40 cores, of 4 simdgroups
+    for one, hits in ((work, 0.25), (meeting, 0.5)):
+        seconds = 1e12 * (1 - hits * alike) / (40 * 32 * 1.38e9)
+        assert estimate(one, M3_MAX, sets).parts["l2"] == pytest.approx(seconds)
 
 
 def test_a_staged_slice_is_waited_for_in_full_when_a_core_holds_one_group() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -14,17 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import postgresql_server
 import pytest
 from optuna.trial import TrialState
-from recorded_gpu import recorded
+from recorded_gpu import SECONDS, SMALL, Replayed, recorded
+from tuning_fakes import FakeVerify
 
+from metalgen.chips import get_chip
 from metalgen.database import exchange
+from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
+from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.storage import close_storage, open_storage
+from metalgen.tuning import distributed
+from metalgen.tuning.distributed import LOSSES, Share, SharedStudy
+from metalgen.tuning.progress import BudgetSpent, Progress
+from metalgen.tuning.runner import tune
+from metalgen.tuning.search import Search
+from metalgen.tuning.space import enumerate_valid, space
+from metalgen.tuning.storage import StorageError, close_storage, open_storage
 
-TRIALS = 48
+TRIALS = 28
 WORKERS = 4
 
 WORKER = textwrap.dedent(
@@ -42,7 +53,8 @@ WORKER = textwrap.dedent(
     class Worker(Replayed):
         def build(self, config, schedule, family="forward"):
             if schedule not in self.built:
-                time.sleep(0.03)  # so that all of them get something to do
+                print("building", flush=True)
+                time.sleep(0.05)  # so that all of them get something to do
             if stuck_after == len(self.built):
                 print("stuck", schedule.key, flush=True)
                 time.sleep(600)
@@ -52,6 +64,8 @@ WORKER = textwrap.dedent(
     stuck_after, trials = int(sys.argv[4]), int(sys.argv[5])
     share = Share(url, beat=0.3, grace=4.0, poll=0.1)
     gpu = Worker()
+    print("ready", flush=True)
+    sys.stdin.readline()
     with Store.open(Path(database)) as store:
         report = tune([SMALL], get_chip("H200"), store, device=gpu, trials=trials,
                       policy=gpu.policy, clock=gpu.clock, verify=FakeVerify(), share=share)
@@ -60,17 +74,6 @@ WORKER = textwrap.dedent(
     print("winner", outcome.winner.schedule.key)
     """
 )
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """A running server's database."""
-    pytest.importorskip("psycopg", reason="needs psycopg (metalgen[distributed])")
-    try:
-        with postgresql_server.server() as url:
-            yield url
-    except postgresql_server.NoServer as reason:
-        pytest.skip(f"needs a PostgreSQL server: {reason}")
 
 
 @pytest.fixture(params=["journal", "postgresql"])
@@ -86,17 +89,35 @@ def start(url: str, database: Path, stuck_after: int = -1, trials: int = TRIALS)
     here = str(Path(__file__).parent)
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, here, url, str(database), str(stuck_after), str(trials)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def until(worker: Any, word: str) -> str:
+    """The rest of a worker's first line that begins with a word."""
+    for line in worker.stdout:
+        first, _, rest = line.strip().partition(" ")
+        if first == word:
+            return str(rest)
+    raise AssertionError(worker.communicate()[1])
+
+
+def go(worker: Any) -> Any:
+    """Let a worker begin, which has said that it is ready."""
+    worker.stdin.write("go\n")
+    worker.stdin.flush()
+    return worker
+
+
 def ended(worker: Any) -> dict[str, str]:
     """What a worker that ended well printed, by the first word of each line."""
     out, err = worker.communicate(timeout=120)
     assert worker.returncode == 0, err
-    return dict(line.split(" ", 1) for line in out.splitlines())
+    lines = (line.partition(" ") for line in out.splitlines())
+    return {first: rest for first, _, rest in lines}
 
 
 def trials_of(url: str, study: str = "metalgen") -> list[optuna.trial.FrozenTrial]:
@@ -120,11 +141,15 @@ def rows_of(database: Path) -> dict[tuple[str, str], str]:
 
 def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path: Path) -> None:
     databases = [tmp_path / f"{n}.db" for n in range(WORKERS)]
-    victim = start(url, databases[0], stuck_after=5)
-    others = [start(url, database) for database in databases[1:]]
-    assert victim.stdout is not None
-    stuck = victim.stdout.readline().split(" ", 1)
-    assert stuck[0] == "stuck", victim.communicate()
+    victim, *others = [
+        start(url, database, stuck_after=-1 if n else 3) for n, database in enumerate(databases)
+    ]
+    for worker in (victim, *others):
+        until(worker, "ready")
+    until(go(victim), "building")
+    for worker in others:
+        go(worker)
+    stuck = until(victim, "stuck")
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     before = rows_of(databases[0])
@@ -137,8 +162,8 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     assert set(taken.values()) == {1}  # nothing was measured twice
     # What the dead worker was at was lost, and measured by another.
     lost = [t for t in search if "lost" in t.user_attrs]
-    assert [t.user_attrs["item"] for t in lost] == [stuck[1].strip()]
-    again = [t for t in search if t.user_attrs["item"] == stuck[1].strip() and t not in lost]
+    assert [t.user_attrs["item"] for t in lost] == [stuck]
+    again = [t for t in search if t.user_attrs["item"] == stuck and t not in lost]
     measured = [t for t in again if "rows" in t.user_attrs]
     assert [t.user_attrs["worker"] == lost[0].user_attrs["worker"] for t in measured] == [False]
     states = {t.user_attrs["item"]: t.state for t in search if "rows" in t.user_attrs}
@@ -146,11 +171,12 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
         ran = recorded(Schedule.from_dict(json.loads(key))) < math.inf
         assert state == (TrialState.COMPLETE if ran else TrialState.FAIL)
     assert not any(t.state == TrialState.RUNNING for t in trials)
-    # All took part, and what each says that it measured is what there is.
+    # What each says that it measured is what there is.
     shares = Counter(t.user_attrs["worker"] for t in search if "rows" in t.user_attrs)
-    assert len(shares) == WORKERS
+    assert len(shares) > 1
     dead = shares.pop(lost[0].user_attrs["worker"])
-    assert sorted(shares.values()) == sorted(int(s["new"].split()[0]) for s in said)
+    counts = Counter(int(s["new"].split()[0]) for s in said)
+    assert Counter(shares.values()) == counts - Counter({0: WORKERS})
 
     # Everyone has every row, those of the dead worker too.
     first, *rest = [rows_of(database) for database in databases[1:]]
@@ -165,8 +191,279 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     assert sum(t.user_attrs["item"] == "finals" and "rows" in t.user_attrs for t in trials) == 1
 
     # The killed worker, started again by the same command, gets it all and measures nothing.
-    again = ended(start(url, databases[0]))
-    assert again["new"].startswith("0 ")
-    assert again["winner"] == said[0]["winner"]
+    once_more = ended(go(start(url, databases[0])))
+    assert once_more["new"].startswith("0 ")
+    assert once_more["winner"] == said[0]["winner"]
     assert rows_of(databases[0]) == first
     assert len(trials_of(url)) == len(trials)
+
+
+# One process, several workers
+
+
+class Team:
+    """Workers of one journal in this process, whose clock the test sets."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, goal: int = 12) -> None:
+        self.share = Share(f"journal:{path}", beat=1000.0, grace=2000.0)
+        self.goal = goal
+        self.gpu = Replayed()
+        self.now = 0.0
+        self.received: dict[str, list[Measurement]] = {}
+        self._open: list[SharedStudy] = []
+        monkeypatch.setattr(distributed.time, "monotonic", lambda: self.now)
+
+    def join(self, problem: Problem = SMALL, ahead: int = 1, **facts: Any) -> SharedStudy:
+        """A new worker."""
+        config, limits = problem.config, self.gpu.limits
+        declared = space(config, limits, "forward")
+        valid = enumerate_valid(config, limits, "forward", ("safe",))
+        rows: list[Measurement] = []
+        worker = SharedStudy(
+            self.share,
+            open_storage(self.share.url),
+            problem,
+            FACTS | facts,
+            declared,
+            lambda: Search(declared, valid, 0),
+            self.goal,
+            ahead,
+            rows.extend,
+        )
+        self.received[worker.worker] = rows
+        self._open.append(worker)
+        return worker
+
+    def outcomes(self) -> list[str]:
+        """The schedules of all trials that have a row."""
+        trials = trials_of(self.share.url)
+        return [t.user_attrs["item"] for t in trials if "rows" in t.user_attrs]
+
+    def leave(self) -> None:
+        """Everyone goes home."""
+        for worker in self._open:
+            worker.close()
+
+
+FACTS = {"chip": "H200", "cores": 132, "device": "cuda", "template_hash": "0" * 16, "policy": "p"}
+
+
+def measured(schedule: Schedule, seconds: float | None = 1e-3, **changes: Any) -> Measurement:
+    """The row that a worker of `FACTS` makes of a schedule."""
+    fields: dict[str, Any] = {"problem": SMALL, "provenance": "measured", **FACTS, **changes}
+    return Measurement(schedule=schedule, seconds=seconds, **fields)
+
+
+@pytest.fixture
+def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Team]:
+    found = Team(tmp_path / "team.journal", monkeypatch)
+    yield found
+    found.leave()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_order_of_events_each_schedule_is_measured_once(team: Team, seed: int) -> None:
+    """Workers ask, publish, die and come anew in a random order; the dead never come back."""
+    draw = random.Random(seed)
+    workers = [team.join(ahead=draw.choice((1, 3))) for _ in range(3)]
+    deaths = 0
+    for _ in range(400):
+        worker = draw.choice(workers)
+        event = draw.random()
+        if event < 0.5:
+            worker.ask()
+        elif event < 0.9 and worker.pending:
+            schedule = worker.pending[0]
+            ran = draw.random() < 0.8
+            worker.publish(measured(schedule, 1e-3 if ran else None, status=("runtime", "ok")[ran]))
+        elif event > 0.97 and deaths < LOSSES - 1:
+            deaths += 1
+            worker._heart.stop()  # it is not heard of again
+            workers.remove(worker)
+            workers.append(team.join())
+        elif event > 0.95:
+            team.now += 3000.0  # more than the grace: but the living count on
+            for living in workers:
+                for trial in living._own.values():
+                    living.storage.set_trial_user_attr(trial, "beat", team.now)
+        counts = Counter(team.outcomes())
+        assert len(counts) == counts.total() <= team.goal
+        if len(counts) == team.goal:
+            break
+    assert len(counts) == team.goal
+    for worker in workers:
+        worker.refresh()
+        assert not worker.unfinished and worker.ask() is None
+        assert len(worker.times) == team.goal
+        # Everyone heard of what the others measured, once.
+        heard = [m.schedule for m in team.received[worker.worker]]
+        assert len(heard) == len(set(heard)) == team.goal - worker.published
+
+
+def test_of_two_claims_at_the_same_moment_the_first_holds(team: Team) -> None:
+    first, second = team.join(), team.join()
+    schedule = first.ask()
+    assert schedule is not None
+    assert not second._claim(schedule.key, schedule)  # as if it had asked before it knew
+    states = [(t.state, sorted(t.user_attrs)) for t in trials_of(team.share.url)]
+    assert [state for state, _ in states] == [TrialState.RUNNING, TrialState.FAIL]
+    assert "withdrawn" in states[1][1] and "lost" not in states[1][1]
+    first.publish(measured(schedule))
+    assert not second._claim(schedule.key, schedule)
+    assert second.asked == [schedule]
+
+
+def test_the_last_places_are_not_given_twice(team: Team) -> None:
+    team.goal = 2
+    first, second = team.join(), team.join()
+    taken = [first.ask(), second.ask()]
+    assert first.ask() is None
+    other = next(s for s in enumerate_valid(SMALL.config, team.gpu.limits) if s not in taken)
+    assert not second._claim(other.key, other)
+
+
+def test_a_worker_that_was_taken_for_dead_and_wakes_up_loses_nothing(team: Team) -> None:
+    sleeper, other = team.join(), team.join()
+    schedule = sleeper.ask()
+    assert schedule is not None
+    other.refresh()
+    team.now += 2001.0
+    assert other.ask() == schedule  # lost, and the next to be tried
+    sleeper.publish(measured(schedule, 1e-3))
+    assert not sleeper.pending
+    other.publish(measured(schedule, 2e-3))
+    sleeper.refresh()
+    assert sorted(m.seconds or 0 for m in team.received[other.worker]) == [1e-3]
+    assert sorted(m.seconds or 0 for m in team.received[sleeper.worker]) == [2e-3]
+
+
+def test_a_schedule_of_which_workers_die_is_given_up(team: Team) -> None:
+    team.goal = 3
+    deadly = team.join().space.default
+    for _ in range(LOSSES):
+        worker = team.join()
+        assert worker.ask() == deadly
+        worker._heart.stop()
+        team.join().refresh()
+        watcher = team.join()
+        watcher.refresh()
+        team.now += 2001.0
+        watcher.refresh()
+    survivor = team.join()
+    taken = [survivor.ask()]
+    assert taken[0] not in (None, deadly)
+    assert taken[0] is not None
+    survivor.publish(measured(taken[0]))
+    taken.append(survivor.ask())
+    assert taken[1] not in (None, deadly)
+    assert deadly in survivor.asked and deadly not in survivor.times
+
+
+def test_a_worker_that_leaves_gives_back_what_it_took(team: Team) -> None:
+    leaving, staying = team.join(ahead=2), team.join()
+    taken = [leaving.ask(), leaving.ask()]
+    leaving.close()
+    for schedule in taken:
+        assert staying.ask() == schedule
+        assert schedule is not None
+        staying.publish(measured(schedule))
+    reasons = [t.user_attrs.get("lost") for t in trials_of(team.share.url)]
+    assert Counter(reasons) == {distributed.RELEASED: 2, None: 2}
+
+
+def test_rows_of_an_earlier_run_are_brought_along_and_not_measured_again(team: Team) -> None:
+    worker = team.join()
+    valid = enumerate_valid(SMALL.config, team.gpu.limits, "forward", ("safe",))
+    worker.contribute([measured(s, 1e-3 * n) for n, s in enumerate(valid[:4], 1)])
+    other = team.join()
+    assert {m.schedule for m in team.received[other.worker]} == set(valid[:4])
+    other.contribute([measured(valid[0], 5.0)])
+    assert len(team.outcomes()) == 4
+    asked = [other.ask()]
+    assert asked[0] is not None and asked[0] not in valid[:4]
+
+
+def test_the_best_are_raced_once_and_again_after_more_was_measured(team: Team) -> None:
+    team.goal = 2
+    first, second = team.join(), team.join()
+    for worker in (first, second):
+        schedule = worker.ask()
+        assert schedule is not None
+        worker.publish(measured(schedule))
+    assert first.claim_finals() and not second.claim_finals()
+    assert not second.raced()
+    first.publish_finals([measured(s, phase="final", verified=True) for s in first.asked])
+    assert not second.claim_finals() and second.raced()
+    assert {m.phase for m in team.received[second.worker]} == {"search", "final"}
+    second.goal = 3
+    schedule = second.ask()
+    assert schedule is not None
+    second.publish(measured(schedule))
+    assert not second.raced() and second.claim_finals()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("chip", "H100"),
+        ("cores", 60),
+        ("device", "metal"),
+        ("template_hash", "1" * 16),
+        ("policy", "another"),
+    ],
+)
+def test_a_worker_unlike_the_others_is_refused_by_name(
+    team: Team, name: str, value: object
+) -> None:
+    team.join()
+    with pytest.raises(StorageError, match=f"of workers with {name} {FACTS[name]}, and .* {value}"):
+        team.join(**{name: value})
+
+
+def test_trials_that_no_worker_made_are_refused(team: Team) -> None:
+    worker = team.join()
+    schedule = worker.ask()
+    assert schedule is not None
+    for bad in (
+        measured(schedule, problem=dataclasses.replace(SMALL, kv_len=32)),
+        measured(schedule, template_hash="1" * 16),
+        measured(next(s for s in SECONDS if s != schedule)),
+        measured(dataclasses.replace(schedule, bk=24)),
+    ):
+        worker.storage.set_trial_user_attr(worker._own[schedule.key], "rows", [bad.to_line()])
+        with pytest.raises(StorageError, match="holds what is not a worker's"):
+            team.join()
+    worker.storage.set_trial_user_attr(worker._own[schedule.key], "rows", "{}")
+    with pytest.raises(StorageError, match="a trial without its row"):
+        team.join()
+
+
+def test_a_spent_budget_ends_a_worker_and_frees_its_schedules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = Share(f"journal:{tmp_path / 'study'}", poll=0.01)
+    gpu = Replayed()
+
+    def spent(progress: Progress) -> None:
+        if progress.tried == 3:
+            raise BudgetSpent
+
+    for observe, stopped in ((spent, "budget"), (None, None)):
+        with Store.open(tmp_path / f"{stopped}.db") as store:
+            report = tune(
+                [SMALL],
+                get_chip("H200"),
+                store,
+                device=gpu,
+                trials=6,
+                policy=gpu.policy,
+                clock=gpu.clock,
+                verify=FakeVerify(),
+                observe=observe,
+                share=share,
+            )
+            assert report.stopped == stopped
+            assert len(store.measurements(phase="search")) == (3 if stopped else 6)
+    assert report.outcomes[0].new == 3
+    states = Counter(t.state for t in trials_of(share.url))
+    assert states[TrialState.RUNNING] == 0

@@ -1,0 +1,1 @@
+"""Caches of keys and values: the kernel that appends to them, and classes that hold them."""

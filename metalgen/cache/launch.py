@@ -1,0 +1,217 @@
+"""Making the rows that new keys and values become, on a device, and storing them in a cache."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+
+import mlx.core as mx
+
+from metalgen.cache.render import AppendSchedule, is_placed, operands, outputs
+from metalgen.config import AttentionConfig
+from metalgen.devices import Device, get_device
+from metalgen.devices.kernel import KernelDevice
+from metalgen.errors import MetalgenError
+
+Arrays = dict[str, mx.array]
+Maker = Callable[[Mapping[str, mx.array]], Arrays]
+"""From the arrays that `metalgen.cache.render.inputs` names to those that `outputs` names."""
+
+
+@functools.lru_cache(maxsize=256)
+def row_maker(config: AttentionConfig, device: str | None, schedule: AppendSchedule) -> Maker:
+    """What makes the rows of a config on a device; its kernel is checked once, on a small call.
+
+    Raises:
+        ArgumentError, DeviceError: a device that is not known, or not here.
+    """
+    own = get_device(device)
+    if not operands(config):
+        return lambda given: {}
+    if not isinstance(own, KernelDevice):
+        return functools.partial(plain_rows, config)
+    try:
+        maker = kernel_rows(config, own, schedule)
+        fault = _fault(config, maker)
+    except (MetalgenError, RuntimeError, ValueError) as error:  # from a compiler or a launch
+        fault = str(error)
+    if fault:
+        message = f"append runs in plain MLX operations: no kernel on {own.name!r}: {fault}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return functools.partial(plain_rows, config)
+    return maker
+
+
+def kernel_rows(config: AttentionConfig, device: Device, schedule: AppendSchedule) -> Maker:
+    """The append kernel of a device, unchecked."""
+    from metalgen.cache.render import render_append  # brings Jinja
+
+    if not isinstance(device, KernelDevice):
+        raise TypeError(f"{device.name} runs no kernels")
+    source = render_append(config, schedule, device.target)
+    kernel = device.compile(source)
+
+    def make(given: Mapping[str, mx.array]) -> Arrays:
+        batch, heads, length, _ = given[operands(config)[0]].shape
+        shapes, dtypes = _forms(config, batch, heads, length)
+        rows = batch * heads * length
+        made = kernel(
+            inputs=[given[name] for name in source.inputs],
+            output_shapes=shapes,
+            output_dtypes=dtypes,
+            grid=(-(-rows // source.bq) * source.threads, len(operands(config)), 1),
+            threadgroup=(source.threads, 1, 1),
+        )
+        return dict(zip(source.outputs, made, strict=True))
+
+    return make
+
+
+def _forms(
+    config: AttentionConfig, batch: int, heads: int, length: int
+) -> tuple[list[tuple[int, ...]], list[mx.Dtype]]:
+    """Shapes and types of the kernel's outputs."""
+    own = getattr(mx, config.dtype)
+    packed = (config.kv_bits or 0) / 32
+    shapes: list[tuple[int, ...]] = []
+    dtypes: list[mx.Dtype] = []
+    for name in outputs(config):
+        if name == "places":
+            shapes.append((batch, heads, length))
+            dtypes.append(mx.int32)
+            continue
+        operand, part = name.split("_")
+        width = config.head_dim if operand == "k" else config.v_dim
+        columns = {"rows": width, "words": int(width * packed)}.get(part, width // config.kv_group)
+        shapes.append((batch, heads, length, columns))
+        dtypes.append(mx.uint32 if part == "words" else own)
+    return shapes, dtypes
+
+
+def plain_rows(config: AttentionConfig, given: Mapping[str, mx.array]) -> Arrays:
+    """The same in plain MLX operations, wherever MLX runs."""
+    found: Arrays = {}
+    sequence, local, owned = _owners(config, given)
+    for operand in operands(config):
+        rows = given[operand]
+        if operand == "k" and config.rope is not None:
+            rows = _rotated(config, rows, sequence, local, given)
+        if config.kv_bits is None:
+            found[f"{operand}_rows"] = rows
+        else:
+            parts = mx.quantize(rows, config.kv_group, config.kv_bits)
+            for part, array in zip(("words", "scales", "biases"), parts, strict=True):
+                found[f"{operand}_{part}"] = array
+    if is_placed(config):
+        found["places"] = _places(config, given, sequence, local, owned)
+    return found
+
+
+def _owners(
+    config: AttentionConfig, given: Mapping[str, mx.array]
+) -> tuple[mx.array, mx.array, mx.array | bool]:
+    """Of each token, ``(B, L)``: its sequence, its number in it, and whether it is in one."""
+    batch, _, length, _ = given["k"].shape
+    token = mx.broadcast_to(mx.arange(length), (batch, length))
+    if not config.varlen:
+        return mx.broadcast_to(mx.arange(batch)[:, None], (batch, length)), token, True
+    cu = given["cu_seqlens"]
+    sequence = mx.sum(cu[1:-1] <= token[..., None], axis=-1).astype(mx.int32)
+    begin, end = mx.take(cu, sequence), mx.take(cu, sequence + 1)
+    return sequence, token - begin, (begin <= token) & (token < end)
+
+
+def _rotated(
+    config: AttentionConfig,
+    x: mx.array,
+    sequence: mx.array,
+    local: mx.array,
+    given: Mapping[str, mx.array],
+) -> mx.array:
+    """Su et al. 2021, in float32, rounded to the config's type at the end."""
+    position = mx.take(given["rope_offset"], sequence) + local
+    angle = position.astype(mx.float32)[..., None] * given["rope_freqs"]
+    cos, sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
+    turned = x[..., : config.turned].astype(mx.float32)
+    half = config.turned // 2
+    if config.rope == "half":
+        one, other = turned[..., :half], turned[..., half:]
+    else:
+        one, other = turned[..., ::2], turned[..., 1::2]
+    pair = [one * cos - other * sin, one * sin + other * cos]
+    if config.rope == "half":
+        out = mx.concatenate(pair, axis=-1)
+    else:
+        out = mx.stack(pair, axis=-1).reshape(turned.shape)
+    return mx.concatenate([out.astype(x.dtype), x[..., config.turned :]], axis=-1)
+
+
+def _places(
+    config: AttentionConfig,
+    given: Mapping[str, mx.array],
+    sequence: mx.array,
+    local: mx.array,
+    owned: mx.array | bool,
+) -> mx.array:
+    batch, heads = given["k"].shape[:2]
+    slot = mx.take(given["offset"], sequence) + local
+    limit = given["limit"]
+    spare = limit - 1
+    head = mx.arange(heads)[:, None]
+    if config.page_size is None:
+        slot = mx.where((slot >= 0) & (slot < spare), slot, spare)
+        entry = mx.arange(batch)[:, None, None]
+        return ((entry * heads + head) * limit + slot[:, None]).astype(mx.int32)
+    table, page = given["table"], config.page_size
+    listed = (slot >= 0) & (slot < table.shape[1] * page) & owned
+    column = mx.where(listed, slot // page, 0)
+    flat = mx.contiguous(table).reshape(-1)
+    number = mx.where(listed, mx.take(flat, sequence * table.shape[1] + column), -1)
+    kept = (number >= 0) & (number < spare)
+    number, slot = mx.where(kept, number, spare), mx.where(kept, slot % page, 0)
+    return ((number[:, None] * heads + head) * page + slot[:, None]).astype(mx.int32)
+
+
+def _fault(config: AttentionConfig, maker: Maker) -> str:
+    """What is wrong with a kernel, on a small ragged call; empty where nothing is."""
+    from metalgen.cache.samples import sample_rows
+
+    given = sample_rows(config)
+    got, expected = maker(given), plain_rows(config, given)
+    bound = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}[config.dtype]
+    if is_placed(config) and not mx.array_equal(got["places"], expected["places"]):
+        return "rows go to wrong places"
+    for name in operands(config):
+        if config.kv_bits is None:
+            x, y = got[f"{name}_rows"], expected[f"{name}_rows"]
+        else:
+            x, y = (_dequantized(config, name, made) for made in (got, expected))
+        # A value near the middle of two levels may go to either of them.
+        step = 0.0
+        if config.kv_bits is not None:
+            step = float(mx.max(mx.abs(expected[f"{name}_scales"])))
+        error = float(mx.max(mx.abs(x.astype(mx.float32) - y.astype(mx.float32))))
+        if not error <= bound * float(mx.max(mx.abs(y))) + 1.01 * step:
+            return f"rows of {name} are wrong by {error:.1e}"
+    return ""
+
+
+def _dequantized(config: AttentionConfig, name: str, made: Arrays) -> mx.array:
+    words, scales, biases = (made[f"{name}_{part}"] for part in ("words", "scales", "biases"))
+    return mx.dequantize(words, scales, biases, config.kv_group, config.kv_bits)
+
+
+def store_slice(cache: mx.array, rows: mx.array, start: int) -> mx.array:
+    """The cache with `rows` from slot `start` on; in place where nothing else holds its buffer."""
+    fresh = cache.reshape(cache.shape)  # the caller's array stays what it is
+    fresh[:, :, start : start + rows.shape[2]] = rows
+    return fresh
+
+
+def store_places(cache: mx.array, rows: mx.array, places: mx.array) -> mx.array:
+    """The cache, seen as rows, with `rows` at `places`; in place as `store_slice`."""
+    width = cache.shape[-1]
+    flat = cache.reshape(-1, width)
+    flat[places.reshape(-1)] = rows.reshape(-1, width)
+    return flat.reshape(cache.shape)

@@ -1,0 +1,213 @@
+"""A cache of pages that sequences share out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from metalgen.cache.parts import check_quantization, empty
+from metalgen.config import DTYPES, MAX_PAGE, MIN_PAGE
+from metalgen.errors import ArgumentError, MetalgenError
+from metalgen.ops.append import append_kv
+from metalgen.ops.rope import Rope
+
+
+class CacheFull(MetalgenError, MemoryError):
+    """No pages are left for rows that were to be appended; the cache is as it was before."""
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, of any lengths, in pages of one pool (vLLM's scheme).
+
+    >>> cache = metalgen.PagedKVCache(pages=1024, kv_heads=8, head_dim=128)
+    >>> chat = cache.add()
+    >>> cache.append([chat], k, v)  # k (1, 8, T, 128)
+    >>> table, lengths = cache.tables([chat])
+    >>> out = metalgen.attention(q, cache.keys, cache.values, block_table=table, kv_lens=lengths)
+
+    Lengths and tables are kept in Python, so nothing waits for a GPU.
+
+    Args:
+        pages: pages of the pool (one more is allocated, where rows go that have no place).
+        kv_heads, head_dim, value_head_dim, dtype: what rows look like; values are as wide as keys
+            where `value_head_dim` is None.
+        page_size: rows of a page: a multiple of 8 from 8 to 256.
+        bits, group_size, rope, device: as in `metalgen.KVCache`.
+
+    Attributes:
+        keys, values: the pages, ``(pages + 1, Hkv, page_size, D)``, or the three arrays of each.
+
+    Raises:
+        ArgumentError: a value of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        dtype: mx.Dtype = mx.float16,
+        page_size: int = 16,
+        bits: int | None = None,
+        group_size: int = 64,
+        rope: Rope | None = None,
+        device: str | None = None,
+    ) -> None:
+        value_dim = head_dim if value_head_dim is None else value_head_dim
+        for name, value in (
+            ("pages", pages),
+            ("kv_heads", kv_heads),
+            ("head_dim", head_dim),
+            ("value_head_dim", value_dim),
+        ):
+            if type(value) is not int or value < 1:
+                raise ArgumentError(name, "a positive integer", value)
+        if type(page_size) is not int or page_size % 8 or not MIN_PAGE <= page_size <= MAX_PAGE:
+            raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", page_size)
+        if dtype not in [getattr(mx, name) for name in DTYPES]:
+            raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
+        check_quantization(bits, group_size)
+        if rope is not None and not isinstance(rope, Rope):
+            raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
+        widths = (head_dim, value_dim)
+        self.keys, self.values = (
+            empty(pages + 1, kv_heads, page_size, width, dtype, bits, group_size)
+            for width in widths
+        )
+        self.page_size = page_size
+        self._rope, self._device = rope, device
+        self._free = list(range(pages - 1, -1, -1))
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return len(self._free)
+
+    def add(self) -> int:
+        """A new sequence without rows; the number stands for it in the other methods."""
+        sequence, self._next = self._next, self._next + 1
+        self._pages[sequence], self._lengths[sequence] = [], 0
+        return sequence
+
+    def remove(self, sequence: int) -> None:
+        """Forgets a sequence; its pages are free."""
+        self._known([sequence])
+        self._free += reversed(self._pages.pop(sequence))
+        del self._lengths[sequence]
+
+    def trim(self, sequence: int, rows: int) -> None:
+        """Forgets the last `rows` rows of a sequence; pages that hold none of it are free."""
+        self._known([sequence])
+        length = self._lengths[sequence]
+        if type(rows) is not int or not 0 <= rows <= length:
+            raise ArgumentError("rows", f"an integer from 0 to {length}", rows)
+        self._lengths[sequence] = length - rows
+        kept = -(-(length - rows) // self.page_size)
+        self._free += reversed(self._pages[sequence][kept:])
+        del self._pages[sequence][kept:]
+
+    def length(self, sequence: int) -> int:
+        """How many rows a sequence has."""
+        self._known([sequence])
+        return self._lengths[sequence]
+
+    def append(
+        self,
+        sequences: Sequence[int],
+        k: mx.array,
+        v: mx.array,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        """Rows behind those of some sequences.
+
+        Args:
+            sequences: what `add` returned, none of them twice.
+            k: ``(N, Hkv, T, D)``, v: ``(N, Hkv, T, Dv)``: T rows for each of N sequences.
+            counts: how many rows each sequence gets, where they are packed one sequence after the
+                other: k is ``(1, Hkv, sum(counts), D)``, v alike.
+
+        Raises:
+            CacheFull: too few pages are free.
+            ArgumentError: as `append_kv`. Either way the cache stays as it is.
+        """
+        self._known(sequences)
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, mx.array) or x.ndim != 4:
+                got = x.shape if isinstance(x, mx.array) else type(x).__name__
+                raise ArgumentError(name, "an mlx.core.array (B, H, T, D)", got)
+        many = len(sequences)
+        if counts is None and k.shape[0] != many:
+            raise ArgumentError("k.shape", f"a first axis of {many}, one a sequence", k.shape)
+        new = [k.shape[2]] * many if counts is None else list(counts)
+        if any(type(count) is not int or count < 0 for count in new) or len(new) != many:
+            raise ArgumentError("counts", f"{many} numbers of rows", counts)
+        if counts is not None and sum(new) != k.shape[2]:
+            raise ArgumentError("counts", f"a sum of {k.shape[2]}, the rows of k", counts)
+        if not many:
+            return
+        pages = self._with_room(sequences, new)
+        start = [self._lengths[sequence] for sequence in sequences]
+        offset = mx.array(start, mx.int32)
+        rope = self._rope
+        if rope is not None and rope.offset is not None:
+            rope = dataclasses.replace(rope, offset=rope.offset + offset)
+        ends = [sum(new[:n]) for n in range(many + 1)]
+        keys, values = append_kv(
+            (self.keys, self.values),
+            k,
+            v,
+            offset=offset,
+            block_table=_table(pages),
+            cu_seqlens=None if counts is None else mx.array(ends, mx.int32),
+            rope=rope,
+            device=self._device,
+        )
+        self.keys, self.values = keys, values
+        taken = {page for own in pages for page in own}
+        self._free = [page for page in self._free if page not in taken]
+        for sequence, own, count in zip(sequences, pages, new, strict=True):
+            self._pages[sequence] = own
+            self._lengths[sequence] += count
+
+    def tables(self, sequences: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """What attention needs to find the rows of some sequences.
+
+        Returns:
+            Block table ``(N, M)``, -1 where a sequence has no page, and lengths ``(N,)``; int32.
+        """
+        self._known(sequences)
+        lengths = mx.array([self._lengths[sequence] for sequence in sequences], mx.int32)
+        return _table([self._pages[sequence] for sequence in sequences]), lengths
+
+    def _known(self, sequences: Sequence[int]) -> None:
+        for n, sequence in enumerate(sequences):
+            if sequence not in self._pages:
+                raise ArgumentError("sequences", "what add() returned", sequence)
+            if sequence in sequences[:n]:
+                raise ArgumentError("sequences", "each sequence once", sequence)
+
+    def _with_room(self, sequences: Sequence[int], new: list[int]) -> list[list[int]]:
+        """The pages of sequences, enough for new rows."""
+        free = self._free[::-1]
+        found = []
+        needed = 0
+        for sequence, count in zip(sequences, new, strict=True):
+            own = self._pages[sequence]
+            more = -(-(self._lengths[sequence] + count) // self.page_size) - len(own)
+            found.append([*own, *free[needed : needed + more]])
+            needed += more
+        if needed > len(free):
+            raise CacheFull(f"{needed} more pages are needed, and {len(free)} are free")
+        return found
+
+
+def _table(pages: list[list[int]]) -> mx.array:
+    widest = max(1, *(len(own) for own in pages)) if pages else 1
+    return mx.array([own + [-1] * (widest - len(own)) for own in pages], mx.int32)

@@ -1,0 +1,72 @@
+"""Keys or values of a cache: an array, or the three of ``mx.quantize``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from metalgen.config import KV_BITS, KV_GROUPS
+from metalgen.errors import ArgumentError
+
+Part = mx.array | tuple[mx.array, mx.array, mx.array]
+"""Keys or values of a cache: an array, or the three that ``mx.quantize`` returns."""
+
+
+def check_quantization(bits: object, group: object) -> None:
+    """Raises `ArgumentError` unless caches can be quantized so."""
+    if bits is not None and (isinstance(bits, bool) or bits not in KV_BITS):
+        raise ArgumentError("bits", f"one of {', '.join(map(str, KV_BITS))}, or None", bits)
+    if isinstance(group, bool) or group not in KV_GROUPS:
+        raise ArgumentError("group_size", f"one of {', '.join(map(str, KV_GROUPS))}", group)
+
+
+def empty(
+    first: int, heads: int, slots: int, width: int, dtype: mx.Dtype, bits: int | None, group: int
+) -> Part:
+    """Zeros, ``(first, heads, slots, width)``, or what ``mx.quantize`` would need for them.
+
+    Raises:
+        ArgumentError: a width that is no multiple of the group.
+    """
+    slot = (first, heads, slots)
+    if bits is None:
+        return mx.zeros((*slot, width), dtype)
+    if width % group:
+        expected = f"a multiple of group_size={group}, as mx.quantize has it"
+        raise ArgumentError("head dimension", expected, width)
+    words = mx.zeros((*slot, width * bits // 32), mx.uint32)
+    scales, biases = (mx.zeros((*slot, width // group), dtype) for _ in range(2))
+    return words, scales, biases
+
+
+def arrays_of(part: Part) -> tuple[mx.array, ...]:
+    """The arrays of a part: one, or three."""
+    return part if isinstance(part, tuple) else (part,)
+
+
+def part_of(arrays: Sequence[mx.array]) -> Part:
+    """The part that one array is, or three."""
+    if len(arrays) == 1:
+        return arrays[0]
+    words, scales, biases = arrays
+    return words, scales, biases
+
+
+def slots_of(part: Part) -> int:
+    """How many slots each entry has."""
+    return arrays_of(part)[0].shape[2]
+
+
+def rows_of(part: Part, stop: int) -> Part:
+    """The slots before `stop`, as views."""
+    return part_of([x[:, :, :stop] for x in arrays_of(part)])
+
+
+def wider(part: Part, more: int) -> Part:
+    """The same with further slots, of zeros."""
+    found = []
+    for x in arrays_of(part):
+        first, heads, _, width = x.shape
+        found.append(mx.concatenate([x, mx.zeros((first, heads, more, width), x.dtype)], axis=2))
+    return part_of(found)
