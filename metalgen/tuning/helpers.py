@@ -266,11 +266,17 @@ class Helpers:
 
     def _with(self, problem: Problem, schedule: Schedule) -> Helper:
         """The helper that has compiled a kernel and is free; raises how the compilation failed."""
-        kernel = _kernel(problem, schedule)
+        kernel, entry = _kernel(problem, schedule), (problem, schedule)
+        if entry in self._queue:  # it is first now
+            self._queue.remove(entry)
+            self._queue.appendleft(entry)
 
         def settled() -> bool:
+            if entry in self._queue and all(h.holds for h in self._helpers):
+                self._helpers[-1].holds = None  # what it held is compiled there nevertheless
+                self._hand_out()
             at_work = any(h.job and h.job.kernel == kernel for h in self._helpers)
-            return not at_work and (problem, schedule) not in self._queue
+            return not at_work and entry not in self._queue
 
         self._serve_until(settled)
         if kernel in self._failed:

@@ -229,6 +229,21 @@ def test_what_was_given_up_does_not_keep_a_helper_from_other_work(make: Make) ->
     assert len(helpers.race(SMALL, [D, E], D).timings) == 3
 
 
+def test_what_is_to_be_measured_first_of_all_gets_a_helper_though_all_hold_others(
+    make: Make, tmp_path: Path
+) -> None:
+    helpers = make()
+    helpers.prepare(SMALL, [A, B])
+    helpers.measure(SMALL, A)
+    helpers.prepare(SMALL, [A, B])
+    helpers.measure(SMALL, C)  # by now both hold one
+    for first in (D, E):
+        helpers.prepare(SMALL, [A, B, first])
+        assert len(helpers.measure(SMALL, first).samples) == 3
+    helpers.measure(SMALL, A)
+    helpers.measure(SMALL, B)
+
+
 def test_a_spent_budget_ends_the_wait_for_a_helper(make: Make) -> None:
     helpers = make({A: "hang build"}, deadline=time.perf_counter() + 0.1)
     with pytest.raises(BudgetSpent):
