@@ -1,0 +1,235 @@
+"""Combinations of features, schedules and sizes made up by Hypothesis, and what is wrong with them.
+
+Needs Hypothesis, which metalgen itself does not depend on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import strategies as st
+
+from metalgen.config import KV_BITS, KV_GROUPS, MIN_WORK, AttentionConfig
+from metalgen.devices import Device
+from metalgen.dsl.trace import trace
+from metalgen.inputs import Inputs, check_call
+from metalgen.problem import DECODE_QUERIES
+from metalgen.reference import attention_float64, attention_mlx, config_features
+from metalgen.samples import sample_call
+from metalgen.schedule import Limits, Schedule, default_schedule, is_valid
+from metalgen.targets import TARGETS
+from metalgen.tuning.space import space
+from metalgen.verify import (
+    FUNCTION_FACTOR,
+    MOST_FOR_FUNCTIONS,
+    TOLERANCE,
+    lse_fault,
+    lse_tolerance,
+    relative_error,
+)
+
+DIMS = (8, 16, 20, 32, 40, 64, 72, 96, 128, 136)
+GROUPED_DIMS = (32, 64, 96, 128)
+"""Widths of quantized rows."""
+RARE_DIMS = (192, 256, 576)
+HOSTILE_NUMBERS = (-(2**31), -100, -1, 0, 1, 3, 7, 8, 100, 2**20, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one kernel; the arguments of `metalgen.samples.sample_call`."""
+
+    config: AttentionConfig
+    schedule: Schedule
+    family: str
+    batch: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    seed: int
+
+    def call(self) -> tuple[mx.array, mx.array, mx.array, Inputs]:
+        """Its arrays."""
+        call = sample_call(
+            self.config,
+            batch=self.batch,
+            kv_heads=self.kv_heads,
+            q_len=self.q_len,
+            kv_len=self.kv_len,
+            seed=self.seed,
+        )
+        check_call(self.config, *call)
+        return call
+
+    def __str__(self) -> str:
+        """Enough to run it again: paste it where `Case` and `config` are imported."""
+        return (
+            f"{self.config}\n  {self.family}: {self.schedule}\n"
+            f"Case(AttentionConfig.from_json({self.config.key!r}), "
+            f"Schedule(**{self.schedule.to_dict()}), {self.family!r}, {self.batch}, "
+            f"{self.kv_heads}, {self.q_len}, {self.kv_len}, {self.seed})"
+        )
+
+
+@functools.cache
+def functions() -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """Score and mask functions, as text: with captured arrays of each kind, and without."""
+    table, slopes, factor = mx.zeros((4, 64)), mx.zeros((4,)), mx.array(0.5)
+    places = mx.zeros((64,), mx.int32)
+    scores: list[Callable[..., Any]] = [
+        lambda s, b, h, i, j: s + table[h, i - j],
+        lambda s, b, h, i, j: s * factor - slopes[h] * mx.abs(i - j),
+        lambda s, b, h, i, j: mx.where(i >= j, 20 * mx.tanh(s / 20), s + b),
+    ]
+    masks: list[Callable[..., Any]] = [
+        lambda b, h, i, j: i >= j,
+        lambda b, h, i, j: (places[i] == places[j]) | (j < 3),
+        lambda b, h, i, j: ((i - j) % (h + 2) == 0) & (j >= b),
+    ]
+    return (
+        tuple(trace(each, "score_mod").graph.text for each in scores),
+        tuple(trace(each, "mask_mod").graph.text for each in masks),
+    )
+
+
+def _rarely(draw: Any, of: int = 4) -> bool:
+    return bool(draw(st.integers(0, of - 1)) == of - 1)
+
+
+@st.composite
+def configs(draw: Any, target: str = "metal") -> AttentionConfig:
+    """Any config that means something, of any combination of features."""
+
+    def maybe(*choices: Any, of: int = 4, default: Any = None) -> Any:
+        return draw(st.sampled_from(choices)) if _rarely(draw, of) else default
+
+    fields: dict[str, Any] = {
+        "dtype": draw(st.sampled_from(TARGETS[target].dtypes)),
+        "heads_per_kv": draw(st.sampled_from((1, 1, 2, 3, 8))),
+        "causal": draw(st.booleans()),
+        "return_lse": draw(st.booleans()),
+        "window_left": maybe(0, 1, 9, 40),
+        "window_right": maybe(0, 2, 20, of=5),
+        "alibi": maybe(True, default=False),
+        "sinks": maybe(True, default=False),
+        "dropout": maybe(0.1, 0.5, 0.99, default=0.0),
+        "kv_bits": maybe(*KV_BITS, of=3),
+        "rope": maybe("half", "pairs"),
+        "page_size": maybe(8, 16, 24, 64, of=3),
+        "varlen": maybe(True, of=3, default=False),
+        "deterministic": maybe(True, of=6, default=False),
+    }
+    dims: tuple[int, ...] = DIMS if fields["kv_bits"] is None else GROUPED_DIMS
+    fields["head_dim"] = maybe(*RARE_DIMS, of=12) or draw(st.sampled_from(dims))
+    if fields["kv_bits"] is not None:
+        width = fields["head_dim"]
+        fields["kv_group"] = draw(st.sampled_from([g for g in KV_GROUPS if width % g == 0]))
+        dims = tuple(dim for dim in dims if dim % fields["kv_group"] == 0)
+    fields["value_head_dim"] = maybe(*dims, of=5)
+    if fields["rope"]:
+        fields["rope_dims"] = maybe(2, 8, of=3)
+    score, mask = functions()
+    if fields_score := maybe(*score, of=6):
+        fields["score_mod"] = fields_score
+    else:
+        fields["softcap"] = maybe(1.0, 30.0, of=5)
+    fields["mask_mod"] = maybe(*mask, of=6)
+    if not fields["varlen"]:
+        fields["kv_lens"] = maybe(True, of=5, default=False)
+        fields["bias"] = maybe(True, default=False)
+        fields["array_mask"] = maybe(True, default=False)
+        fields["max_work"] = maybe(MIN_WORK, of=8)
+        fields["block_mask"] = fields["mask_mod"] is not None and draw(st.booleans())
+    return AttentionConfig(**fields)
+
+
+@st.composite
+def schedules(draw: Any, config: AttentionConfig, limits: Limits, family: str) -> Schedule:
+    """Any schedule that a search may try; the default one where what was drawn does not fit."""
+    declared = space(config, limits, family, math_modes=("safe", "relaxed", "fast"))
+    if _rarely(draw, 6):
+        return declared.default
+    point: dict[str, Any] = {}
+    for parameter in declared.parameters:
+        point[parameter.name] = draw(st.sampled_from(parameter.values(point)))
+    found = declared.schedule(point)
+    smaller: list[dict[str, Any]] = [{"buffers": 1}, {"bk": 8, "buffers": 1}, {"bk": 16}]
+    for changes in ({}, *smaller):
+        candidate = replace(found, **changes)
+        if is_valid(config, candidate, limits, family):
+            return candidate
+    return declared.default
+
+
+@st.composite
+def cases(draw: Any, limits: Limits) -> Case:
+    """Any call, with sizes around its schedule's tiles."""
+    config = draw(configs(limits.target))
+    families = ("forward",) if config.block_mask else ("forward", "decode")
+    family = draw(st.sampled_from(families))
+    schedule = draw(schedules(config, limits, family))
+    sizes = st.one_of(st.integers(1, 12), st.integers(1, 70))
+    q_len = draw(sizes if family == "forward" else st.integers(1, 12))
+    if _rarely(draw, 12):
+        q_len = draw(st.integers(0, DECODE_QUERIES))
+    kv_len = draw(st.one_of(st.integers(0, 2 * schedule.bk + 1), st.integers(1, 150)))
+    if config.block_mask:  # which is made for lengths above 0
+        q_len, kv_len = max(1, q_len), max(1, kv_len)
+    return Case(
+        config,
+        schedule,
+        family,
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 2)),
+        q_len,
+        kv_len,
+        draw(st.integers(0, 99)),
+    )
+
+
+def fault(device: Device, case: Case) -> str:
+    """What is wrong with a case's output and log-sum-exp; nothing where all is right."""
+    config = case.config
+    q, k, v, inputs = case.call()
+    scale = config.head_dim**-0.5
+    out, lse = device.build(config, case.schedule, case.family)(q, k, v, scale, inputs)
+    features = config_features(config) | {"inputs": inputs}
+    expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
+    if out.dtype != q.dtype or out.shape != expected.shape:
+        return f"{out.dtype} {out.shape}, not {q.dtype} {expected.shape}"
+    plain, _ = attention_mlx(q, k, v, scale=scale, **features)
+    most = min(MOST_FOR_FUNCTIONS, FUNCTION_FACTOR * relative_error(plain, expected))
+    tolerance = max(TOLERANCE[config.dtype], most)
+    error = relative_error(out, expected)
+    if not error <= tolerance:
+        return f"relative error {error:.2e}, not {tolerance:.2e} or less"
+    if config.return_lse != (lse is not None):
+        return "a log-sum-exp" if lse is not None else "no log-sum-exp"
+    return "" if lse is None else lse_fault(lse, expected_lse, lse_tolerance(config))
+
+
+def hostile(case: Case, seed: int) -> Inputs:
+    """A case's inputs, with anything in the arrays that say where things are."""
+    _, _, _, inputs = case.call()
+    choices = np.random.default_rng(seed)
+    changed: dict[str, Any] = {}
+    for name in ("cu_q", "cu_k", "kv_lens", "block_table", "rope_offset"):
+        array = getattr(inputs, name)
+        if array is not None:
+            numbers = choices.choice(np.array(HOSTILE_NUMBERS, np.int32), array.shape)
+            kept = choices.random(array.shape) < choices.choice([0.0, 0.5])
+            changed[name] = mx.array(np.where(kept, np.array(array), numbers))
+    return replace(inputs, **changed)
+
+
+def default_case(config: AttentionConfig, limits: Limits, family: str, **sizes: int) -> Case:
+    """A case of the default schedule, of sizes that no tile divides."""
+    schedule = default_schedule(config, limits, family)
+    q_len = 3 if family == "decode" else schedule.bq + 5
+    chosen = {"batch": 4, "kv_heads": 2, "q_len": q_len, "kv_len": 2 * schedule.bk + 3, "seed": 0}
+    return Case(config, schedule, family, **(chosen | sizes))
