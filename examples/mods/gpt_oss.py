@@ -1,8 +1,8 @@
 """gpt-oss's layers: a window of 128 keys (32 here) in every second one, and attention sinks.
 
 A sink is a learnt score for each head that takes part in the softmax and brings no value. With the
-log-sum-exp returned it needs no kernel of its own: out * sigmoid(lse - sink). (`sinks=` has it built
-in; see `examples/features/sinks.py`.) The heads share keys and values in groups.
+log-sum-exp returned it needs no kernel of its own: out * sigmoid(lse - sink). (`sinks=` has it
+built in; see `examples/features/sinks.py`.) The heads share keys and values in groups.
 """
 
 from __future__ import annotations
