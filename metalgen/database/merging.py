@@ -17,6 +17,8 @@ from metalgen.database.summary import Summary
 
 GATHERED = 300_000
 """Rows that are gathered before they are written; a row takes about a kilobyte."""
+FEW = 500
+"""Problems or schedules that are looked up one by one."""
 BATCH = 5_000
 """Rows that are handed to SQLite at once."""
 RUN = "merged"
@@ -162,8 +164,11 @@ class Merger:
 
     def _ids(self, table: str, keys: Iterable[str]) -> dict[str, int]:
         """The ids of problems or schedules, which are entered where they are new."""
-        known = dict(self.store.db.execute(f"SELECT key, id FROM {table}").fetchall())
-        for key in keys:
+        wanted = dict.fromkeys(keys)
+        known: dict[str, int] = {}
+        if len(wanted) > FEW:
+            known = dict(self.store.db.execute(f"SELECT key, id FROM {table}").fetchall())
+        for key in wanted:
             if key in known:
                 continue
             row: dict[str, Any] = {"key": key}

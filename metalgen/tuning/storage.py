@@ -144,6 +144,8 @@ def explained(url: str) -> Iterator[None]:
     except Exception as error:
         if not _is_storage_error(error):
             raise
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # what Optuna says of a failed commit is a guess
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         for secret in _secrets(url):
@@ -156,8 +158,9 @@ def _is_storage_error(error: Exception) -> bool:
     import sqlalchemy.exc
     from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 
-    kinds = (OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError, ValueError, RuntimeError)
-    return isinstance(error, kinds) and not isinstance(error, UpdateFinishedTrialError)
+    kinds = (OptunaError, sqlalchemy.exc.SQLAlchemyError, OSError, LookupError)
+    others = (ValueError, RuntimeError)  # what Optuna raises for tables of another version
+    return isinstance(error, kinds + others) and not isinstance(error, UpdateFinishedTrialError)
 
 
 class FileLock:

@@ -95,7 +95,7 @@ def test_a_passed_check_verifies_every_row_of_that_kernel_and_later_ones(tmp_pat
             (FIRST, True, 3e-4),
             (FIRST, True, 3e-4),
             (SECOND, False, None),
-            (FIRST, True, None),
+            (FIRST, True, 3e-4),
         ]
         check = store.find_check(CONFIG, FIRST, HASH, "simulator")
         assert check is not None and check.ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,12 +11,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import postgresql_server
 import pytest
 from optuna.trial import TrialState
 from recorded_gpu import SECONDS, SMALL, Replayed, recorded
@@ -62,7 +65,7 @@ WORKER = textwrap.dedent(
 
     url, database = sys.argv[2:4]
     stuck_after, trials = int(sys.argv[4]), int(sys.argv[5])
-    share = Share(url, beat=0.3, grace=4.0, poll=0.1)
+    share = Share(url, beat=0.3, grace=6.0, poll=0.1)
     gpu = Worker()
     print("ready", flush=True)
     sys.stdin.readline()
@@ -196,6 +199,71 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     assert once_more["winner"] == said[0]["winner"]
     assert rows_of(databases[0]) == first
     assert len(trials_of(url)) == len(trials)
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_at_random_moments_cost_a_second_measurement_at_most(
+    url: str, tmp_path: Path
+) -> None:
+    draw, kills, left = random.Random(5), 0, 12
+    databases = [tmp_path / f"{n}.db" for n in range(3)]
+    running = {database: go(start(url, database, trials=90)) for database in databases}
+    said = {}
+    while running:
+        time.sleep(0.5 + 2.0 * draw.random())
+        database = draw.choice(sorted(running))
+        worker = running.pop(database)
+        if left and worker.poll() is None:
+            worker.send_signal(signal.SIGKILL)
+            worker.communicate()
+            kills, left = kills + 1, left - 1
+            running[database] = go(start(url, database, trials=90))
+        else:
+            said[database] = ended(worker)
+    assert kills == 12
+    trials = trials_of(url)
+    search = [t for t in trials if t.user_attrs["item"] != "finals"]
+    taken = Counter(t.user_attrs["item"] for t in search if "rows" in t.user_attrs)
+    assert len(taken) == 90
+    assert taken.total() - 90 <= kills
+    assert not any(t.state == TrialState.RUNNING for t in trials)
+    assert len({s["winner"] for s in said.values()}) == 1
+    for database in databases:
+        assert {key for phase, key in rows_of(database) if phase == "search"} == set(taken)
+
+
+def test_a_server_that_goes_away_ends_a_worker_with_one_line_and_its_rows_stay(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("psycopg", reason="needs psycopg (metalgen[distributed])")
+    gpu = Replayed()
+    try:
+        running = contextlib.ExitStack()
+        share = Share(running.enter_context(postgresql_server.server()), beat=0.2, poll=0.01)
+    except postgresql_server.NoServer as reason:
+        pytest.skip(f"needs a PostgreSQL server: {reason}")
+    with running, Store.open(tmp_path / "t.db") as store:
+
+        def gone(progress: Progress) -> None:
+            if progress.tried == 3:
+                running.close()
+
+        with pytest.raises(StorageError, match=r"^storage postgresql://tuner:\*\*\*@.*refused"):
+            tune(
+                [SMALL],
+                get_chip("H200"),
+                store,
+                device=gpu,
+                trials=8,
+                policy=gpu.policy,
+                clock=gpu.clock,
+                verify=FakeVerify(),
+                observe=gone,
+                share=share,
+            )
+        assert len(store.measurements()) == 3
+        outcomes = [row["outcome"] for row in store.db.query("SELECT outcome FROM runs")]
+        assert outcomes == ["failed"]
 
 
 # One process, several workers
