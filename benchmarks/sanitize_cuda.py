@@ -13,9 +13,15 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
+from metalgen.dsl.trace import trace
 from metalgen.schedule import default_schedule
 from metalgen.verify import verify
 
+SLOPES = mx.arange(8).astype(mx.float32)
+SCORE = trace(
+    lambda s, b, h, i, j: 30 * mx.tanh(s / 30) + SLOPES[h] * (j - i), "score_mod"
+).graph.text
+MASK = trace(lambda b, h, i, j: (j <= i) & (i - j < 40), "mask_mod").graph.text
 CONFIGS = (
     AttentionConfig(64, "bfloat16", causal=True, return_lse=True),
     AttentionConfig(128, "float16", heads_per_kv=2),
@@ -25,15 +31,29 @@ CONFIGS = (
     AttentionConfig(64, "bfloat16", softcap=20.0),
     AttentionConfig(256, "float16"),
     AttentionConfig(64, "float32", causal=True),
+    AttentionConfig(64, "bfloat16", alibi=True, sinks=True, heads_per_kv=2),
+    AttentionConfig(64, "float16", bias=True, dropout=0.2),
+    AttentionConfig(72, "float16", array_mask=True, causal=True),
+    AttentionConfig(64, "bfloat16", varlen=True, causal=True, heads_per_kv=3),
+    AttentionConfig(64, "bfloat16", kv_lens=True, rope="half"),
+    AttentionConfig(64, "float16", page_size=16, varlen=True, rope="pairs", rope_dims=32),
+    AttentionConfig(128, "bfloat16", page_size=24, kv_bits=4, kv_group=32),
+    AttentionConfig(64, "float32", kv_bits=8, page_size=64, sinks=True),
+    AttentionConfig(576, "bfloat16", value_head_dim=512, heads_per_kv=4),
+    AttentionConfig(64, "bfloat16", max_work=1 << 16, causal=True),
+    AttentionConfig(64, "bfloat16", deterministic=True),
+    AttentionConfig(64, "bfloat16", score_mod=SCORE, mask_mod=MASK),
+    AttentionConfig(64, "float16", mask_mod=MASK, block_mask=True),
 )
 
 
 def main() -> None:
     device = get_device("cuda")
     for config in CONFIGS:
-        for family in ("forward", "decode"):
+        for family in ("forward",) if config.block_mask else ("forward", "decode"):
             default = default_schedule(config, device.limits, family)
-            for schedule in {default, dataclasses.replace(default, buffers=3, bk=16)}:
+            others = {"buffers": 3 if config.head_dim <= 256 else 2, "bk": 16}
+            for schedule in {default, dataclasses.replace(default, **others)}:
                 result = verify(device, config, schedule, family=family)
                 print(config, family, schedule, "ok" if result.ok else result.detail, flush=True)
                 mx.clear_cache()

@@ -15,6 +15,7 @@ from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.inputs import NOTHING, Inputs, check_call
+from metalgen.mlx_attention import is_fused, mlx_runner
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
@@ -22,9 +23,6 @@ from metalgen.schedule import Schedule, default_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-
-MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
-"""Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
 
 TYPICAL_HEADS = 32
 TYPICAL_LENGTH = 1024
@@ -198,9 +196,9 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
     else:
         schedule = default_schedule(config, limits, family)
         path.append("schedule: the default one, for nothing on record fits")
-    if device.is_gpu and _mlx_is_fused(config) and not (hit and hit.beats_mlx):
+    if device.is_gpu and is_fused(config) and not (hit and hit.beats_mlx):
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
-        return Kernel(config, device.name, "mlx", family, schedule, tuple(path), _mlx(config))
+        return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
     for candidate in dict.fromkeys((schedule, default_schedule(config, limits, family))):
         if _passes(device, config, candidate, family, versions, path):
             run = device.build(config, candidate, family)
@@ -294,31 +292,6 @@ def _passes(
     except (MetalgenError, OSError) as problem:
         path.append(f"the check could not be recorded: {problem}")
     return status == "ok"
-
-
-def _mlx_is_fused(config: AttentionConfig) -> bool:
-    """Whether MLX's own fused kernel computes the same: plain attention, causal or not."""
-    plain = AttentionConfig(
-        config.head_dim,
-        config.dtype,
-        value_head_dim=config.value_head_dim,
-        heads_per_kv=config.heads_per_kv,
-        causal=config.causal,
-    )
-    return config == plain and (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
-
-
-def _mlx(config: AttentionConfig) -> Runner:
-    def run(
-        q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
-    ) -> tuple[mx.array, None]:
-        if (config.causal and q.shape[2] > k.shape[2]) or 0 in k.shape:
-            # Rows that see no key: MLX's kernel gives NaN there, the definition zeros.
-            return attention_mlx(q, k, v, scale=scale, **config_features(config))[0], None
-        mask = "causal" if config.causal else None
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
-
-    return run
 
 
 def _plain(config: AttentionConfig) -> Runner:

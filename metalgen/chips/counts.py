@@ -8,12 +8,40 @@ simdgroup, exponentials once a lane.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
-from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, threadgroup_bytes
+from metalgen.schedule import (
+    FRAGMENT,
+    SIMD_WIDTH,
+    Schedule,
+    padded,
+    threadgroup_bytes,
+    value_width,
+)
+
+COVERED = frozenset(
+    "head_dim dtype value_head_dim heads_per_kv causal return_lse window_left window_right softcap "
+    "score_mod mask_mod".split()
+)
+"""Fields of a config whose work is counted; a new field is none of them until it is added here."""
+
+
+def covers(config: AttentionConfig) -> str | None:
+    """Why the counts do not hold for a config, or None where they do.
+
+    Such a config is counted as if the fields that are named had their defaults. What user functions
+    compute and read is in no count; the model prices it (`metalgen.chips.functions`).
+    """
+    unknown = [
+        f"{f.name}={getattr(config, f.name)}"
+        for f in dataclasses.fields(config)
+        if f.name not in COVERED and getattr(config, f.name) != f.default
+    ]
+    return f"counted as if without {', '.join(unknown)}" if unknown else None
 
 
 class Counts(NamedTuple):
@@ -73,19 +101,22 @@ def forward_counts(
 
     Raises:
         InvalidSchedule: a schedule of another target's kernel, whose rows come in other blocks.
+
+    A config that `covers` has something against is counted as that says.
     """
     s = schedule
     _check_target(s)
     left, right = window(config)
     passes, keys = pass_sums(q_len, kv_len, s.bq, s.bk, left, right)
     live = pass_sums(q_len, kv_len, FRAGMENT * s.row_blocks, s.bk, left, right)[0]
+    heads = batch_heads * s.value_parts
     return _counts(
         config,
         s,
-        groups=batch_heads * -(-q_len // s.bq),
-        passes=batch_heads * passes,
-        keys=batch_heads * keys,
-        live=batch_heads * live,
+        groups=heads * -(-q_len // s.bq),
+        passes=heads * passes,
+        keys=heads * keys,
+        live=heads * live,
         out_written=batch_heads * q_len * config.v_dim * config.itemsize,
         lse_written=batch_heads * q_len * 4 if config.return_lse else 0,
     )
@@ -94,7 +125,7 @@ def forward_counts(
 def decode_counts(
     config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int, kv_len: int
 ) -> Counts:
-    """The counts of one launch of the decode family; that of the combine step is not in them.
+    """The counts of one launch of the decode family; `combine_counts` has those of the next step.
 
     Arguments and errors as for `forward_counts`; `batch_heads` is a multiple of the heads per KV
     head. Rows are the queries of all heads that share a KV head; all groups of one make the same
@@ -107,16 +138,51 @@ def decode_counts(
     left, _ = window(config)  # the last query sees the last key, whatever bounds it to the right
     begin = 0 if left is None else max(0, kv_len - q_len - left) // s.bk * s.bk
     passes = -(-(kv_len - begin) // s.bk)
-    shared = s.splits > 1
+    shared, parts = s.splits > 1, s.value_parts
     return _counts(
         config,
         s,
-        groups=tiles * s.splits,
-        passes=tiles * passes,
-        keys=tiles * (kv_len - begin),
-        live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes,
+        groups=tiles * s.splits * parts,
+        passes=tiles * passes * parts,
+        keys=tiles * (kv_len - begin) * parts,
+        live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes * parts,
         out_written=s.splits * heads * rows * config.v_dim * (4 if shared else config.itemsize),
         lse_written=s.splits * heads * rows * 4 if shared or config.return_lse else 0,
+    )
+
+
+class CombineCounts(NamedTuple):
+    """The work of the step that joins the splits of a decode schedule, one element a thread.
+
+    Args:
+        threads: that compute, one for each element of the output.
+        parts_read, lse_read: device bytes of the float32 outputs and log-sum-exps of all splits;
+            each thread reads the latter twice.
+        out_written, lse_written: device bytes of the result.
+        exponentials: exp2, one a thread and split.
+    """
+
+    threads: int
+    parts_read: int
+    lse_read: int
+    out_written: int
+    lse_written: int
+    exponentials: int
+
+
+def combine_counts(
+    config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int
+) -> CombineCounts:
+    """The counts of the combine step of a decode schedule with two splits or more."""
+    rows, splits = batch_heads * q_len, schedule.splits
+    threads = rows * config.v_dim
+    return CombineCounts(
+        threads=threads,
+        parts_read=threads * splits * 4,
+        lse_read=threads * splits * 2 * 4,
+        out_written=threads * config.itemsize,
+        lse_written=rows * 4 if config.return_lse else 0,
+        exponentials=threads * splits,
     )
 
 
@@ -142,7 +208,7 @@ def _counts(
     s = schedule
     bk, blocks = s.bk, s.row_blocks
     item = config.itemsize
-    k_width, v_width = config.head_dim, config.v_dim
+    k_width, v_width = config.head_dim, value_width(config, s)
     k_padded, v_padded = padded(k_width), padded(v_width)
     k_staged, v_staged = s.k_source == "threadgroup", s.v_source == "threadgroup"
     q_staged = s.q_source == "threadgroup"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from metalgen.chips.chip import Chip, IncompleteChip
 from metalgen.chips.coefficients import DEFAULT, Coefficients
-from metalgen.chips.counts import decode_counts, forward_counts
-from metalgen.chips.work import Work, forward_work
+from metalgen.chips.counts import covers, decode_counts, forward_counts
+from metalgen.chips.work import Work, combine_work, forward_work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
 from metalgen.schedule import SIMD_WIDTH, Schedule
@@ -28,16 +28,19 @@ SHARPNESS = 6.0
 
 
 class Prediction(NamedTuple):
-    """A modelled time: ``seconds``, and the ``parts`` that explain it, in seconds.
+    """A modelled time: ``seconds``, the ``parts`` that explain it, in seconds, and a ``note``.
 
     Parts: ``matrix``, ``arithmetic`` (products included), ``exp2``, ``slots`` (issuing every
     instruction), ``on_core`` (threadgroup memory and the core's data cache), ``l2``, ``slc``,
     ``dram``: how long each resource is busy; ``spill``, ``idle`` (too few simdgroups), ``wait``
-    (staging and direct reads), ``tail``, ``launch``: what is added.
+    (staging and direct reads), ``tail``, ``launch``: what is added; with splits ``combine``, the
+    whole second launch. The note tells what of the config is not priced (see
+    `metalgen.chips.counts.covers`), and is empty where all is.
     """
 
     seconds: float
     parts: dict[str, float]
+    note: str = ""
 
 
 def predict(
@@ -67,7 +70,7 @@ def predict_decode(
 ) -> Prediction:
     """The same for the decode family: its own counts, each split a head with its share of keys.
 
-    The combine step reads the float outputs of all splits.
+    The combine step is a launch of its own, with counts of its own.
     """
     _core(chip)
     config, splits = problem.config, schedule.splits
@@ -76,14 +79,13 @@ def predict_decode(
     left = config.window_left
     keys = kv_len if left is None else min(kv_len, left + q_len)
     share = -(-keys // splits)
-    work = forward_work(config, schedule, counts, batch_heads * splits, q_len, share)
-    main = estimate(work, chip, coefficients)
+    heads = batch_heads * splits
+    work = forward_work(config, schedule, counts, heads, q_len, share, packed=True)
+    main = estimate(work, chip, coefficients)._replace(note=covers(config) or "")
     if splits == 1:
         return main
-    rows = batch_heads * q_len
-    moved = rows * (config.v_dim + 1) * 4 * 2 * splits  # written once, read once
-    assert chip.dram_gbs is not None
-    combine = moved / (chip.dram_gbs * 1e9) + coefficients.launch
+    work = combine_work(config, schedule, batch_heads, q_len)
+    combine = estimate(work, chip, coefficients).seconds
     return main._replace(seconds=main.seconds + combine, parts=main.parts | {"combine": combine})
 
 
@@ -101,7 +103,7 @@ def predict_sizes(
     _core(chip)
     counts = forward_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
     work = forward_work(config, schedule, counts, batch_heads, q_len, kv_len)
-    return estimate(work, chip, coefficients)
+    return estimate(work, chip, coefficients)._replace(note=covers(config) or "")
 
 
 class _Core(NamedTuple):

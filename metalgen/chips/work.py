@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalgen.chips.counts import Counts
+from metalgen.chips.counts import Counts, combine_counts
+from metalgen.chips.functions import function_cost
 from metalgen.config import AttentionConfig
-from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, padded, register_estimate
+from metalgen.schedule import (
+    FRAGMENT,
+    SIMD_WIDTH,
+    Schedule,
+    padded,
+    register_estimate,
+    value_width,
+)
 
 REGISTERS = 256
 """16-bit registers that a thread can address."""
@@ -80,15 +88,18 @@ def forward_work(
     batch_heads: int,
     q_len: int,
     kv_len: int,
+    *,
+    packed: bool = False,
 ) -> Work:
     """The work of a launch of the forward family. Instructions are estimated, the rest is counted.
 
     The estimate follows the static study in docs/chip-model.md: a pass is a fixed part, a part for
-    each fragment of 8 keys, and what staging takes.
+    each fragment of 8 keys, what user functions compute, and what staging takes. With `packed`
+    heads share a row block, as in decode.
     """
     s = schedule
     blocks, fragments, wide = s.row_blocks, s.bk // FRAGMENT, s.load_width // 2
-    k_padded, v_padded = padded(config.head_dim), padded(config.v_dim)
+    k_padded, v_padded = padded(config.head_dim), padded(value_width(config, s))
     k_fragments, v_fragments = k_padded // FRAGMENT, v_padded // FRAGMENT
     item = config.itemsize
 
@@ -102,9 +113,14 @@ def forward_work(
     # An element of S: maximum, FMA, sum, conversion to P; exp2 is counted apart. A softcap takes a
     # reciprocal and a sum in 16-bit types, and a hyperbolic tangent in float32.
     capped = 0 if config.softcap is None else 8 if item == 2 else 20
-    per_fragment = spread + (8 + 2 * capped) * blocks
+    per_fragment: float = spread + (8 + 2 * capped) * blocks
     per_pass = 60.0 + blocks * (12 + 2 * v_fragments + 2 * fragments)
-    loads = fragments * (k_loads + v_loads)
+    loads: float = fragments * (k_loads + v_loads)
+    function = function_cost(config, packed=packed)  # a lane has two scores of a row a fragment
+    per_fragment += 2 * function.element * blocks
+    per_pass += function.row * blocks
+    own_loads = blocks * (function.row_loads + 2 * fragments * function.element_loads)
+    loads += own_loads
     if s.q_source == "threadgroup":
         per_pass += blocks * k_fragments
         loads += blocks * k_loads
@@ -129,6 +145,8 @@ def forward_work(
     moves += counts.simdgroups * blocks * (k_loads + v_loads)
 
     direct = counts.k_read * k_direct + counts.v_read * v_direct
+    on_core: float = counts.threadgroup_read + counts.threadgroup_written + direct
+    on_core += live * own_loads * SIMD_WIDTH * 4
     device = counts.device_read + counts.device_written
     widths = (config.head_dim + config.v_dim) * item
     kv_bytes = kv_len * widths
@@ -150,7 +168,7 @@ def forward_work(
         reloads=0.0,
         paged=0.0,
         loop=per_pass + loads + blocks * fragments * (k_fragments + v_fragments),
-        on_core_bytes=counts.threadgroup_read + counts.threadgroup_written + direct,
+        on_core_bytes=on_core,
         direct_bytes=direct,
         other_bytes=device - direct,
         distinct_bytes=heads * kv_bytes + batch_heads * q_len * widths + counts.lse_written,
@@ -162,4 +180,48 @@ def forward_work(
         masked=counts.group_passes * s.simdgroups / live - 1.0,
         # The last rows of a causal head see all keys, its mean row about half of them.
         longest=-(-kv_len // s.bk) * counts.groups / counts.group_passes,
+    )
+
+
+COMBINE_SIMDGROUPS = 4
+"""Of a threadgroup of the combine step."""
+
+
+def combine_work(config: AttentionConfig, schedule: Schedule, batch_heads: int, q_len: int) -> Work:
+    """The work of the step that joins the splits of a decode schedule.
+
+    Bytes and exponentials are counted, instructions estimated: a place takes two divisions of
+    64 bits, a split two addresses, a maximum, an exponent and two sums.
+    """
+    counts = combine_counts(config, schedule, batch_heads=batch_heads, q_len=q_len)
+    simdgroups = -(-counts.threads // SIMD_WIDTH)
+    shared = min(SIMD_WIDTH, config.v_dim)  # lanes of a row read the same log-sum-exp
+    other = counts.parts_read + counts.lse_read / shared + counts.out_written + counts.lse_written
+    return Work(
+        groups=-(-simdgroups // COMBINE_SIMDGROUPS),
+        simdgroups=COMBINE_SIMDGROUPS,
+        registers=48,
+        threadgroup_memory=0,
+        products=0.0,
+        exponentials=counts.exponentials / SIMD_WIDTH,
+        shuffles=0.0,
+        moves=simdgroups * (3 * schedule.splits + 1),
+        arithmetic=simdgroups * (60 + 12 * schedule.splits),
+        wide=False,
+        spill_uses=0.0,
+        array=0,
+        reloads=0.0,
+        paged=0.0,
+        loop=0.0,
+        on_core_bytes=other,
+        direct_bytes=0.0,
+        other_bytes=other,
+        distinct_bytes=counts.parts_read + counts.lse_read / 2 / config.v_dim + counts.out_written,
+        reused_bytes=other,
+        heads=1,
+        slices=0.0,
+        reads=0.0,
+        two_buffers=False,
+        masked=0.0,
+        longest=1.0,
     )

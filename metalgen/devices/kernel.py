@@ -118,10 +118,16 @@ def _bound(
             shape = (*q.shape[:3], key_places(config, k, inputs))
             bound.append(mx.broadcast_to(array, shape))
         elif name.endswith(("_scales", "_biases")):
-            bound.append(array.view(mx.uint8))
+            bound.append(_in_device_memory(array.view(mx.uint8)))
         else:
             bound.append(mx.contiguous(array))
     return bound
+
+
+def _in_device_memory(x: mx.array) -> mx.array:
+    """The same; MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie."""
+    missing = 8 - x.shape[3] if x.size < 8 else 0
+    return mx.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
 
 
 def _empty(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def call(
     with words:
         kernel = get_kernel(config, **sizes)
         if options.get("check", False):
-            _check_contents(config, q, key[0], value[0], inputs)
+            _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
         return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
 
 
@@ -337,11 +338,19 @@ def _longest(name: str, length: object) -> int | None:
 
 
 def _check_contents(
-    config: AttentionConfig, q: mx.array, key: mx.array, value: mx.array, inputs: Inputs
+    config: AttentionConfig,
+    q: mx.array,
+    key: mx.array,
+    value: mx.array,
+    inputs: Inputs,
+    rope: Rope | None,
 ) -> None:
     from metalgen.contents import check_contents
 
     check_call(config, q, key, value, inputs)
+    if rope is not None and rope.offset is None:
+        # Ours; below 0 where there are more queries than keys, which is no mistake of the user's.
+        inputs = dataclasses.replace(inputs, rope_offset=None)
     try:
         check_contents(config, q, key, inputs)
     except ValueError as error:

@@ -49,6 +49,9 @@ class Executor(Protocol):
     def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
         """These will be measured soon, in this order."""
 
+    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
+        """These, if any, will race soon, as far as is known."""
+
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
         """Keep the device at work until its clock rate is up."""
 
@@ -111,6 +114,9 @@ class Here:
 
     def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
         """Nothing: a process that compiles cannot measure."""
+
+    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
+        """Nothing either."""
 
     def compile(self, problem: Problem, schedule: Schedule) -> None:
         """Build a kernel, and launch it once on one query and one key, which compiles it."""

@@ -16,8 +16,10 @@ from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from metalgen.devices import Device
-from metalgen.errors import MetalgenError
+from metalgen.errors import DeviceError, MetalgenError
 from metalgen.tuning.executing import Here
 from metalgen.tuning.measure import Policy
 
@@ -48,7 +50,7 @@ def serve(
         last = 0.0
 
     try:
-        device.require()
+        _begin(device)
         here = Here(device, policy, lock=lock, waiting=waiting, beat=beat, keep=False)
         channel.send(("ready",))
         while True:
@@ -59,6 +61,18 @@ def serve(
         return
     except MetalgenError as error:
         channel.send(("cannot", str(error)))
+
+
+def _begin(device: Device) -> None:
+    """Whatever takes long once, before the first time limit runs; shows that the device works."""
+    import metalgen.render
+    import metalgen.verify  # noqa: F401
+
+    device.require()
+    try:
+        mx.eval(mx.random.normal((64,)).astype(mx.float16))
+    except RuntimeError as error:
+        raise DeviceError(f"the device {device.name!r} does not work: {error}") from error
 
 
 def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]:

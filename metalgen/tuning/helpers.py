@@ -144,6 +144,8 @@ class Helpers:
         self._context = mp.get_context("spawn")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._queue: deque[tuple[Problem, Schedule]] = deque()
+        self._finalists: deque[tuple[Problem, Schedule]] = deque()
+        self._track: Helper | None = None  # where the race will be
         self._failed: dict[Kernel, tuple[Any, ...]] = {}
         self._helpers: list[Helper] = []
         self._started = 0
@@ -153,9 +155,18 @@ class Helpers:
 
     def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
         """Compile these, in this order, wherever a helper is free."""
+        wanted = {_kernel(problem, s) for s in schedules}
+        for helper in self._helpers:
+            if helper.holds not in wanted:  # given up meanwhile
+                helper.holds = None
         known = {h.holds for h in self._helpers} | set(self._failed)
         known |= {h.job.kernel for h in self._helpers if h.job}
         self._queue = deque((problem, s) for s in schedules if _kernel(problem, s) not in known)
+        self._serve_until(lambda: True)
+
+    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
+        """Compile these in one helper, when there is nothing else to compile."""
+        self._finalists = deque((problem, s) for s in schedules)
         self._serve_until(lambda: True)
 
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
@@ -179,8 +190,16 @@ class Helpers:
         deadline: float = math.inf,
     ) -> Race:
         """Time finalists in one helper, which compiles those that it has not yet."""
-        kernels = {_kernel(problem, s) for s in schedules}
-        helper = self._free(lambda h: len(h.compiled & kernels))
+        for other in self._helpers:
+            other.holds = None
+        self.prepare_race(problem, schedules)
+        self._serve_until(lambda: not self._finalists and self._track is not None)
+        track, self._track = self._track, None
+        self._serve_until(lambda: track is None or track.job is None)
+        if track is not None and track in self._helpers:
+            helper = track
+        else:  # a finalist took it along, and will say so below
+            helper = self._free(lambda h: len(h.compiled))
         for schedule in schedules:  # one by one, for each has a time limit
             self._compile(helper, problem, schedule)
         arguments = (problem, tuple(schedules), default, deadline)
@@ -247,11 +266,17 @@ class Helpers:
 
     def _with(self, problem: Problem, schedule: Schedule) -> Helper:
         """The helper that has compiled a kernel and is free; raises how the compilation failed."""
-        kernel = _kernel(problem, schedule)
+        kernel, entry = _kernel(problem, schedule), (problem, schedule)
+        if entry in self._queue:  # it is first now
+            self._queue.remove(entry)
+            self._queue.appendleft(entry)
 
         def settled() -> bool:
+            if entry in self._queue and all(h.holds for h in self._helpers):
+                self._helpers[-1].holds = None  # what it held is compiled there nevertheless
+                self._hand_out()
             at_work = any(h.job and h.job.kernel == kernel for h in self._helpers)
-            return not at_work and (problem, schedule) not in self._queue
+            return not at_work and entry not in self._queue
 
         self._serve_until(settled)
         if kernel in self._failed:
@@ -327,6 +352,21 @@ class Helpers:
                 helper.holds = kernel
             else:
                 self._send(helper, Job("compile", (problem, schedule), kernel, ahead=True))
+        if self._finalists:
+            self._hand_to_track()
+
+    def _hand_to_track(self) -> None:
+        """Let the helper of the race compile the next finalist that it has not compiled yet."""
+        if self._track not in self._helpers:
+            kernels = {_kernel(*finalist) for finalist in self._finalists}
+            free = [h for h in self._helpers if h.ready and h.job is None and h.holds is None]
+            self._track = max(free, key=lambda h: len(h.compiled & kernels), default=None)
+        helper = self._track
+        while self._finalists and helper is not None and helper.job is None:
+            problem, schedule = self._finalists.popleft()
+            kernel = _kernel(problem, schedule)
+            if kernel not in helper.compiled:
+                self._send(helper, Job("compile", (problem, schedule), kernel))
 
     def _hear(self, seconds: float) -> None:
         """Take what helpers say, for so many seconds at most; replace those that died or hang."""

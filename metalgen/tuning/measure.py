@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import NOTHING, Inputs, has_inputs
+from metalgen.inputs import has_inputs
+from metalgen.mlx_attention import computes, mlx_runner
 from metalgen.problem import Problem
 from metalgen.samples import Call, sample_call
 
@@ -261,25 +261,11 @@ def members(call: Call) -> list[mx.array]:
     return [q, k, v, *inputs.arrays]
 
 
-def mlx_runner(problem: Problem) -> Runner | None:
-    """MLX's own fused attention, where it computes the same thing; None where it does not."""
+def mlx_baseline(problem: Problem) -> Runner | None:
+    """MLX's own attention, where it computes the same thing; None where it does not."""
     config = problem.config
-    plain = AttentionConfig(
-        config.head_dim,
-        config.dtype,
-        value_head_dim=config.value_head_dim,
-        heads_per_kv=config.heads_per_kv,
-        causal=config.causal,
-    )
-    if config != plain:
+    if not computes(config):
         return None
     if config.causal and problem.q_len > problem.kv_len:  # rows that see no key: NaN there
         return None
-    mask = "causal" if config.causal else None
-
-    def run(
-        q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
-    ) -> tuple[mx.array, None]:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask), None
-
-    return run
+    return mlx_runner(config)

@@ -115,7 +115,14 @@ class MeasuredSession(Session):
                 break
         pending = search.pending
         self.executor.prepare(self.problem, pending)
+        if pending and len(search.asked) >= self.goal():  # less and less to compile from now on
+            times = {s: t for s, t in search.times.items() if t < FAILED}
+            best = sorted(times, key=lambda s: times[s])[:FINALISTS]
+            self.executor.prepare_race(self.problem, self._with_default(best))
         return pending[0] if pending else None
+
+    def _with_default(self, schedules: Sequence[Schedule]) -> list[Schedule]:
+        return list(dict.fromkeys([*schedules, self.default]))
 
     @property
     def policy_key(self) -> str:
@@ -205,6 +212,10 @@ class MeasuredSession(Session):
         policy = self.policy_key
         self.show(phase="checking")
         ran = by_time(self.rows(policy))
+        raced = {m.schedule for m in self.rows(policy, "final")}
+        likely = self._with_default([m.schedule for m in ran[:FINALISTS]])
+        if not raced.issuperset(likely):
+            self.executor.prepare_race(self.problem, likely)
         finalists: list[Schedule] = []
         rejected: list[Rejected] = []
         for row in ran:
@@ -223,7 +234,7 @@ class MeasuredSession(Session):
             self.checker.check(self.problem.config, self.default, self.problem.family)
             finalists.append(self.default)
         note = ""
-        if not {m.schedule for m in self.rows(policy, "final")}.issuperset(finalists):
+        if not raced.issuperset(finalists):
             note = self._race(finalists)
         finals = [m for m in self.rows(policy, "final") if m.verified]
         winner = min(finals, key=lambda m: m.rank, default=None)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metalgen.devices import Runner
-from metalgen.tuning.measure import Bench, Timing, mlx_runner
+from metalgen.tuning.measure import Bench, Timing, mlx_baseline
 
 AGAIN = "default again"
 """The default schedule's second entry in a race, against itself."""
@@ -96,7 +96,7 @@ def race(
         default: the default's key, where it is among them; it takes part twice.
         deadline: the clock's time after which no round begins, beyond those of the policy.
     """
-    own = mlx_runner(bench.problem)
+    own = mlx_baseline(bench.problem)
     entries = dict(runners) | ({MLX: own} if own else {})
     if default is not None:
         entries[AGAIN] = runners[default]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import optuna
 
     from metalgen.chips import Chip
-    from metalgen.tuning.surrogate import Array
+    from metalgen.tuning.surrogate import Array, Surrogate
 
 TPE_ATTEMPTS = 24
 """Asks of TPE for a point that is valid and new, before one is drawn at random."""
@@ -35,12 +35,17 @@ STRATEGIES = ("guided", "tpe", "climb", "random")
 """How a search goes on after its start; `benchmarks/search.py` compares them."""
 STARTUP = 8
 """Rows before the surrogate is asked."""
-REFIT = 10
-"""The surrogate's length scales are found anew after so many rows."""
-CANDIDATES = 1500
-"""Points that are drawn for each ask of the surrogate, beside the neighbours of the best."""
+GROWTH = 1.25
+"""The surrogate's length scales are found anew when the rows have grown by this factor."""
+LARGE = 16_384
+"""In a space of more points the surrogate is asked about so many, drawn anew with each refit and
+each new best, and about the neighbours of the best."""
 ROUND_BEST = 4
-"""Best points whose neighbours are candidates."""
+"""Best points whose neighbours are asked about in a large space."""
+ROWS = 400
+"""Of more rows the surrogate is given the better half of so many and the latest others."""
+TIE = 1e-6
+"""Relative difference of expected improvements up to which they count as equal."""
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -143,7 +148,7 @@ class Search(Generic[Item]):
         self._order: list[int] = []  # of `valid`, as they were told
         self._study: optuna.Study | None = None
         self._grid: tuple[np.ndarray[Any, Any], Array] | None = None
-        self._lengths: tuple[int, Array] | None = None
+        self._model: tuple[int, Surrogate, list[int], np.ndarray[Any, Any]] | None = None
 
     def tell(self, item: Item, seconds: float | None) -> None:
         """The outcome of a schedule: its time, or None where it has none."""
@@ -191,24 +196,55 @@ class Search(Generic[Item]):
     def _ask_surrogate(self, draw: random.Random) -> Item:
         import numpy as np
 
-        from metalgen.tuning.surrogate import Surrogate, length_scales
+        from metalgen.tuning.surrogate import outcomes
 
-        points = self._codes()[1]
-        values = self._values()
-        block = len(self._order) // REFIT * REFIT or len(self._order)
-        if self._lengths is None or self._lengths[0] != block:
-            known = self._order[:block]
-            self._lengths = block, length_scales(points[known], values[:block])
-        surrogate = Surrogate(points[self._order], values, self._lengths[1])
-        tried = set(self._order)
-        size = min(CANDIDATES, len(self.valid))
-        candidates = set(draw.sample(range(len(self.valid)), size))
-        for place in np.argsort(values, kind="stable")[:ROUND_BEST]:
-            candidates.update(self._neighbours(self._order[place]))
-        left = sorted(candidates - tried)
-        if not left:
+        base = self._base()
+        if self._model is None or self._model[0] != base:
+            self._model = base, *self._fit(base)
+        _, surrogate, rows, candidates = self._model
+        for n in self._order[base + surrogate.size - len(rows) :]:
+            surrogate.add(self._codes()[1][n])
+        rows = rows + self._order[base:]
+        gain = surrogate.improvement(outcomes(self._seconds(rows)))
+        gain[np.isin(candidates, self._order)] = -1.0
+        if (top := float(gain.max())) < 0.0:
             return self._any(draw)
-        return self.valid[left[int(np.argmax(surrogate.improvement(points[left])))]]
+        # Points that differ in nothing that was seen to matter are equal up to rounding.
+        ties = np.flatnonzero(gain >= top * (1.0 - TIE)).tolist()
+        return self.valid[candidates[draw.choice(ties)]]
+
+    def _base(self) -> int:
+        """How many of the rows the surrogate was last fitted to: a matter of the rows alone."""
+        base, step, best = STARTUP, STARTUP, FAILED
+        while step <= len(self._order):
+            base, step = step, max(step + 2, int(step * GROWTH))
+        if len(self.valid) > LARGE:
+            for n, place in enumerate(self._order, 1):
+                if self.times[self.valid[place]] < best:
+                    best, base = self.times[self.valid[place]], max(base, n)
+        return base
+
+    def _fit(self, base: int) -> tuple[Surrogate, list[int], np.ndarray[Any, Any]]:
+        """A surrogate of the first rows, which rows these are, and the sorted candidates."""
+        import numpy as np
+
+        from metalgen.tuning.surrogate import Surrogate, length_scales, outcomes
+
+        rows = self._order[:base]
+        ranked = np.argsort(self._seconds(rows), kind="stable").tolist()
+        best = [rows[n] for n in ranked[: ROWS // 2]]
+        if len(rows) > ROWS:
+            rows = best + [n for n in rows if n not in set(best)][-(ROWS - len(best)) :]
+        candidates = np.arange(len(self.valid))
+        if len(self.valid) > LARGE:
+            draw = random.Random(f"{self.seed} candidates {base}")
+            chosen = set(draw.sample(range(len(self.valid)), LARGE))
+            chosen.update(*(self._neighbours(n) for n in best[:ROUND_BEST]))
+            candidates = np.array(sorted(chosen))
+        points = self._codes()[1]
+        lengths = length_scales(points[rows], outcomes(self._seconds(rows)))
+        room = len(rows) + max(2, int(base * GROWTH) - base)
+        return Surrogate(points[rows], points[candidates], lengths, room), rows, candidates
 
     def _codes(self) -> tuple[np.ndarray[Any, Any], Array]:
         """Ranks of every valid item's values, and the same scaled to 0..1 where they differ."""
@@ -228,12 +264,10 @@ class Search(Generic[Item]):
             self._grid = codes, codes[:, top > 0] / top[top > 0]
         return self._grid
 
-    def _values(self) -> Array:
-        """Logarithms of the times of `_order`; what failed counts as the slowest that ran."""
+    def _seconds(self, rows: Sequence[int]) -> Array:
         import numpy as np
 
-        times = np.array([self.times[self.valid[n]] for n in self._order])
-        return np.log(np.where(np.isfinite(times), times, times[np.isfinite(times)].max()))
+        return np.array([self.times[self.valid[n]] for n in rows])
 
     def _neighbours(self, number: int) -> list[int]:
         """The valid items that differ from one in a single parameter."""

@@ -2,8 +2,9 @@
 
 Every valid point is known, so none of this proposes an invalid or a known one. Parameters are
 ranks scaled to 0..1; the kernel is Matern 5/2 with a length scale for each parameter, in whose
-distance two different values also differ by a constant, as categories do. Times are logarithms.
-After Rasmussen and Williams, Gaussian Processes for Machine Learning, chapters 2, 4 and 5.
+distance two different values also differ by a constant, as categories do. Times are logarithms,
+compressed above the best (`outcomes`). After Rasmussen and Williams, Gaussian Processes for
+Machine Learning, chapters 2, 4 and 5.
 """
 
 from __future__ import annotations
@@ -16,103 +17,137 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
 
-NOISE = 1e-3
-"""Variance of a measurement, of the variance of all."""
+NOISE = 1e-2
+"""Variance of a measurement, of the variance of all. It also covers what the kernel cannot say."""
 CATEGORY = 0.05
 """Squared distance of two values of a parameter, however near they are."""
-LENGTH = 0.7
+LENGTH = 1.5
 """Length scale of a parameter before anything is known."""
 PRIOR = 0.5
 """Strength of the belief in that length scale, in units of log-likelihood."""
 SHORTEST, LONGEST, SWEEPS = 0.1, 8.0, 3
+KNEE = 0.5
+"""Logarithm of the time over the best from where differences count less and less."""
+MARGIN = 0.05
+"""Improvement that is asked for beyond the best known, in deviations."""
+
+
+def outcomes(times: Array) -> Array:
+    """``(n,)`` what the surrogate learns of ``(n,)`` times; what failed counts as the slowest.
+
+    ``log(1 + log(time / best) / KNEE)``: how much slower the slow ones are says little about
+    where the fast ones lie. Then scaled to mean 0 and deviation 1. At least one time is finite.
+    """
+    ran = np.isfinite(times)
+    apart = np.log(np.where(ran, times, times[ran].max()) / times[ran].min())
+    values = np.log1p(apart / KNEE)
+    scaled: Array = (values - values.mean()) / (float(values.std()) or 1.0)
+    return scaled
 
 
 class Surrogate:
-    """A Gaussian process given some points and their times.
+    """A Gaussian process given some points, asked about a fixed set of others.
+
+    What it knows of the candidates is kept, so that one more point costs one more row.
 
     Args:
-        points: ``(n, d)`` parameters, each from 0 to 1.
-        values: ``(n,)`` logarithms of times.
+        points: ``(n, d)`` parameters of what was measured, each from 0 to 1.
+        candidates: ``(m, d)`` parameters of what may be asked about.
         lengths: ``(d,)`` length scales, as `length_scales` finds them.
+        room: how many points it will know at most.
     """
 
-    def __init__(self, points: Array, values: Array, lengths: Array) -> None:
-        self.points = points
+    def __init__(self, points: Array, candidates: Array, lengths: Array, room: int) -> None:
+        self.candidates = candidates
         self.lengths = lengths
-        self.mean = float(values.mean())
-        self.deviation = float(values.std()) or 1.0
-        scaled = (values - self.mean) / self.deviation
-        self.least = float(scaled.min())
-        self.factor, self.weights, self.variance, _ = _fit(
-            _squares(points, points), scaled, lengths
-        )
+        self.size = n = len(points)
+        self._points = np.zeros((room, points.shape[1]))
+        self._points[:n] = points
+        self._factor = np.zeros((room, room))
+        self._solved = np.zeros((room, len(candidates)))  # factor^-1 covariance
+        known = _covariance(points, points, lengths)
+        self._factor[:n, :n] = np.linalg.cholesky(known + NOISE * np.eye(n))
+        covariance = _covariance(points, candidates, lengths)
+        self._solved[:n] = np.linalg.solve(self._factor[:n, :n], covariance)
+        self._explained = (self._solved[:n] ** 2).sum(axis=0)
 
-    def expected(self, points: Array) -> Array:
-        """``(m,)`` expected logarithms of the times of points."""
-        covariance = _kernel(_squares(points, self.points), self.lengths)
-        found: Array = covariance @ self.weights * self.deviation + self.mean
-        return found
+    def add(self, point: Array) -> None:
+        """One more point, of ``(d,)`` parameters, was measured."""
+        n, one = self.size, point[None]
+        known = _covariance(self._points[:n], one, self.lengths)[:, 0]
+        row = np.linalg.solve(self._factor[:n, :n], known)
+        diagonal = math.sqrt(max(1e-12, 1.0 + NOISE - float(row @ row)))
+        covariance = _covariance(one, self.candidates, self.lengths)[0]
+        self._points[n] = point
+        self._factor[n, :n] = row
+        self._factor[n, n] = diagonal
+        self._solved[n] = (covariance - row @ self._solved[:n]) / diagonal
+        self._explained += self._solved[n] ** 2
+        self.size += 1
 
-    def improvement(self, points: Array) -> Array:
-        """``(m,)`` expected improvement of points over the best time known, in deviations.
+    def expected(self, values: Array) -> tuple[Array, Array]:
+        """``(m,)`` means and ``(m,)`` deviations of every candidate, given ``(n,)`` `outcomes`."""
+        n = self.size
+        weights = np.linalg.solve(self._factor[:n, :n], values)
+        variance = max(1e-6, float(weights @ weights) / n)
+        means: Array = weights @ self._solved[:n]
+        return means, np.sqrt(np.maximum(1e-12, 1.0 - self._explained) * variance)
 
-        ``sigma (u Phi(u) + phi(u))`` with ``u = (best - mu) / sigma`` (Jones et al., 1998).
+    def improvement(self, values: Array) -> Array:
+        """``(m,)`` expected improvement of every candidate over the best known by `MARGIN`.
+
+        ``sigma (u Phi(u) + phi(u))`` with ``u = (best - margin - mu) / sigma`` (Jones et al.,
+        1998).
         """
-        covariance = _kernel(_squares(points, self.points), self.lengths)
-        mean = covariance @ self.weights
-        solved = np.linalg.solve(self.factor, covariance.T)
-        known = np.einsum("ij,ij->j", solved, solved)
-        sigma = np.sqrt(np.maximum(1e-12, 1.0 - known) * self.variance)
-        u = (self.least - mean) / sigma
-        below = np.array([0.5 * (1.0 + math.erf(x)) for x in u / math.sqrt(2.0)])
+        mean, sigma = self.expected(values)
+        u = (float(values.min()) - MARGIN - mean) / sigma
+        below = np.array([0.5 * math.erfc(x) for x in (u / -math.sqrt(2.0)).tolist()])
         gain: Array = sigma * (u * below + np.exp(-u * u / 2.0) / math.sqrt(2.0 * math.pi))
         return gain
 
 
 def length_scales(points: Array, values: Array) -> Array:
     """``(d,)`` length scales of the greatest posterior, by coordinate steps of a factor of two."""
-    deviation = float(values.std()) or 1.0
-    scaled = (values - values.mean()) / deviation
-    squares = _squares(points, points)
+    apart = np.abs(points.T[:, :, None] - points.T[:, None, :])
+    squares = apart * apart + CATEGORY * (apart > 0)
     lengths = np.full(points.shape[1], LENGTH)
-    best = _posterior(squares, scaled, lengths)
+    best = _posterior(squares, values, lengths)
     for _ in range(SWEEPS):
         before = best
         for dimension in range(len(lengths)):
             for factor in (0.5, 2.0):
                 trial = lengths.copy()
                 trial[dimension] = min(LONGEST, max(SHORTEST, trial[dimension] * factor))
-                value = _posterior(squares, scaled, trial)
+                value = _posterior(squares, values, trial)
                 if value > best:
                     best, lengths = value, trial
+                    break
         if best == before:
             break
     return lengths
 
 
-def _posterior(squares: Array, scaled: Array, lengths: Array) -> float:
-    likelihood = _fit(squares, scaled, lengths)[3]
+def _posterior(squares: Array, values: Array, lengths: Array) -> float:
+    """Log marginal likelihood and prior, up to a constant; the variance is the likeliest one."""
+    n = len(values)
+    covariance = _matern(np.tensordot(1.0 / lengths**2, squares, 1))
+    factor = np.linalg.cholesky(covariance + NOISE * np.eye(n))
+    weights = np.linalg.solve(factor, values)
+    variance = max(1e-6, float(weights @ weights) / n)
+    likelihood = -0.5 * n * math.log(variance) - float(np.log(np.diag(factor)).sum())
     return likelihood - PRIOR * float(np.sum(np.log(lengths / LENGTH) ** 2))
 
 
-def _squares(a: Array, b: Array) -> Array:
-    """``(d, n, m)`` squared distances in each parameter."""
-    apart: Array = np.abs(a.T[:, :, None] - b.T[:, None, :])
-    squares: Array = np.asarray(apart * apart + CATEGORY * (apart > 0))
-    return squares
+def _covariance(a: Array, b: Array, lengths: Array) -> Array:
+    """``(n, m)`` of ``(n, d)`` and ``(m, d)`` points."""
+    squares = np.zeros((len(a), len(b)))
+    for one, other, length in zip(a.T, b.T, lengths, strict=True):
+        apart = np.abs(one[:, None] - other[None])
+        squares += (apart * apart + CATEGORY * (apart > 0)) / length**2
+    return _matern(squares)
 
 
-def _kernel(squares: Array, lengths: Array) -> Array:
-    r: Array = np.sqrt(5.0 * np.tensordot(1.0 / lengths**2, squares, 1))
-    kernel: Array = np.asarray((1.0 + r + r * r / 3.0) * np.exp(-r))
+def _matern(squares: Array) -> Array:
+    r: Array = np.sqrt(5.0 * squares)
+    kernel: Array = (1.0 + r + r * r / 3.0) * np.exp(-r)
     return kernel
-
-
-def _fit(squares: Array, scaled: Array, lengths: Array) -> tuple[Array, Array, float, float]:
-    """Cholesky factor, weights, variance and log marginal likelihood (up to a constant)."""
-    n = len(scaled)
-    factor = np.linalg.cholesky(_kernel(squares, lengths) + NOISE * np.eye(n))
-    weights = np.linalg.solve(factor.T, np.linalg.solve(factor, scaled))
-    variance = max(1e-6, float(scaled @ weights) / n)
-    likelihood = -0.5 * n * math.log(variance) - float(np.log(np.diag(factor)).sum())
-    return factor, weights, variance, likelihood

@@ -366,6 +366,14 @@ def test_contents_are_looked_at_when_asked_for_and_only_then(name: str) -> None:
     assert str(caught.value).startswith(f"{caught.value.argument}: expected ")
 
 
+def test_more_queries_than_keys_are_no_mistake_of_a_rope() -> None:
+    expected = attention(Q, K, K, rope=Rope(), causal=True, kv_lens=mx.array([9, 3]))
+    out = attention(Q, K, K, rope=Rope(), causal=True, kv_lens=mx.array([9, 3]), check=True)
+    assert mx.array_equal(out, expected)
+    with pytest.raises(ArgumentError, match=r"^rope.offset\[1\]: expected .*, but got -2"):
+        attention(Q, K, K, rope=Rope(offset=mx.array([4, -2])), check=True)
+
+
 def test_contents_cannot_be_looked_at_while_mlx_compiles() -> None:
     lengths = mx.array([9, 4])
     assert attention(Q, K, K, kv_lens=lengths, check=True).shape == Q.shape

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from metalgen.chips.counts import (
     Counts,
+    combine_counts,
     decode_counts,
     floor_sum,
     forward_counts,
@@ -161,3 +162,25 @@ def test_a_decode_launch_counts_as_by_hand() -> None:
     assert got.out_written == 2 * 24 * 64 * 4  # each split writes float32
     assert got.lse_written == 2 * 24 * 4
     assert got.exponentials == 24 * 32 * (2 + 1)
+
+
+def test_joining_three_splits_counts_as_by_hand() -> None:
+    config = AttentionConfig(16, value_head_dim=24, heads_per_kv=4, return_lse=True)
+    schedule = dataclasses.replace(default_schedule(config, family="decode"), splits=3)
+    got = combine_counts(config, schedule, batch_heads=8, q_len=5)
+    assert got.threads == 8 * 5 * 24
+    assert got.parts_read == 3 * 8 * 5 * 24 * 4
+    assert got.lse_read == 2 * 3 * 8 * 5 * 24 * 4  # by every thread, for the maximum and the weight
+    assert got.exponentials == 3 * 8 * 5 * 24
+    assert (got.out_written, got.lse_written) == (8 * 5 * 24 * 2, 8 * 5 * 4)
+
+
+def test_shares_of_the_values_repeat_the_scores() -> None:
+    config = AttentionConfig(64, value_head_dim=512, causal=True)
+    whole = default_schedule(config)
+    assert whole.value_parts == 2
+    got = forward_counts(config, whole, batch_heads=3, q_len=100, kv_len=100)
+    half = dataclasses.replace(config, value_head_dim=256)
+    one = dataclasses.replace(whole, value_parts=1)
+    expected = forward_counts(half, one, batch_heads=6, q_len=100, kv_len=100)
+    assert got == expected._replace(lse_written=got.lse_written)

@@ -10,9 +10,9 @@ import pytest
 
 from metalgen.chips import Chip, IncompleteChip, all_chips, get_chip
 from metalgen.chips.coefficients import Coefficients
-from metalgen.chips.counts import forward_counts, pass_sums
+from metalgen.chips.counts import combine_counts, forward_counts, pass_sums
 from metalgen.chips.model import estimate, predict, predict_sizes, resident_groups
-from metalgen.chips.work import Work
+from metalgen.chips.work import Work, combine_work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule
@@ -187,8 +187,13 @@ def test_decode_reads_its_keys_once_from_memory_and_joins_its_splits() -> None:
     got = predict(problem, schedule, M3_MAX)
     keys_and_values = 2 * 8 * 32768 * 128 * 2  # 8 KV heads
     assert got.parts["dram"] == pytest.approx(keys_and_values / (0.8 * 400e9), rel=0.01)
-    parts = 32 * schedule.splits * 129 * 4 * 2  # float32 outputs and a logarithm, there and back
-    assert got.parts["combine"] == pytest.approx(parts / 400e9 + got.parts["launch"])
+    # A launch of its own, which reads the float32 outputs and logarithms of all splits.
+    counts = combine_counts(config, schedule, batch_heads=32, q_len=1)
+    assert counts.parts_read == 32 * schedule.splits * 128 * 4
+    work = combine_work(config, schedule, 32, 1)
+    assert work.distinct_bytes == 32 * (schedule.splits * 129 * 4 + 128 * 2)
+    assert work.groups * work.simdgroups * 32 == 32 * 128
+    assert got.parts["combine"] == estimate(work, M3_MAX).seconds > got.parts["launch"]
     assert got.seconds > got.parts["dram"] + got.parts["combine"]
     windowed = dataclasses.replace(config, window_left=1023)
     short = predict(dataclasses.replace(problem, config=windowed), schedule, M3_MAX)

@@ -23,7 +23,7 @@ from metalgen.tuning.measure import (
     Timing,
     arrays,
     members,
-    mlx_runner,
+    mlx_baseline,
     set_count,
 )
 
@@ -193,7 +193,7 @@ def test_what_a_config_asks_for_beside_q_k_and_v_is_there_and_handed_over(
 
 
 def test_mlx_races_where_it_computes_the_same() -> None:
-    own = mlx_runner(PROBLEM)
+    own = mlx_baseline(PROBLEM)
     assert own is not None
     q, k, v = (x.astype(mx.float32) for x in arrays(PROBLEM, 1)[:3])
     out, _ = own(q, k, v, 0.5)
@@ -208,13 +208,14 @@ def test_mlx_races_where_it_computes_the_same() -> None:
         Problem(AttentionConfig(64, causal=True, window_left=7), 1, 16, 16),
         Problem(AttentionConfig(64, softcap=30.0), 1, 16, 16),
         Problem(AttentionConfig(64, alibi=True), 1, 16, 16),
-        Problem(AttentionConfig(64, sinks=True), 1, 16, 16),
+        Problem(AttentionConfig(64, bias=True), 1, 16, 16),
+        Problem(AttentionConfig(64, causal=True, array_mask=True), 1, 16, 16),
         Problem(AttentionConfig(64, page_size=16, kv_bits=8), 1, 16, 16),
         Problem(AttentionConfig(64, causal=True), 1, 32, 16),  # rows that see no key
     ],
 )
 def test_mlx_does_not_race_where_it_computes_something_else(problem: Problem) -> None:
-    assert mlx_runner(problem) is None
+    assert mlx_baseline(problem) is None
 
 
 def test_a_real_device_can_be_measured_with_a_real_clock() -> None:
