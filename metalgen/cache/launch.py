@@ -51,16 +51,18 @@ def kernel_rows(config: AttentionConfig, device: Device, schedule: AppendSchedul
         raise TypeError(f"{device.name} runs no kernels")
     source = render_append(config, schedule, device.target)
     kernel = device.compile(source)
+    first, many = operands(config)[0], len(operands(config))
+    forms = functools.lru_cache(maxsize=64)(functools.partial(_forms, config))
 
     def make(given: Mapping[str, mx.array]) -> Arrays:
-        batch, heads, length, _ = given[operands(config)[0]].shape
-        shapes, dtypes = _forms(config, batch, heads, length)
+        batch, heads, length, _ = given[first].shape
+        shapes, dtypes = forms(batch, heads, length)
         rows = batch * heads * length
         made = kernel(
             inputs=[given[name] for name in source.inputs],
             output_shapes=shapes,
             output_dtypes=dtypes,
-            grid=(-(-rows // source.bq) * source.threads, len(operands(config)), 1),
+            grid=(-(-rows // source.bq) * source.threads, many, 1),
             threadgroup=(source.threads, 1, 1),
         )
         return dict(zip(source.outputs, made, strict=True))

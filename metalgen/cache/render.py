@@ -13,8 +13,8 @@ from metalgen.targets import TARGETS
 
 THREADS = (32, 64, 128, 256, 512, 1024)
 ELEMENTS = (1, 2, 4, 8, 16, 32, 64)
-MAX_TILE_BYTES = 16384
-"""Most bytes of threadgroup memory for rows that are to be quantized."""
+MAX_BYTES = 32768
+"""Most bytes of threadgroup memory, as on Apple's GPUs."""
 
 _TYPES = {
     "metal": {"float16": "half", "bfloat16": "bfloat", "float32": "float"},
@@ -33,7 +33,7 @@ class AppendSchedule:
     Args:
         threads: threads a threadgroup: 32 to 1024, a power of two.
         elements: columns that a thread makes, 1 to 64, a power of two; together they say how many
-            rows a threadgroup takes (one at least).
+            rows a threadgroup takes: one at least, and no more than threads.
     """
 
     threads: int = 128
@@ -54,9 +54,12 @@ class AppendSchedule:
             InvalidSchedule: they would take too much threadgroup memory.
         """
         width = max(config.head_dim, config.v_dim)
-        rows = max(1, self.threads * self.elements // width)
-        if config.kv_bits is not None and rows * width * config.itemsize > MAX_TILE_BYTES:
-            detail = f"{rows} rows of {width} {config.dtype} take more than {MAX_TILE_BYTES} bytes"
+        rows = min(self.threads, max(1, self.threads * self.elements // width))
+        a_row = 8 + 4 * (config.rope is not None)  # where it stands, and its position
+        if config.kv_bits is not None:
+            a_row += width * config.itemsize
+        if rows * a_row > MAX_BYTES:
+            detail = f"{rows} rows of {a_row} bytes take more than {MAX_BYTES}"
             raise InvalidSchedule("threadgroup memory", detail)
         return rows
 
