@@ -211,7 +211,7 @@ class Search(Generic[Item]):
             return self._any(draw)
         # Points that differ in nothing that was seen to matter are equal up to rounding.
         ties = np.flatnonzero(gain >= top * (1.0 - TIE)).tolist()
-        return self.valid[candidates[draw.choice(ties)]]
+        return self.valid[int(candidates[draw.choice(ties)])]
 
     def _base(self) -> int:
         """How many of the rows the surrogate was last fitted to: a matter of the rows alone."""
@@ -301,19 +301,26 @@ class Search(Generic[Item]):
             for item in self.times:
                 self._add(self._study, item)
         study = self._study
-        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=False
+        )
+        # One trial, that fails, for all attempts: what is asked for is told by `tell`, as a trial
+        # of its own, also after a resume.
+        study.tell(study.ask({}), state=optuna.trial.TrialState.FAIL)
+        trial = study.get_trials(deepcopy=False)[-1]
+        common = sampler.infer_relative_search_space(study, trial)
         for _ in range(TPE_ATTEMPTS):
-            trial = study.ask()
+            drawn = sampler.sample_relative(study, trial, common)
             point: dict[str, Any] = {}
             for parameter in self.space.parameters:
                 values = parameter.values(point)
-                point[parameter.name] = (
-                    trial.suggest_categorical(parameter.name, values)
-                    if len(values) > 1
-                    else values[0]
-                )
-            # What is asked for is told by `tell`, as a trial of its own, also after a resume.
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                value = values[0]
+                if len(values) > 1:
+                    value = drawn.get(parameter.name)
+                    if value not in values:
+                        choices = optuna.distributions.CategoricalDistribution(values)
+                        value = sampler.sample_independent(study, trial, parameter.name, choices)
+                point[parameter.name] = value
             item = self.space.item(point)
             if item in self._index and item not in self.times:
                 return item
