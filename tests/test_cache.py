@@ -170,6 +170,51 @@ class TestPaged:
         cache.append([other], k, k)
         assert (cache.length(one), cache.length(other), cache.free_pages) == (7, 10, 0)
 
+    def test_pages_are_shared_by_no_two_sequences_through_any_history(self) -> None:
+        """A thousand steps at random, against a model that holds each sequence's rows in a list."""
+        rng = np.random.default_rng(0)
+        cache = PagedKVCache(40, 1, 8, page_size=8, dtype=mx.float32, device="reference")
+        held: dict[int, list[float]] = {}
+        number = 0.0
+        for _ in range(1000):
+            action = rng.choice(["add", "remove", "trim", "append", "append", "append"])
+            names = list(held)
+            if action == "add" or not names:
+                held[cache.add()] = []
+            elif action == "remove" and len(names) > 5:
+                name = names[rng.integers(len(names))]
+                cache.remove(name)
+                del held[name]
+            elif action == "trim":
+                name = names[rng.integers(len(names))]
+                rows = int(rng.integers(len(held[name]) + 1))
+                cache.trim(name, rows)
+                held[name] = held[name][: len(held[name]) - rows]
+            elif action == "append":
+                some = [int(n) for n in rng.permutation(names)[:3]]
+                counts = rng.integers(0, 12, len(some)).tolist()
+                x = mx.arange(number, number + sum(counts))[None, None, :, None]
+                k = mx.broadcast_to(x, (1, 1, sum(counts), 8))
+                free = cache.free_pages
+                try:
+                    cache.append(some, k, -k, counts)
+                except CacheFull:
+                    assert cache.free_pages == free
+                    continue
+                for name, count in zip(some, counts, strict=True):
+                    held[name] += [number + n for n in range(count)]
+                    number += count
+        assert number > 2000 and sum(map(len, held.values())) > 50
+        table, lengths = cache.tables(list(held))
+        keys, values = (np.array(x)[:, 0, :, 0] for x in (cache.keys, cache.values))
+        for own, length, rows in zip(table.tolist(), lengths.tolist(), held.values(), strict=True):  # type: ignore[arg-type]
+            stored = np.concatenate([keys[page] for page in own] or [[]])[:length]
+            assert stored.tolist() == rows
+            stored = np.concatenate([values[page] for page in own] or [[]])[:length]
+            assert (-stored).tolist() == rows
+        used = sum(-(-len(rows) // 8) for rows in held.values())
+        assert cache.free_pages == 40 - used
+
     def test_a_refused_append_leaves_lengths_and_pages(self) -> None:
         cache = PagedKVCache(4, 1, 8, page_size=8, device="reference")
         name = cache.add()
@@ -342,6 +387,15 @@ def test_a_batch_that_does_not_fit_leaves_a_dense_cache_as_it_is() -> None:
             cache.append(bad, bad)
     assert cache.length == 3
     np.testing.assert_array_equal(np.array(cache.state[0]), np.array(keys))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offset", [10, "ragged"])
+def test_no_rows_change_nothing(offset: Any) -> None:
+    cache = _dense()
+    at = mx.array([0, 99]) if offset == "ragged" else offset
+    k = mx.zeros((2, 2, 0, 64), mx.float16)
+    for old, new in zip(cache, append_kv(cache, k, k, offset=at, device="reference"), strict=True):
+        assert mx.array_equal(old, new)  # type: ignore[arg-type]
 
 
 def test_counts_that_do_not_fit_the_rows_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -84,6 +85,7 @@ class PagedKVCache:
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
+        self._last: tuple[tuple[int, ...], mx.array] | None = None
 
     @property
     def free_pages(self) -> int:
@@ -99,6 +101,7 @@ class PagedKVCache:
     def remove(self, sequence: int) -> None:
         """Forgets a sequence; its pages are free."""
         self._known([sequence])
+        self._last = None
         self._free += reversed(self._pages.pop(sequence))
         del self._lengths[sequence]
 
@@ -110,6 +113,7 @@ class PagedKVCache:
             raise ArgumentError("rows", f"an integer from 0 to {length}", rows)
         self._lengths[sequence] = length - rows
         kept = -(-(length - rows) // self.page_size)
+        self._last = None
         self._free += reversed(self._pages[sequence][kept:])
         del self._pages[sequence][kept:]
 
@@ -152,26 +156,28 @@ class PagedKVCache:
             raise ArgumentError("counts", f"a sum of {k.shape[2]}, the rows of k", counts)
         if not many:
             return
-        pages = self._with_room(sequences, new)
+        pages, needed = self._with_room(sequences, new)
+        table = _table(pages) if needed else self._table(sequences)
         start = [self._lengths[sequence] for sequence in sequences]
         offset = mx.array(start, mx.int32)
         rope = self._rope
         if rope is not None and rope.offset is not None:
             rope = dataclasses.replace(rope, offset=rope.offset + offset)
-        ends = [sum(new[:n]) for n in range(many + 1)]
+        ends = [0, *itertools.accumulate(new)]
         keys, values = append_kv(
             (self.keys, self.values),
             k,
             v,
             offset=offset,
-            block_table=_table(pages),
+            block_table=table,
             cu_seqlens=None if counts is None else mx.array(ends, mx.int32),
             rope=rope,
             device=self._device,
         )
         self.keys, self.values = keys, values
-        taken = {page for own in pages for page in own}
-        self._free = [page for page in self._free if page not in taken]
+        if needed:
+            del self._free[-needed:]
+            self._last = (tuple(sequences), table)
         for sequence, own, count in zip(sequences, pages, new, strict=True):
             self._pages[sequence] = own
             self._lengths[sequence] += count
@@ -184,28 +190,34 @@ class PagedKVCache:
         """
         self._known(sequences)
         lengths = mx.array([self._lengths[sequence] for sequence in sequences], mx.int32)
-        return _table([self._pages[sequence] for sequence in sequences]), lengths
+        return self._table(sequences), lengths
 
     def _known(self, sequences: Sequence[int]) -> None:
-        for n, sequence in enumerate(sequences):
+        for sequence in sequences:
             if sequence not in self._pages:
                 raise ArgumentError("sequences", "what add() returned", sequence)
-            if sequence in sequences[:n]:
-                raise ArgumentError("sequences", "each sequence once", sequence)
+        if len(set(sequences)) < len(sequences):
+            raise ArgumentError("sequences", "each sequence once", list(sequences))
 
-    def _with_room(self, sequences: Sequence[int], new: list[int]) -> list[list[int]]:
-        """The pages of sequences, enough for new rows."""
-        free = self._free[::-1]
-        found = []
-        needed = 0
-        for sequence, count in zip(sequences, new, strict=True):
-            own = self._pages[sequence]
-            more = -(-(self._lengths[sequence] + count) // self.page_size) - len(own)
-            found.append([*own, *free[needed : needed + more]])
-            needed += more
-        if needed > len(free):
-            raise CacheFull(f"{needed} more pages are needed, and {len(free)} are free")
-        return found
+    def _with_room(self, sequences: Sequence[int], new: list[int]) -> tuple[list[list[int]], int]:
+        """The pages of sequences, enough for new rows, and how many of them are from the free."""
+        more = [
+            max(0, -(-(self._lengths[n] + count) // self.page_size) - len(self._pages[n]))
+            for n, count in zip(sequences, new, strict=True)
+        ]
+        needed = sum(more)
+        if needed > len(self._free):
+            raise CacheFull(f"{needed} more pages are needed, and {len(self._free)} are free")
+        free = iter(self._free[: -needed - 1 : -1])
+        own = [self._pages[n] for n in sequences]
+        return [[*x, *itertools.islice(free, y)] for x, y in zip(own, more, strict=True)], needed
+
+    def _table(self, sequences: Sequence[int]) -> mx.array:
+        """The block table of sequences; kept, since most steps need no further page."""
+        if self._last is None or self._last[0] != tuple(sequences):
+            table = _table([self._pages[sequence] for sequence in sequences])
+            self._last = (tuple(sequences), table)
+        return self._last[1]
 
 
 def _table(pages: list[list[int]]) -> mx.array:
