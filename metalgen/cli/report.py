@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ def command(
     name = get_chip(chip).name if chip else None
     check_target(output)
     sources = read_sources(files, name)
-    found = write_report(output, sources)
+    found = write_report(output, sources, _show_progress if sys.stderr.isatty() else None)
     kinds = {kind: sum(r.provenance == kind for r in found) for kind in ("measured", "modelled")}
     if as_json:
         print_json(
@@ -58,3 +59,7 @@ def command(
         for file, place, reason in sources.summary.reasons:
             click.echo(f"  left out: {file}: {place}: {reason}")
     ctx.exit(1 if sources.summary.rejected else 0)
+
+
+def _show_progress(done: int, total: int) -> None:
+    click.echo(f"\r{done} of {total} results drawn", nl=done == total, err=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 WIDTH, HEIGHT = 420.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 20.0, 24.0, 38.0
 """Margins around the plotted area."""
+MOST_MARKS = 2000
+"""Dots, or crosses, of one picture; of more every n-th is drawn."""
 STRIP = 220.0
 """Width of a strip of samples."""
 FAR = 4.0
@@ -41,7 +44,9 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         value = min(max(value, self.low), self.high)
-        if self.log:
+        if not self.high > self.low:
+            share = 0.5
+        elif self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
@@ -79,7 +84,7 @@ def chart(
     end: float,
     band: Sequence[tuple[float, float, float]] = (),
     dots: Sequence[tuple[float, float]] = (),
-    failed: Iterable[float] = (),
+    failed: Sequence[float] = (),
     default: float | None = None,
     mlx: float | None = None,
 ) -> Chart:
@@ -101,8 +106,8 @@ def chart(
     low, high = min(drawn) - margin, max(drawn) + margin
     x = Axis(1, max(end, 2), LEFT, WIDTH - RIGHT, log)
     y = Axis(low, high, HEIGHT - BOTTOM, TOP)
-    near = [(x(n), y(t)) for n, t in dots if t <= high]
-    far = [x(n) for n, t in dots if t > high]
+    near = thinned([(x(n), y(t)) for n, t in dots if t <= high])
+    far = thinned([x(n) for n, t in dots if t > high])
     lower = "L".join(f"{x(n):g} {y(t):g}" for n, t, _ in band)
     upper = "L".join(f"{x(n):g} {y(t):g}" for n, _, t in reversed(band))
     return Chart(
@@ -110,12 +115,22 @@ def chart(
         band=f"M{lower}L{upper}Z" if band else "",
         dots="".join(f"M{a:g} {b:g}h0" for a, b in near),
         far="".join(f"M{a - 2.5:g} {TOP + 5:g}l2.5 -5l2.5 5z" for a in far),
-        failed="".join(f"M{x(n) - 2:g} {HEIGHT - BOTTOM - 5:g}l4 4m0 -4l-4 4" for n in failed),
+        failed="".join(
+            f"M{x(n) - 2:g} {HEIGHT - BOTTOM - 5:g}l4 4m0 -4l-4 4" for n in thinned(failed)
+        ),
         default=y(default) if default is not None and default <= high else None,
         mlx=y(mlx) if mlx is not None and mlx <= high else None,
         x_ticks=tuple(Tick(x(n), f"{n:g}") for n in _counts(end, log)),
         y_ticks=tuple(Tick(y(v / 1e3), f"{v:g}") for v in ticks(low * 1e3, high * 1e3)),
     )
+
+
+Mark = TypeVar("Mark")
+
+
+def thinned(marks: Sequence[Mark], most: int = MOST_MARKS) -> Sequence[Mark]:
+    """At most so many marks: every n-th."""
+    return marks[:: -(-len(marks) // most) or 1]
 
 
 def _path(points: Sequence[tuple[float, float]], step: bool) -> str:
@@ -131,7 +146,12 @@ def _path(points: Sequence[tuple[float, float]], step: bool) -> str:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values from `low` to `high`, two to `most` of them, in steps of 1, 2 or 5."""
+    """Round values from `low` to `high`, two to `most` of them, in steps of 1, 2 or 5.
+
+    None at all where the two are too near, too small or too large for that.
+    """
+    if not 1e-300 < high - low < 1e300 or high - low < 1e-9 * high:
+        return []
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     for step in (size * factor for factor in (1, 2, 5, 10, 20)):
         first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
@@ -163,11 +183,10 @@ def strips(
     """Strips of samples and medians, the places of `marks`, and the seconds at the two ends."""
     values = [t for samples, median in rows for t in (*samples, median)] + list(marks)
     low, high = min(values), max(values)
-    if low == high:
-        low, high = 0.99 * low, 1.01 * high
     x = Axis(low, high, 6, STRIP - 6)
     found = [
-        Strip("".join(f"M{x(t):g} 10h0" for t in samples), x(median)) for samples, median in rows
+        Strip("".join(f"M{x(t):g} 10h0" for t in thinned(samples, 100)), x(median))
+        for samples, median in rows
     ]
     return found, [x(t) for t in marks], (low, high)
 

@@ -32,6 +32,14 @@ from metalgen.schedule import CHOICES, Schedule
 
 OPEN = 3
 """Up to so many results of a kind are unfolded from the start."""
+SELDOM = tuple(CHOICES)[tuple(CHOICES).index("fragment") + 1 :]
+"""Fields of a schedule that nearly always have their defaults."""
+MOST_RESULTS = 400
+"""Results of one page, in their order; the rest is counted."""
+MOST_FINALS = 40
+"""Finalists of a result that are shown, the quickest first."""
+MOST_CHARACTERS = 1000
+"""Of one text from a row."""
 HEAD = b"<!doctype html>"
 
 
@@ -50,7 +58,8 @@ def write_report(
     """
     check_target(path)
     found = results(sources)
-    write_whole(path, render(sources, found, tick).encode())
+    # The name of a file need not be text.
+    write_whole(path, render(sources, found, tick).encode("utf-8", "replace"))
     return found
 
 
@@ -111,12 +120,14 @@ def render(
         "number": number,
         "times": times,
         "percent": percent,
+        "short": short,
     }
     environment.globals["charts"] = charts
     kinds = []
     place = 0
+    shown = found[:MOST_RESULTS]
     for name in ("measured", "modelled"):
-        mine = [r for r in found if r.provenance == name]
+        mine = [r for r in shown if r.provenance == name]
         axis = charts.speed_axis(
             v for r in mine for v in (r.gain, _mlx_speed(r)) if v and v <= 2 * charts.FAR
         )
@@ -125,7 +136,7 @@ def render(
             place += 1
             views.append(_view(r, place, axis))
             if tick:
-                tick(place, len(found))
+                tick(place, len(shown))
         kinds.append({"name": name, "views": views, "axis": axis, "unfold": len(mine) <= OPEN})
     return environment.get_template("page.html.jinja").render(
         kinds=kinds,
@@ -133,6 +144,7 @@ def render(
         made=now(),
         version=__version__,
         counts=_counts(found),
+        hidden=len(found) - len(shown),
     )
 
 
@@ -206,11 +218,12 @@ def _fields(r: Result) -> list[tuple[str, str, str]]:
     if r.winner is None:
         return []
     mine, default = r.winner.schedule, r.default
+    both = [s for s in (mine, default) if s]
     return [
         (name, str(getattr(mine, name)), str(getattr(default, name)) if default else "unknown")
         for name in CHOICES
-        if name not in ("splits", "math_mode")
-        or {getattr(s, name) for s in (mine, default) if s} != {getattr(Schedule, name)}
+        # What is seldom chosen is told only where it was.
+        if name not in SELDOM or any(getattr(s, name) != getattr(Schedule, name) for s in both)
     ]
 
 
@@ -222,7 +235,8 @@ def _finals(r: Result) -> dict[str, Any] | None:
     found, places, ends = charts.strips([(m.samples, m.seconds or 0.0) for m in rows], marks)
     names = [n for n, t in (("default", r.default_seconds), ("mlx", r.mlx_seconds)) if t]
     return {
-        "rows": list(zip(rows, found, strict=True)),
+        "rows": list(zip(rows, found, strict=True))[:MOST_FINALS],
+        "hidden": max(0, len(rows) - MOST_FINALS),
         "marks": dict(zip(names, places, strict=True)),
         "ends": ends,
     }
@@ -235,7 +249,10 @@ def _progress(r: Result) -> dict[str, Any] | None:
     marks: dict[str, Any] = {"default": r.default_seconds, "mlx": r.mlx_seconds}
     taken = steps(r)
     if taken and taken[-1].best is not None:
-        line = [(float(s.number), s.best) for s in taken if s.best is not None]
+        line: list[tuple[float, float]] = []
+        for s in taken:
+            if s.best is not None and (not line or s.best < line[-1][1]):
+                line.append((s.number, s.best))
         return {
             "kind": "course",
             "lines": ["best, ms"],
@@ -327,8 +344,11 @@ def _facts(r: Result) -> list[tuple[str, str]]:
     if r.provenance == "measured":
         floor = r.notes.noise_floor
         facts += [
-            ("noise floor", "not in these sources" if floor is None else f"{floor:.2%}"),
-            ("drift seen", ", ".join(f"{x:+.2%}" for x in r.notes.drift) or "none on record"),
+            ("noise floor", "not in these sources" if floor is None else percent(floor, 2)),
+            (
+                "drift seen",
+                ", ".join(f"{100 * x:+.2f} %" for x in r.notes.drift) or "none on record",
+            ),
             ("outliers", str(r.notes.outliers) if r.notes.drift or floor else "none on record"),
             ("samples of a final", _range(samples)),
         ]
@@ -343,7 +363,8 @@ def _range(counts: Sequence[int]) -> str:
 
 
 def _all(values: Any) -> str:
-    return ", ".join(sorted({v for v in values if v})) or "unknown"
+    known = sorted({v for v in values if v})
+    return ", ".join(known[:5] + [f"and {len(known) - 5} more"] * (len(known) > 5)) or "unknown"
 
 
 def _counts(found: Sequence[Result]) -> dict[str, Any]:
@@ -368,6 +389,8 @@ def number(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     ms = seconds * 1e3
+    if ms >= 1e6:
+        return f"{ms:.3e}"
     for decimals, least in ((0, 1000.0), (1, 100.0), (2, 10.0), (3, 1.0), (4, 0.1)):
         if ms >= least:
             return f"{ms:.{decimals}f}"
@@ -379,6 +402,12 @@ def times(ratio: float | None) -> str:
     return "–" if ratio is None else f"{ratio:.2f}×"
 
 
-def percent(share: float | None) -> str:
+def percent(share: float | None, digits: int = 1) -> str:
     """A share such as ``1.2 %``; a dash for none."""
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def short(text: object) -> str:
+    """A text of which no more than `MOST_CHARACTERS` are left."""
+    whole = str(text)
+    return whole if len(whole) <= MOST_CHARACTERS else whole[: MOST_CHARACTERS - 1] + "…"

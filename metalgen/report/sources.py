@@ -21,6 +21,10 @@ ORDERLESS = ("", "merged")
 """Runs of rows whose order says nothing about when they were taken."""
 
 
+SHORTEST, LONGEST = 1e-12, 1e8
+"""Seconds that a time may have to be drawn: from a picosecond to three years."""
+
+
 @dataclass(frozen=True)
 class Notes:
     """What a run's record says of one problem.
@@ -71,6 +75,9 @@ def read_sources(paths: Sequence[Path], chip: str | None = None) -> Sources:
     rows: dict[exchange.Key, Measurement] = {}
     for path in paths or (user_database(),):
         for m in _own(sources) if _is_own(path) else _other(path, sources):
+            if not _drawable(m):
+                sources.summary.reject(path, "row", f"a time beyond {SHORTEST:g} to {LONGEST:g} s")
+                continue
             key = exchange.identity(m)
             rows[key] = _joined(rows[key], m) if key in rows else m
     chips = sorted({m.chip for m in rows.values()})
@@ -83,6 +90,12 @@ def read_sources(paths: Sequence[Path], chip: str | None = None) -> Sources:
     if not sources.rows:
         raise ArgumentError("--chip", f"a chip with rows in {names}: {', '.join(chips)}", chip)
     return sources
+
+
+def _drawable(m: Measurement) -> bool:
+    known = (m.seconds, m.default_seconds, m.mlx_seconds, m.spread, *m.samples)
+    times = [t for t in known if t]
+    return all(SHORTEST <= t <= LONGEST for t in times)
 
 
 def _joined(a: Measurement, b: Measurement) -> Measurement:
@@ -170,15 +183,22 @@ def _list(value: object) -> list[float]:
     return [x for x in value if isinstance(x, float) and math.isfinite(x)]
 
 
+MOST_FIELDS = 24
+"""Fields of a policy that are told."""
+
+
 def policy_words(policy: str) -> list[tuple[str, str]]:
     """The fields of a policy as names and values; the text itself where it has none."""
     try:
         document: Any = json.loads(policy)
+        if isinstance(document, dict) and 0 < len(document) <= MOST_FIELDS:
+            return [
+                (
+                    str(name).replace("_", " "),
+                    value if isinstance(value, str) else json.dumps(value),
+                )
+                for name, value in sorted(document.items())
+            ]
     except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        return [("policy", policy)]
-    return [
-        (str(name).replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-        for name, value in sorted(document.items())
-    ]
+        pass
+    return [("text", policy)]

@@ -181,9 +181,15 @@ def _trials(rows: Sequence[Measurement], declared: Space | None) -> Iterator[Fro
             user_attrs=_attributes(m) | ({} if point else {"outside_space": True}),
         )
         # Optuna's times have no zone; these are UTC, and a row knows only when it was committed.
-        trial.datetime_start = datetime.fromisoformat(m.created.removesuffix("Z"))
-        trial.datetime_complete = trial.datetime_start
+        trial.datetime_start = trial.datetime_complete = _date(m.created)
         yield trial
+
+
+def _date(created: str) -> datetime:
+    try:
+        return datetime.fromisoformat(created.removesuffix("Z"))
+    except ValueError:  # of the right form, but no day or hour that there is
+        return datetime(1970, 1, 1)
 
 
 def _attributes(m: Measurement) -> dict[str, Any]:

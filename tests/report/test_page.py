@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from report_samples import (
     DEFAULT,
     HOSTILE,
@@ -22,9 +26,13 @@ from report_samples import (
     row,
 )
 
+from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError
+from metalgen.report import charts
 from metalgen.report.page import number, write_report
 from metalgen.report.sources import read_sources
+from metalgen.report.study import write_studies
+from metalgen.tuning.space import enumerate_valid
 
 
 def page_of(folder: Path, *paths: Path) -> Page:
@@ -33,7 +41,7 @@ def page_of(folder: Path, *paths: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def searched() -> list[object]:
+def searched() -> list[Measurement]:
     """25 measurements that become quicker, one failure, and a race of three finals."""
     rows = [row(DEFAULT, 2e-3), row(THIRD, None, status="runtime", detail="no")]
     rows += [row(dataclasses.replace(OTHER, bq=8 * n, simdgroups=n), 2e-3 - n * 5e-5)
@@ -61,8 +69,8 @@ def test_the_page_says_what_won_against_the_default_and_mlx(tmp_path: Path, meas
 def test_the_page_says_where_rows_come_from(tmp_path: Path, measured: Path):
     text = page_of(tmp_path, measured).text("measured")
     for fact in (
-        *("M3Max, 40 GPU cores", "macOS 26.1", "0.32.4", "2026-11-21T08:00:00Z", "0.42%"),
-        *("+0.10%", "policy: timer wall", "policy: repetitions 7", "samples of a final 3"),
+        *("M3Max, 40 GPU cores", "macOS 26.1", "0.32.4", "2026-11-21T08:00:00Z", "0.42 %"),
+        *("+0.10 %", "policy: timer wall", "policy: repetitions 7", "samples of a final 3"),
         *("28: 26 of the search, 2 finals", "failed 1 runtime", PROBLEM.config.key),
     ):
         assert fact in text, fact
@@ -89,7 +97,7 @@ def test_predictions_stand_apart_from_measurements_in_words_and_in_looks(
     assert "1.200 ms" not in page.text("modelled")
     assert "Predicted: 0.1230 ms" in page.text("modelled")
     assert "executed by nothing: the chip model" in page.text("modelled")
-    assert "MLX's own attention is not in it" in page.text("modelled")
+    assert "MLX's own attention is not in the model" in page.text("modelled")
     sections = [a["class"] for tag, a in page.elements if tag == "section"]
     assert sections == ["kind measured", "kind modelled"]
     assert "nobody measured them" in page.text("")
@@ -217,3 +225,85 @@ def test_two_pages_of_the_same_rows_differ_in_their_date_alone(
 )
 def test_times_have_four_digits_that_count(seconds: float | None, text: str):
     assert number(seconds) == text
+
+
+ROUND = [1e-12, 1e-9, 1e-3, 1e-3 * (1 + 1e-15), 2e-3, 1e8]
+ABSURD = [5e-324, 9e-13, 1.01e8, 1.7e308]
+TIMES = st.one_of(st.floats(1e-12, 1e8), st.sampled_from([*ROUND, *ROUND, *ABSURD]))
+TEXTS = st.sampled_from(["", HOSTILE, "x" * 3000, "\N{GRINNING FACE}" * 9])
+SCHEDULES = st.sampled_from([DEFAULT, OTHER, THIRD, *enumerate_valid(PROBLEM.config)[:40]])
+
+
+@st.composite
+def rows_of_any_kind(draw: st.DrawFn) -> Measurement:
+    """A row as a record file may hold it, with times of every size and texts of every kind."""
+    status = draw(st.sampled_from(["ok", "ok", "ok", "wrong", "timeout"]))
+    ok = status == "ok"
+    seconds = draw(TIMES.filter(bool)) if ok else None
+    optional = st.one_of(st.none(), TIMES)
+    return row(
+        draw(SCHEDULES),
+        seconds,
+        status=status,
+        verified=ok and draw(st.booleans()),
+        phase=draw(st.sampled_from(["final", "search"])),
+        provenance=draw(st.sampled_from(["measured", "modelled"])),
+        samples=tuple(draw(st.lists(TIMES, max_size=4))),
+        policy=draw(st.one_of(TEXTS, st.sampled_from(["[]", "{}", '{"a":{"b":[1]}}', "[" * 2000]))),
+        created=draw(st.sampled_from(["0000-99-99T99:99:99Z", "2026-11-21T08:00:00Z"])),
+        chip=draw(st.sampled_from(["M3Max", "M1", "Nobody"])),
+        detail=draw(TEXTS),
+        **{name: draw(optional) for name in ("spread", "default_seconds", "mlx_seconds", "error")},
+    )
+
+
+def absurd(m: Measurement) -> bool:
+    """Whether a row has a time that no kernel takes."""
+    known = [m.seconds, m.default_seconds, m.mlx_seconds, m.spread, *m.samples]
+    return any(t and not 1e-12 <= t <= 1e8 for t in known)
+
+
+@settings(max_examples=20, deadline=None, database=None)
+@given(st.lists(rows_of_any_kind(), min_size=1, max_size=30), st.booleans())
+def test_rows_of_any_kind_make_a_page_and_a_study(found: list[Measurement], ordered: bool):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if ordered:
+            source = database(folder / "d.db", found)
+        else:
+            source = records(folder / "r.jsonl", found)
+        try:
+            sources = read_sources([source])
+        except ArgumentError:  # no row is about a chip that is known, with times that can be
+            assert all(m.chip == "Nobody" or absurd(m) for m in found)
+            return
+        write_report(folder / "report.html", sources)
+        page = Page((folder / "report.html").read_text(encoding="utf-8"))
+        assert "script" not in {tag for tag, _ in page.elements}
+        for _, attributes in page.elements:
+            for name in ("d", "x", "y"):
+                assert not re.search("nan|inf", attributes.get(name) or "")
+        write_studies(folder / "s.log", sources)
+
+
+def test_what_is_too_much_for_a_page_is_counted_not_drawn(tmp_path: Path):
+    schedules = enumerate_valid(PROBLEM.config)[:3000]
+    run = [row(s, 1e-3 + 1e-9 * n) for n, s in enumerate(schedules)]
+    run += [final(s, 1e-3 + 1e-9 * n) for n, s in enumerate(schedules[:60])]
+    page = page_of(tmp_path, database(tmp_path / "d.db", run))
+    assert "20 slower finalists are not shown." in page.text()
+    dots = [(a["d"] or "").count("M") for t, a in page.elements if a.get("class") == "dots"]
+    assert 1000 <= max(dots) <= charts.MOST_MARKS
+    many = [row(policy=f"p{n}") for n in range(450)]
+    page = page_of(tmp_path, records(tmp_path / "r.jsonl", many))
+    assert "50 more results are not shown" in page.text()
+    assert sum(tag == "details" for tag, _ in page.elements) == 400
+
+
+def test_a_file_whose_name_is_no_text_is_named_all_the_same(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xff.jsonl"))
+    try:
+        records(path, [row()])
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert "r?.jsonl" in page_of(tmp_path, path).text()
