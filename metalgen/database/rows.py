@@ -7,6 +7,8 @@ through `Measurement` and `check`, unless each of its parts was part of a row th
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -36,6 +38,8 @@ assert sorted(GRAVITY) == sorted(STATUSES)
 Key = tuple[Any, ...]
 FAULTS = (MetalgenError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 """What a bad row or line may raise while it is read."""
+USUAL_SAMPLES = 10_000
+"""A row with more goes the long way, where their number is checked."""
 REMEMBERED = 1 << 17
 """Good values of a kind that are remembered before all are forgotten."""
 
@@ -69,6 +73,13 @@ _NUMBERS = slice(COLUMNS.index("seconds"), COLUMNS.index("samples"))
 _HEAD = slice(2, COLUMNS.index("created"))  # texts of which few combinations occur
 _CORES, _VERIFIED = COLUMNS.index("cores"), COLUMNS.index("verified")
 _CREATED = COLUMNS.index("created")
+_PROBLEM = ("batch_heads", "config", "family", "kv_len", "q_len")
+_DEFAULTS = {
+    **dict.fromkeys(COLUMNS),
+    **{f.name: f.default for f in dataclasses.fields(Measurement) if f.name in COLUMNS},
+}
+"""What a record says by leaving a column out; what it must have has no default, and no match."""
+_RECORD = frozenset({*COLUMNS, *_PROBLEM}) - {"problem"}
 
 
 def row_of_measurement(m: Measurement) -> Row:
@@ -177,9 +188,7 @@ class Reader:
             try:
                 if text is None:
                     raise ValueError(reason)
-                m = Measurement.from_record(parse_object(text))
-                check(m)
-                row = row_of_measurement(m)
+                row = self._record(parse_object(text))
             except FAULTS as error:
                 summary.reject(path, f"line {number}", short(error))
                 continue
@@ -204,40 +213,64 @@ class Reader:
         """The row of the values of `COLUMNS`; raises one of `FAULTS` where something is wrong."""
         problem = tables.good_problems.get(values[0]) or self._problem(values[0], tables)
         schedule = tables.good_schedules.get(values[1]) or self._schedule(values[1], tables)
+        if problem is not None and schedule is not None and type(values[_VERIFIED]) is int:
+            text = values[-1]
+            samples = [] if text == "[]" else json.loads(text) if type(text) is str else None
+            row = self._short_way(problem, schedule, values, samples)
+            if row is not None:
+                return row
+        return self._row(values, tables)
+
+    def _short_way(
+        self, problem: tuple[str, str], schedule: str, values: tuple[Any, ...], samples: Any
+    ) -> Row | None:
+        """The row of values that were found good before, and of good numbers; None otherwise."""
         head = self._heads.get(values[_HEAD])
         numbers = values[_NUMBERS]
         if (
-            problem is None
-            or schedule is None
-            or head is None
+            head is None
             or values[_CREATED] not in self._dates
             # 1 == 1.0 == True, so what is remembered says nothing about a number's type.
             or type(values[_CORES]) is not int
-            or type(values[_VERIFIED]) is not int
         ):
-            return self._row(values, tables)
+            return None
         for x in numbers:
             if x is not None and not (type(x) is float and 0.0 <= x < math.inf):
-                return self._row(values, tables)
+                return None
         identity, rest = head
         if rest[0] == "ok":
             place = (problem[1], schedule, identity[1])
             if not numbers[0] or (place not in self._legal and not self._may_be(place)):
-                return self._row(values, tables)
-        text = values[-1]
-        if text == "[]":
-            samples = []
-        elif type(text) is str:
-            samples = json.loads(text)
-            if type(samples) is not list or set(map(type, samples)) != {float}:
-                return self._row(values, tables)
+                return None
+        if type(samples) is not list:
+            return None
+        if samples:
+            if len(samples) > USUAL_SAMPLES or set(map(type, samples)) != {float}:
+                return None
             samples.sort()
             if samples[0] < 0.0 or not math.isfinite(sum(samples)):
-                return self._row(values, tables)
-        else:
-            return self._row(values, tables)
+                return None
         key = (problem[0], schedule, *identity)
         return Row._make((key, *rest, values[_CREATED], *numbers, tuple(samples)))
+
+    def _record(self, record: dict[str, Any]) -> Row:
+        """The row of a record; raises one of `FAULTS` where something is wrong."""
+        problem = self._problems.get(_canonical({name: record.get(name) for name in _PROBLEM}))
+        schedule = self._schedules.get(_canonical(record.get("schedule")))
+        if (
+            problem is not None
+            and schedule is not None
+            and record.keys() <= _RECORD
+            and type(record.get("verified", False)) is bool
+        ):
+            values = tuple(record.get(name, default) for name, default in _DEFAULTS.items())
+            with contextlib.suppress(TypeError):  # values that cannot be looked up
+                row = self._short_way(problem, schedule, values, record.get("samples", []))
+                if row is not None:
+                    return row
+        m = Measurement.from_record(record)
+        check(m)
+        return self._learned(m)
 
     def _problem(self, number: Any, tables: Tables) -> tuple[str, str] | None:
         key = tables.problems.get(number)
@@ -273,14 +306,20 @@ class Reader:
         fields["verified"] = {0: False, 1: True}[fields["verified"]]
         m = Measurement.from_fields(_problem(problem), _schedule(schedule), fields)
         check(m)
+        return self._learned(m)
+
+    def _learned(self, m: Measurement) -> Row:
+        """The row of a measurement that passed every check, whose parts are good from now on."""
         row = row_of_measurement(m)
+        problem, schedule = row.key[:2]
         for known in (self._problems, self._schedules, self._heads):
             if len(known) > REMEMBERED:
                 known.clear()
         config = f"{m.problem.family} {m.problem.config.key}"
         self._problems.setdefault(problem, (problem, config))
         self._schedules.setdefault(schedule, schedule)
-        self._heads[values[_HEAD]] = row.key[2:], tuple(row[1 : Row._fields.index("created")])
+        rest = tuple(row[1 : Row._fields.index("created")])
+        self._heads[row.key[2:] + rest] = row.key[2:], rest
         self._remember(self._dates, row.created)
         return row
 
@@ -298,6 +337,10 @@ class Tables:
         self.schedules = schedules
         self.good_problems: dict[Any, tuple[str, str]] = {}  # key; family and config
         self.good_schedules: dict[Any, str] = {}
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 @functools.lru_cache(maxsize=1 << 14)

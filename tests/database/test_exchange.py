@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import random
@@ -13,7 +14,7 @@ from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, modell
 from metalgen.database import exchange, merging
 from metalgen.database.exchange import Summary, join
 from metalgen.database.measurement import Measurement
-from metalgen.database.rows import COLUMNS, FAULTS, Reader, Tables, row_of_measurement
+from metalgen.database.rows import COLUMNS, FAULTS, Reader, Row, Tables, row_of_measurement
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 
@@ -290,3 +291,31 @@ def test_a_reader_that_has_seen_good_rows_accepts_nothing_that_a_new_one_refuses
         else:
             assert outcomes[0] == outcomes[1], (COLUMNS[column], bad)
     assert accepted < len(rows) * len(BAD_VALUES)
+
+
+def test_a_reader_of_records_that_has_seen_good_ones_accepts_nothing_that_a_new_one_refuses() -> (
+    None
+):
+    good = [
+        row(FIRST, samples=(2e-3, 1e-3), verified=True, spread=1e-4, error=1e-4),
+        row(SECOND),
+        row(THIRD, None, status="wrong", detail="no"),
+    ]
+    records = [m.to_record() for m in good]
+    names = {*records[0], *records[2], "extra", "run", "problem"}
+    learned, accepted = Reader(), 0
+    values = (*BAD_VALUES, [], {}, [1.0], [1], [-1.0], [float("nan")], [True], [[1.0]], {"a": []})
+    for record, name, bad in itertools.product(records, sorted(names), values):
+        for known in records:
+            learned._record(dict(known))
+        outcomes: list[object] = []
+        for reader in (Reader(), learned):
+            try:
+                outcomes.append(reader._record(record | {name: copy.deepcopy(bad)}))
+            except FAULTS as error:
+                outcomes.append((type(error), str(error)))
+        assert repr(outcomes[0]) == repr(outcomes[1]), (name, bad)
+        accepted += isinstance(outcomes[0], Row)
+    assert 0 < accepted < len(records) * len(names) * len(values)
+    again = [learned._record(m.to_record()) for m in good]
+    assert again == [*map(row_of_measurement, good)]
