@@ -101,7 +101,7 @@ def chart(
     """
     best = min(t for _, t in line)
     drawn = [t for t in (default, mlx) if t is not None and t <= FAR * best]
-    drawn += [t for _, t in line if t <= FAR * best]
+    drawn += [min(t, FAR * best) for _, t in line]
     margin = 0.1 * (1.05 * max(drawn) - min(drawn))
     low, high = min(drawn) - margin, max(drawn) + margin
     x = Axis(1, max(end, 2), LEFT, WIDTH - RIGHT, log)
@@ -121,7 +121,9 @@ def chart(
         default=y(default) if default is not None and default <= high else None,
         mlx=y(mlx) if mlx is not None and mlx <= high else None,
         x_ticks=tuple(Tick(x(n), f"{n:g}") for n in _counts(end, log)),
-        y_ticks=tuple(Tick(y(v / 1e3), f"{v:g}") for v in ticks(low * 1e3, high * 1e3)),
+        y_ticks=tuple(
+            Tick(y(v / 1e3), text) for v, text in _labelled(ticks(low * 1e3, high * 1e3))
+        ),
     )
 
 
@@ -158,6 +160,15 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
         if last - first < most:
             return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
     raise AssertionError("a step of 20 sizes always fits")
+
+
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Values and their texts, all with as many decimals as one of them needs."""
+    texts = [f"{v:.12g}" for v in values]
+    if any("e" in text for text in texts):
+        return list(zip(values, texts, strict=True))
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    return [(v, f"{v:.{decimals}f}") for v in values]
 
 
 def _counts(end: float, log: bool) -> list[float]:

@@ -118,6 +118,13 @@ def test_finals_alone_make_a_page(tmp_path: Path):
     assert "noise floor not in these sources" in text
 
 
+def test_rows_of_earlier_templates_are_marked(tmp_path: Path):
+    rows = [final(OTHER, 1e-3, template_hash="0123456789abcdef")]
+    text = page_of(tmp_path, records(tmp_path / "r.jsonl", rows)).text()
+    assert "final, checked, earlier templates" in text
+    assert "0123456789abcdef (not the present ones)" in text and "are not dispatched" in text
+
+
 def test_a_problem_where_nothing_ran_is_on_the_page(tmp_path: Path):
     rows = [row(OTHER, None, status="compile", detail="no"), row(DEFAULT, None, status="runtime")]
     text = page_of(tmp_path, records(tmp_path / "r.jsonl", rows)).text()

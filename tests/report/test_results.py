@@ -265,5 +265,12 @@ def test_a_picture_places_its_marks_in_proportion():
     assert picture.mlx is None  # beyond the upper edge
 
 
+def test_labels_of_an_axis_have_the_same_decimals():
+    picture = charts.chart([(1, 0.39e-3), (2, 0.6e-3)], end=2)
+    assert [tick.text for tick in picture.y_ticks] == ["0.40", "0.45", "0.50", "0.55", "0.60"]
+    picture = charts.chart([(1, 9e-3), (2, 1.2e-3)], end=2)
+    assert [tick.text for tick in picture.y_ticks] == ["1", "2", "3", "4", "5"]
+
+
 def test_shades_go_by_the_multiple_of_the_best_time():
     assert [charts.shade(x) for x in (1.0, 1.02, 1.021, 1.5, 4.0, 4.1)] == [0, 0, 1, 4, 6, 7]
