@@ -247,6 +247,13 @@ class DeviceConformance:
         k, v = (normal((1, 2, 52, 64), dtype, s) for s in (2, 3))
         self.check(config, q, k, v, scale=1.0)
 
+    def test_tf32_has_the_error_of_11_bits_where_it_is_asked_for(self) -> None:
+        config = AttentionConfig(64, "float32", causal=True, tf32=True)
+        result = verify(self.device, config, default_schedule(config, self.device.limits))
+        assert result.ok, result.detail
+        exact = self.device.target != "cuda"
+        assert (result.error <= TOLERANCE["float32"]) == exact
+
     def test_nan_stays_in_the_rows_that_see_it(self) -> None:
         config = AttentionConfig(16, "float32", causal=True)
         q, k, v = (normal((1, 1, 24, 16), seed=s) for s in (1, 2, 3))

@@ -222,6 +222,8 @@ def hostile(case: Case, seed: int) -> Inputs:
         array = getattr(inputs, name)
         if array is not None:
             numbers = choices.choice(np.array(HOSTILE_NUMBERS, np.int32), array.shape)
+            if name == "rope_offset":  # positions are added to, and read nothing
+                numbers = numbers // 2
             kept = choices.random(array.shape) < choices.choice([0.0, 0.5])
             changed[name] = mx.array(np.where(kept, np.array(array), numbers))
     return replace(inputs, **changed)
