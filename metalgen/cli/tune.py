@@ -287,6 +287,8 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
             "These times are predictions. They choose schedules; on a GPU, MLX's own attention "
             "keeps the call until ours is measured there as faster."
         )
+        for note in dict.fromkeys(o.note for o in report.outcomes if o.winner and o.note):
+            click.echo(f"Some are {note}.")
     if report.stopped == "budget":
         click.echo("The budget is spent; the same command goes on from here.")
     if tuned < len(report.outcomes) and plan.checker is None:

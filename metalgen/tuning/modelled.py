@@ -11,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from metalgen.chips.counts import forward_counts
+from metalgen.chips.counts import covers, forward_counts
 from metalgen.database.measurement import Measurement
 from metalgen.schedule import Limits, Schedule
 from metalgen.tuning.progress import Outcome, Rejected
@@ -132,7 +132,7 @@ class ModelledSession(Session):
     def _first_that_passes(
         self, rows: list[Measurement], policy: str
     ) -> tuple[Measurement | None, list[Rejected], str]:
-        """The best row whose kernel passes its check, and those before it that failed."""
+        """The best row whose kernel passes its check, those before it that failed, and a note."""
         rejected: list[Rejected] = []
         for row in rows:
             try:
@@ -142,7 +142,7 @@ class ModelledSession(Session):
             if check.ok:
                 winner = next(m for m in self.rows(policy) if m.schedule == row.schedule)
                 self.show(best=winner.schedule, best_seconds=winner.seconds)
-                return winner, rejected, ""
+                return winner, rejected, covers(self.problem.config) or ""
             rejected.append(Rejected(row.schedule, check.status, check.detail))
             if len(rejected) == CHECKS_A_PROBLEM:
                 return None, rejected, f"the best {CHECKS_A_PROBLEM} failed their checks"

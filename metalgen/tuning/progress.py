@@ -55,7 +55,7 @@ class Outcome:
         tried: schedules that were ranked or measured, in this run or earlier.
         new: of these, the ones from this run.
         rejected: candidates before the winner that failed their check in this run.
-        note: why there is no winner.
+        note: why there is no winner, or what of the config a modelled time leaves out.
     """
 
     problem: Problem

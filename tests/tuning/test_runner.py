@@ -145,6 +145,13 @@ def test_no_winner_is_modelled_slower_than_the_default(
     assert read(winner) == bytes_read[True] > bytes_read[False]  # least of either side
 
 
+def test_a_modelled_winner_says_what_of_its_config_is_not_priced(store: Store) -> None:
+    slopes = Problem(AttentionConfig(head_dim=8, alibi=True), 2, 16, 16)
+    plain, other = model(store, FakeVerify(), [SMALL, slopes], trials=20).outcomes
+    assert plain.winner and other.winner
+    assert (plain.note, other.note) == ("", "counted as if without alibi=True")
+
+
 def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:
     report = model(store, FakeVerify(), [SMALL])
     hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
