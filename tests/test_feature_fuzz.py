@@ -71,7 +71,7 @@ def checked(device: Device) -> Callable[[Case], None]:
 
 
 def findings(runs: simulator.Recorder, between_groups: bool = True) -> str:
-    found = [finding for run in runs for finding in run.findings]
+    found = [finding for run in runs for finding in run.findings or ()]
     if not between_groups:
         found = [finding for finding in found if finding.kind != "race between threadgroups"]
     return "\n".join(map(str, found))
