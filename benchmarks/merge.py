@@ -7,10 +7,13 @@ merged into a new one; with --orders 2 also in the reverse order, and the export
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
+import os
+import platform
 import random
+import resource
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -20,6 +23,8 @@ from pathlib import Path
 from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement, host
+from metalgen.database.merging import merge_rows
+from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.tuning.space import enumerate_valid
@@ -56,12 +61,19 @@ def rows(number: int, count: int) -> Iterator[Measurement]:
         )
 
 
-def merged(path: Path, sources: list[Path]) -> tuple[exchange.Summary, float]:
-    """The summary of a merge into a new database, and its seconds."""
-    start = time.perf_counter()
+def make(path: Path, number: int, count: int) -> None:
+    """The `number`-th database, unless it is there."""
+    if not path.exists():
+        with Store.open(path) as store:
+            merge_rows(store, map(row_of_measurement, rows(number, count)))
+
+
+def merged(path: Path, sources: list[Path]) -> tuple[exchange.Summary, float, float]:
+    """The summary of a merge into a new database, its seconds and those of the processor."""
+    start, busy = time.perf_counter(), time.process_time()
     with Store.open(path) as store:
         summary = exchange.merge(store, sources)
-    return summary, time.perf_counter() - start
+    return summary, time.perf_counter() - start, time.process_time() - busy
 
 
 def digest(path: Path) -> str:
@@ -78,24 +90,33 @@ def main() -> None:
     parser.add_argument("--databases", type=int, default=100)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--orders", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--folder", type=Path, help="where to keep the databases for another time")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        sources = []
-        for number in range(options.databases):
-            path = Path(folder) / f"{number}.db"
-            with Store.open(path) as store:
-                run = store.begin_run("M3Max", 0)
-                store.add_measurements(
-                    dataclasses.replace(m, run=run) for m in rows(number, options.rows)
-                )
-            sources.append(path)
-        print(f"{len(sources)} databases of {options.rows} rows are there", flush=True)
-        summary, seconds = merged(Path(folder) / "merged.db", sources)
-        print(f"merged in {seconds:.1f} s: {summary}", flush=True)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"SQLite {sqlite3.sqlite_version}; load before it {os.getloadavg()[0]:.1f}"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        sources = [folder / f"{number}.db" for number in range(options.databases)]
+        for number, path in enumerate(sources):
+            make(path, number, options.rows)
+        size = sum(path.stat().st_size for path in sources) / 2**20
+        print(f"{len(sources)} databases of {options.rows} rows, {size:.0f} MiB", flush=True)
+        results = [Path(scratch) / f"merged-{n}.db" for n in range(options.orders)]
+        for path, order in zip(results, (sources, sources[::-1]), strict=False):
+            summary, seconds, busy = merged(path, order)
+            count = len(sources) * options.rows
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(
+                f"merged in {seconds:.1f} s ({busy:.1f} s of processor time, "
+                f"{1e6 * busy / count:.0f} us a row, load {os.getloadavg()[0]:.1f}), "
+                f"at most {memory:.2f} GiB: {summary}",
+                flush=True,
+            )
         if options.orders == 2:
-            _, seconds = merged(Path(folder) / "again.db", sources[::-1])
-            same = digest(Path(folder) / "merged.db") == digest(Path(folder) / "again.db")
-            print(f"in reverse in {seconds:.1f} s; the exports are the same bytes: {same}")
+            same = len({digest(path) for path in results}) == 1
+            print(f"in reverse the export is the same bytes: {same}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import json
 import statistics
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
+from metalgen.tuning.heart import BEAT, Heart
 from metalgen.tuning.search import FAILED, Search
 from metalgen.tuning.space import Space
 from metalgen.tuning.storage import StorageError, explained, masked
@@ -140,7 +140,7 @@ class SharedStudy:
         self._own: dict[str, int] = {}  # ids of this worker's running trials
         self._beats: dict[int, tuple[object, float]] = {}
         self._study = self._open()
-        self._heart = _Heart(self)
+        self._heart = Heart(storage, share.beat)
         self.refresh()
 
     def _open(self) -> int:
@@ -306,7 +306,7 @@ class SharedStudy:
             if len(parameter.values(point)) > 1:
                 params[parameter.name] = point[parameter.name]
                 choices[parameter.name] = CategoricalDistribution(parameter.choices)
-        attributes: dict[str, Any] = {"item": key, "worker": self.worker, "beat": 0}
+        attributes: dict[str, Any] = {"item": key, "worker": self.worker, BEAT: 0}
         if state.is_finished():
             attributes["rows"] = [m.to_line() for m in rows]
         template = create_trial(
@@ -403,7 +403,7 @@ class SharedStudy:
         for trial in trials:
             if trial.state != TrialState.RUNNING or trial._trial_id in own:
                 continue
-            beat = trial.user_attrs.get("beat")
+            beat = trial.user_attrs.get(BEAT)
             seen = self._beats.get(trial.number)
             if seen is None or seen[0] != beat:
                 self._beats[trial.number] = beat, now
@@ -457,33 +457,3 @@ class SharedStudy:
 
 
 RELEASED = "its worker gave it back"
-
-
-class _Heart:
-    """A thread that counts in a worker's running trials while the worker lives."""
-
-    def __init__(self, study: SharedStudy) -> None:
-        self._storage = study.storage
-        self._beat = study.share.beat
-        self._trials: set[int] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metalgen-heart", daemon=True)
-        self._thread.start()
-
-    def watch(self, trials: set[int]) -> None:
-        """These are running."""
-        self._trials = trials
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join(timeout=10.0)
-
-    def _run(self) -> None:
-        count = 0
-        while not self._stop.wait(self._beat):
-            count += 1
-            for trial in sorted(self._trials):
-                # Finished meanwhile, or the server is away: the worker itself will hear of it.
-                with contextlib.suppress(Exception):
-                    self._storage.set_trial_user_attr(trial, "beat", count)

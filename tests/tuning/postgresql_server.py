@@ -72,7 +72,8 @@ def server() -> Iterator[str]:
     from urllib.parse import quote
 
     place, user = programs(), _user()
-    folder = Path(tempfile.mkdtemp(prefix="metalgen-pg-"))
+    # The other user must be able to get there, whatever the temporary folder of this one is.
+    folder = Path(tempfile.mkdtemp(prefix="metalgen-pg-", dir="/tmp" if user else None))
     try:
         data, secret, log = folder / "data", folder / "secret", folder / "log"
         secret.write_text(PASSWORD)

@@ -38,7 +38,7 @@ from metalgen.tuning.search import Search
 from metalgen.tuning.space import enumerate_valid, space
 from metalgen.tuning.storage import StorageError, close_storage, open_storage
 
-TRIALS = 28
+TRIALS = 20
 WORKERS = 4
 
 WORKER = textwrap.dedent(
