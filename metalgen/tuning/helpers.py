@@ -308,6 +308,7 @@ class Helpers:
     ) -> Any:
         """The value of an operation on a helper; raises how it failed."""
         job = Job(operation, arguments, kernel)
+        assert helper in self._helpers and helper.job is None, "one answer is for one question"
         self._send(helper, job)
         self._serve_until(lambda: job.answer is not None)
         assert job.answer is not None
@@ -362,7 +363,7 @@ class Helpers:
             free = [h for h in self._helpers if h.ready and h.job is None and h.holds is None]
             self._track = max(free, key=lambda h: len(h.compiled & kernels), default=None)
         helper = self._track
-        while self._finalists and helper is not None and helper.job is None:
+        while self._finalists and helper and helper.job is None and helper.holds is None:
             problem, schedule = self._finalists.popleft()
             kernel = _kernel(problem, schedule)
             if kernel not in helper.compiled:

@@ -133,20 +133,24 @@ class MeasuredSession(Session):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     def _starts(self) -> tuple[Schedule, ...]:
-        """The best of earlier software, of near chips and buckets, and of the chip model."""
-        earlier = self.store.measurements(
-            self.problem,
-            chip=self.chip.name,
-            template_hash=self.report.template_hash,
-            provenance="measured",
-            verified=True,
-        )
-        stale = [m for m in by_time(earlier) if m.policy != self.policy_key]
+        """What won here by other software, templates or policies; elsewhere; by the chip model."""
+        from metalgen.database.records import recorded
+
+        name = self.chip.name
+        earlier = self.store.measurements(self.problem, chip=name, provenance="measured")
+        shipped = (m for m in recorded(self.problem, [name]) if m.problem == self.problem)
+        present = (self.report.template_hash, self.policy_key)
+        other = [
+            m
+            for m in (*earlier, *shipped)
+            if (m.template_hash, m.policy) != present and m.provenance == "measured"
+        ]
+        stale = sorted((m for m in other if m.status == "ok"), key=lambda m: m.rank)
         try:
             ranked = rank(self.problem, self.valid, self.chip)
         except MetalgenError:  # a chip that the model does not know
             ranked = []
-        starts = [m.schedule for m in stale][:FINALISTS]
+        starts = list(dict.fromkeys(m.schedule for m in stale))[:FINALISTS]
         starts += borrowed_schedules(self.problem, self.chip, self.store)
         starts += [s for _, s in ranked[:MODEL_STARTS]]
         return tuple(dict.fromkeys(s for s in starts if s in self.valid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from metalgen.tuning.verifying import CannotCheck, failure_status
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
+DEFAULT = default_schedule(SMALL.config)
 POLICY = Policy(
     warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, cold_bytes=0, rounds=2
 )
@@ -435,6 +437,31 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     assert gpu.built[:2] == [default_schedule(SMALL.config), before.schedule]
     fresh = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert fresh is not None and fresh.exact and not fresh.stale
+
+
+def test_what_won_by_other_templates_is_tried_first_also_from_shipped_records(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default, *others = sorted(enumerate_valid(SMALL.config), key=lambda s: (s != DEFAULT, s.key))
+    slow, quick, shipped = others[100:700:200]
+    row = Measurement(
+        *(SMALL, slow, "0" * 16, CHIP.name, CHIP.cores, "metal", "measured", "{}"),
+        seconds=2e-3,
+    )
+    with_run = dataclasses.replace(row, run=store.begin_run(CHIP.name, 0))
+    store.add_measurements(
+        [
+            with_run,
+            dataclasses.replace(with_run, schedule=quick, seconds=1e-3),
+            dataclasses.replace(with_run, schedule=others[5], seconds=None, status="runtime"),
+        ]
+    )
+    final = dataclasses.replace(row, schedule=shipped, seconds=5e-3, phase="final")
+    monkeypatch.setattr("metalgen.database.records.recorded", lambda problem, chips: [final])
+    monkeypatch.setattr("metalgen.tuning.measured.borrowed_schedules", lambda *given: [])
+    gpu = FakeGpu(Clock())
+    on_gpu(store, gpu, FakeVerify(), trials=5)
+    assert gpu.built[:4] == [default, shipped, quick, slow]  # a final outranks the rest
 
 
 def test_measured_rows_outrank_modelled_ones_of_the_same_chip(store: Store) -> None:
