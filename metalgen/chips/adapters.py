@@ -68,7 +68,7 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
     t, direct = tile, chip.direct_reads
     scores, outputs = MFA_PRODUCTS[t.kernel]
     gemms = scores + outputs
-    forward, query, key_value = (t.kernel == name for name in MFA_PRODUCTS)
+    forward, key_value = t.kernel == "fwd", t.kernel == "bwd_dKV"
     item = 2 if t.half else 4
     rows, keys, columns = t.rows, t.keys, min(t.columns, t.head_dim)
     wide, fragments, blocks = t.head_dim // FRAGMENT, keys // FRAGMENT, -(-t.head_dim // columns)
@@ -78,55 +78,11 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
     live = passes * simdgroups
     products = live * gemms * fragments * wide
 
-    # A loop over blocks of D that runs once is no loop, nor is what is left behind its last block.
-    # There, where no barrier keeps them (no copies), loads of what stays the same are moved out of
-    # the pass, and those of all accumulators to its start: it needs registers as if all was cached.
-    straight = t.head_dim if t.head_dim < 2 * columns else t.head_dim % columns
-    straight = 0 if direct else straight // FRAGMENT
-    looped = columns // FRAGMENT * (straight < wide)
-
-    # 16-bit registers a thread: a float32 fragment takes 4. dO and all accumulators are float32
-    # in registers; Q, K, V, S and P are 16-bit ones where inputs are.
-    fragment = 2 if t.half else 4
-    inputs = {"fwd": fragment, "bwd_dQ": fragment + 4, "bwd_dKV": 2 * fragment}[t.kernel]
-    one_input = 4 if query else fragment
-    registers = 16 + columns / 2 if not direct else 32 + AHEAD * t.cache_inputs
-    registers += inputs * (wide if t.cache_inputs else straight)
-    registers += 0 if t.cache_inputs else one_input * looped
-    registers += 4 * outputs * wide if t.cache_outputs else 4 * (outputs * straight + looped)
-    # S becomes P in place, and dS needs P and dP. With direct reads there is no barrier between
-    # the two products of the forward pass: S of one overlaps with P of the other.
-    scored = fragments * (fragment * (2 if forward and direct else 1) + (0 if forward else 4))
-    registers += scored
-
-    # The compiler may not keep an array in registers that a loop indexes. dO, whose sum with O is
-    # formed in one, lives in memory unless there is room for a copy; it is read at every product
-    # with it (staged: at every other, between barriers).
-    array = 0
-    if query and t.cache_inputs and 32 + scored + inputs * wide >= OCCUPANCY_REGISTERS:
-        array = 4 * wide
-    reloads = live * array * fragments * (1.0 if direct else 0.5)
-    # Loops that stay loops index what was to be kept: read once a pass. Inputs have two loads and
-    # two addresses for each product, so their loops stay sooner, and the accumulators' with them.
-    unrolled = wide * fragments
-    if direct and t.cache_inputs and unrolled > UNROLLED / 2:
-        kept = inputs * wide - array + 4 * outputs * wide * t.cache_outputs
-    elif direct and t.cache_outputs and unrolled > UNROLLED:
-        kept = 4 * outputs * wide
-    else:
-        kept = 0
-    registers -= array + kept
-    array += kept
-    reloads += live * kept
-    if direct:
-        limit, uses = REGISTERS, 1
-    else:  # barriers between the blocks: what has no room is loaded once a block
-        limit, uses = OCCUPANCY_REGISTERS, 2 if forward else 1
-        registers = max(registers, float(limit))  # what is left, loads ahead of their use take
+    held = _held(t, direct)
+    page_ins = 0.0 if t.cache_inputs else scores * (1 - held.straight / wide)
+    page_outs = 0 if t.cache_outputs else outputs
 
     # Slices that a group copies to or from threadgroup memory, and fragments that simdgroups page.
-    page_ins = 0.0 if t.cache_inputs else scores * (1 - straight / wide)
-    page_outs = 0 if t.cache_outputs else outputs
     if direct:
         # An accumulator is fetched, and written back behind two barriers.
         slices = passes * blocks * (page_ins + 3 * page_outs)
@@ -162,8 +118,8 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
     return Work(
         groups=groups,
         simdgroups=simdgroups,
-        registers=int(registers),
-        register_limit=limit,
+        registers=int(held.registers),
+        register_limit=REGISTERS if direct else OCCUPANCY_REGISTERS,
         threadgroup_memory=memory,
         products=products,
         exponentials=elements,
@@ -171,9 +127,10 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
         moves=loads + paged,
         arithmetic=arithmetic,
         wide=not t.half,
-        spill_uses=live * uses,
-        array=array,
-        reloads=reloads,
+        # Staged, what has no room is loaded once a block: O to be rescaled, too.
+        spill_uses=live * (2 if forward and not direct else 1),
+        array=held.array,
+        reloads=live * held.reloads,
         paged=paged,
         loop=0.0,
         on_core_bytes=on_core,
@@ -188,6 +145,72 @@ def mfa_work(tile: Tile, chip: Chip) -> Work:
         masked=0.0,
         longest=1.0,
     )
+
+
+class _Held(NamedTuple):
+    """What a compiler is thought to keep where; 16-bit registers a thread.
+
+    Args:
+        registers: what it would keep in registers, if there were enough.
+        array: arrays that live in memory.
+        reloads: loads of those a simdgroup and pass.
+        straight: fragments of the head dimension outside of any loop.
+    """
+
+    registers: float
+    array: int
+    reloads: float
+    straight: int
+
+
+def _held(t: Tile, direct: bool) -> _Held:
+    """Registers and arrays of a tile; docs/chip-model.md has the evidence."""
+    outputs = MFA_PRODUCTS[t.kernel][1]
+    forward, query = t.kernel == "fwd", t.kernel == "bwd_dQ"
+    columns = min(t.columns, t.head_dim)
+    wide, fragments = t.head_dim // FRAGMENT, t.keys // FRAGMENT
+
+    # A loop over blocks of D that runs once is no loop, nor is what is left behind its last block.
+    # There, where no barrier keeps them (no copies), loads of what stays the same are moved out of
+    # the pass, and those of all accumulators to its start: it needs registers as if all was cached.
+    straight = t.head_dim if t.head_dim < 2 * columns else t.head_dim % columns
+    straight = 0 if direct else straight // FRAGMENT
+    looped = columns // FRAGMENT * (straight < wide)
+
+    # 16-bit registers a thread: a float32 fragment takes 4. dO and all accumulators are float32
+    # in registers; Q, K, V, S and P are 16-bit ones where inputs are.
+    fragment = 2 if t.half else 4
+    inputs = {"fwd": fragment, "bwd_dQ": fragment + 4, "bwd_dKV": 2 * fragment}[t.kernel]
+    one_input = 4 if query else fragment
+    registers = 16 + columns / 2 if not direct else 32 + AHEAD * t.cache_inputs
+    registers += inputs * (wide if t.cache_inputs else straight)
+    registers += 0 if t.cache_inputs else one_input * looped
+    registers += 4 * outputs * wide if t.cache_outputs else 4 * (outputs * straight + looped)
+    # S becomes P in place, and dS needs P and dP. With direct reads there is no barrier between
+    # the two products of the forward pass: S of one overlaps with P of the other.
+    scored = fragments * (fragment * (2 if forward and direct else 1) + (0 if forward else 4))
+    registers += scored
+
+    # The compiler may not keep an array in registers that a loop indexes. dO, whose sum with O is
+    # formed in one, lives in memory unless there is room for a copy; it is read at every product
+    # with it (staged: at every other, between barriers).
+    array = 0
+    if query and t.cache_inputs and 32 + scored + inputs * wide >= OCCUPANCY_REGISTERS:
+        array = 4 * wide
+    reloads = array * fragments * (1.0 if direct else 0.5)
+    # Loops that stay loops index what was to be kept: read once a pass. Inputs have two loads and
+    # two addresses for each product, so their loops stay sooner, and the accumulators' with them.
+    unrolled = wide * fragments
+    if direct and t.cache_inputs and unrolled > UNROLLED / 2:
+        kept = inputs * wide - array + 4 * outputs * wide * t.cache_outputs
+    elif direct and t.cache_outputs and unrolled > UNROLLED:
+        kept = 4 * outputs * wide
+    else:
+        kept = 0
+    registers -= array + kept
+    if not direct:  # what is left, loads ahead of their use take
+        registers = max(registers, float(OCCUPANCY_REGISTERS))
+    return _Held(registers, array + kept, reloads + kept, straight)
 
 
 @functools.lru_cache(maxsize=1024)
