@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 LOSSES = 3
 """Workers that may die of a schedule before nobody tries it again."""
+RELEASED = "its worker gave it back"
+"""Why a trial was lost, where that is no one's death."""
 FINALS = "finals"
 """What a claim is on, beside schedules: the race of the best."""
 
@@ -147,9 +149,10 @@ class SharedStudy:
         from optuna.exceptions import DuplicatedStudyError
         from optuna.study import StudyDirection
 
-        digest = hashlib.sha256(self.problem.key.encode()).hexdigest()[:12]
-        name = f"{self.share.study}: {self.problem} [{digest}]"
-        mine = {"problem": self.problem.key, **self.facts}
+        name = f"{self.share.study}: {str(self.problem)[:200]} [{_digest(self.problem.key)}]"
+        choices = [(parameter.name, parameter.choices) for parameter in self.space.parameters]
+        # Optuna takes no other choices of a parameter later on.
+        mine = {"problem": self.problem.key, "space": _digest(json.dumps(choices)), **self.facts}
         with self._explained():
             try:
                 study = self.storage.create_new_study([StudyDirection.MINIMIZE], name)
@@ -456,4 +459,5 @@ class SharedStudy:
         self.pending.clear()
 
 
-RELEASED = "its worker gave it back"
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -28,7 +28,6 @@ from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
-from metalgen.problem import Problem
 from metalgen.schedule import Schedule
 from metalgen.tuning import distributed
 from metalgen.tuning.distributed import LOSSES, Share, SharedStudy
@@ -276,21 +275,21 @@ class Team:
         self.share = Share(f"journal:{path}", beat=1000.0, grace=2000.0)
         self.goal = goal
         self.gpu = Replayed()
+        self.declared = space(SMALL.config, self.gpu.limits, "forward")
         self.now = 0.0
         self.received: dict[str, list[Measurement]] = {}
         self._open: list[SharedStudy] = []
         monkeypatch.setattr(distributed.time, "monotonic", lambda: self.now)
 
-    def join(self, problem: Problem = SMALL, ahead: int = 1, **facts: Any) -> SharedStudy:
+    def join(self, ahead: int = 1, **facts: Any) -> SharedStudy:
         """A new worker."""
-        config, limits = problem.config, self.gpu.limits
-        declared = space(config, limits, "forward")
-        valid = enumerate_valid(config, limits, "forward", ("safe",))
+        declared = self.declared
+        valid = enumerate_valid(SMALL.config, self.gpu.limits, "forward", ("safe",))
         rows: list[Measurement] = []
         worker = SharedStudy(
             self.share,
             open_storage(self.share.url),
-            problem,
+            SMALL,
             FACTS | facts,
             declared,
             lambda: Search(declared, valid, 0),
@@ -486,6 +485,19 @@ def test_a_worker_unlike_the_others_is_refused_by_name(
     team.join()
     with pytest.raises(StorageError, match=f"of workers with {name} {FACTS[name]}, and .* {value}"):
         team.join(**{name: value})
+
+
+def test_a_worker_of_a_metalgen_with_other_schedules_is_refused(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team.join()
+    first, *others = team.declared.parameters
+    fewer = dataclasses.replace(first, choices=first.choices[:-1])
+    monkeypatch.setattr(
+        team, "declared", dataclasses.replace(team.declared, parameters=(fewer, *others))
+    )
+    with pytest.raises(StorageError, match="of workers with space [0-9a-f]{12}, and this one has"):
+        team.join()
 
 
 def test_trials_that_no_worker_made_are_refused(team: Team) -> None:
