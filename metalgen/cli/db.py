@@ -261,9 +261,9 @@ def study(
 ) -> None:
     """Write FILES, or your database, as studies that Optuna's dashboard opens."""
     from metalgen.chips import get_chip
-    from metalgen.report.page import check_target
     from metalgen.report.sources import read_sources
     from metalgen.report.study import SQLITE, write_studies
+    from metalgen.report.writing import check_target
 
     name = get_chip(chip).name if chip else None
     check_target(output, new=True)

@@ -34,8 +34,9 @@ def command(
     FILE is a database or a file of records (JSON lines). The page needs no network and no script.
     """
     from metalgen.chips import get_chip
-    from metalgen.report.page import check_target, write_report
+    from metalgen.report.page import write_report
     from metalgen.report.sources import read_sources
+    from metalgen.report.writing import check_target
 
     name = get_chip(chip).name if chip else None
     check_target(output)

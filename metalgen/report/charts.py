@@ -87,6 +87,7 @@ def chart(
     failed: Sequence[float] = (),
     default: float | None = None,
     mlx: float | None = None,
+    far: float = FAR,
 ) -> Chart:
     """A picture of times over a count from 1 to `end`.
 
@@ -98,23 +99,24 @@ def chart(
         dots: counts and seconds of single measurements.
         failed: counts without a time.
         default, mlx: seconds of horizontal lines.
+        far: the multiple of the best time beyond which nothing is told apart.
     """
     best = min(t for _, t in line)
-    drawn = [t for t in (default, mlx) if t is not None and t <= FAR * best]
-    drawn += [min(t, FAR * best) for _, t in line]
+    drawn = [t for t in (default, mlx) if t is not None and t <= far * best]
+    drawn += [min(t, far * best) for _, t in line]
     margin = 0.1 * (1.05 * max(drawn) - min(drawn))
     low, high = min(drawn) - margin, max(drawn) + margin
     x = Axis(1, max(end, 2), LEFT, WIDTH - RIGHT, log)
     y = Axis(low, high, HEIGHT - BOTTOM, TOP)
     near = thinned([(x(n), y(t)) for n, t in dots if t <= high])
-    far = thinned([x(n) for n, t in dots if t > high])
+    beyond = thinned([x(n) for n, t in dots if t > high])
     lower = "L".join(f"{x(n):g} {y(t):g}" for n, t, _ in band)
     upper = "L".join(f"{x(n):g} {y(t):g}" for n, _, t in reversed(band))
     return Chart(
         line=_path([(x(n), y(t)) for n, t in line], step),
         band=f"M{lower}L{upper}Z" if band else "",
         dots="".join(f"M{a:g} {b:g}h0" for a, b in near),
-        far="".join(f"M{a - 2.5:g} {TOP + 5:g}l2.5 -5l2.5 5z" for a in far),
+        far="".join(f"M{a - 2.5:g} {TOP + 5:g}l2.5 -5l2.5 5z" for a in beyond),
         failed="".join(
             f"M{x(n) - 2:g} {HEIGHT - BOTTOM - 5:g}l4 4m0 -4l-4 4" for n in thinned(failed)
         ),

@@ -6,8 +6,6 @@ Whatever comes from a row is text: Jinja escapes it.
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 from metalgen._version import __version__
 from metalgen.database.measurement import now
-from metalgen.errors import ArgumentError
 from metalgen.report import charts
 from metalgen.report.results import (
     HeatMap,
@@ -28,6 +25,7 @@ from metalgen.report.results import (
     steps,
 )
 from metalgen.report.sources import Sources, policy_words
+from metalgen.report.writing import check_target, write_whole
 from metalgen.schedule import CHOICES, Schedule
 
 OPEN = 3
@@ -36,11 +34,12 @@ SELDOM = tuple(CHOICES)[tuple(CHOICES).index("fragment") + 1 :]
 """Fields of a schedule that nearly always have their defaults."""
 MOST_RESULTS = 400
 """Results of one page, in their order; the rest is counted."""
+RANKS = (1, 10, 100, 1000)
+"""Ranks for which a page tells the predicted time."""
 MOST_FINALS = 40
 """Finalists of a result that are shown, the quickest first."""
 MOST_CHARACTERS = 1000
 """Of one text from a row."""
-HEAD = b"<!doctype html>"
 
 
 def write_report(
@@ -61,44 +60,6 @@ def write_report(
     # The name of a file need not be text.
     write_whole(path, render(sources, found, tick).encode("utf-8", "replace"))
     return found
-
-
-def check_target(path: Path, *, new: bool = False) -> None:
-    """Whether a file may be written: a new one or, unless it must be `new`, an earlier page.
-
-    Raises:
-        ArgumentError: a folder, a missing folder, or someone's file.
-    """
-    try:
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ArgumentError("--output", "a file in a folder that exists", str(path))
-        if path.exists():
-            if new:
-                raise ArgumentError("--output", "a new file", str(path))
-            with path.open("rb") as file:
-                head = file.read(len(HEAD)).lower()
-            if head and head != HEAD:
-                raise ArgumentError("--output", "a new file, or an earlier page", str(path))
-    except OSError as error:
-        raise ArgumentError("--output", f"a file to write ({error.strerror})", str(path)) from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, all of it or nothing; raises `ArgumentError` where that cannot be."""
-    with replacing(path) as part:
-        part.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Any:
-    """A new file beside `path` that takes its place at the end, unless something was raised."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".metalgen-", dir=path.absolute().parent) as place:
-            part = Path(place) / path.name
-            yield part
-            part.replace(path)
-    except OSError as error:
-        raise ArgumentError("--output", f"a file to write ({error.strerror})", str(path)) from error
 
 
 def render(
@@ -297,12 +258,13 @@ def _ranking(r: Result) -> dict[str, Any] | None:
         "kind": "ranking",
         "lines": ["predicted, ms"],
         "total": len(ranked),
-        "table": [(n, ranked[n - 1]) for n in milestones(len(ranked))],
+        "table": [(n, ranked[n - 1]) for n in milestones(len(ranked), RANKS)],
         "chart": charts.chart(
             [(n, ranked[n - 1]) for n in _spaced(len(ranked))],
             log=len(ranked) > 100,
             end=len(ranked),
             default=r.default_seconds,
+            far=1.5,
         ),
     }
 

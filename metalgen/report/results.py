@@ -284,9 +284,9 @@ def _none_of_best(total: int, rank: int, number: int) -> float:
     return math.exp(log_choose(total - rank, number) - log_choose(total, number))
 
 
-def milestones(total: int) -> list[int]:
+def milestones(total: int, numbers: Sequence[int] = MILESTONES) -> list[int]:
     """The numbers of measurements to tell of, up to `total` itself."""
-    return [*(n for n in MILESTONES if n < total), total]
+    return [*(n for n in numbers if n < total), total]
 
 
 # Parameters

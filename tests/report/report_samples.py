@@ -23,7 +23,7 @@ DEFAULT = default_schedule(CONFIG)
 OTHER = Schedule(bq=32, bk=16, bd=64, simdgroups=4)
 THIRD = Schedule(bq=32, bk=8, bd=32, simdgroups=4, buffers=2)
 SOFTWARE = {"os": "macOS 26.1", "mlx_version": "0.32.4", "metalgen_version": "0.1.0"}
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7919*7907}}"
 
 
 def row(schedule: Schedule = DEFAULT, seconds: float | None = 1e-3, **changes: Any) -> Measurement:

@@ -75,6 +75,8 @@ def test_everything_that_cannot_be_is_one_line_and_writes_nothing(tmp_path: Path
         ((good, "-o", missing), "--output: expected a file in a folder that exists"),
         ((good, "-o", inside), "--output: expected a file in a folder that exists"),
         ((good, "-o", tmp_path), "--output: expected a file in a folder that exists"),
+        ((good, "-o", "/dev/null"), "--output: expected a new file"),
+        ((good, "-o", tmp_path / ("x" * 300)), "--output: expected a file to write"),
         ((good, "-o", good), "--output: expected a new file, or an earlier page"),
     ):
         output = () if "-o" in arguments else ("-o", page)

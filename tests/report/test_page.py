@@ -101,6 +101,8 @@ def test_predictions_stand_apart_from_measurements_in_words_and_in_looks(
     sections = [a["class"] for tag, a in page.elements if tag == "section"]
     assert sections == ["kind measured", "kind modelled"]
     assert "nobody measured them" in page.text("")
+    alone = page_of(tmp_path, prediction)
+    assert "no device's clock gave any of these times" in alone.text("")
 
 
 def test_records_without_an_order_are_shown_as_a_random_draw(tmp_path: Path):
@@ -149,7 +151,7 @@ def test_a_hostile_record_comes_out_as_text_and_nothing_of_it_runs(tmp_path: Pat
     assert {tag for tag, _ in page.elements} & {"script", "img", "b", "iframe", "object"} == set()
     assert [name for _, a in page.elements for name in a if name.startswith("on")] == []
     assert page.text().count(HOSTILE) >= 8  # shown, as it is
-    assert "{{7*7}}" in page.text() and "49" not in page.text()
+    assert "{{7919*7907}}" in page.text() and "62615533" not in page.text()
     assert "<script>alert(4)</script>" in page.text()
 
 
