@@ -19,10 +19,14 @@ STUDY = "metalgen"
 
 @dataclass(frozen=True)
 class Sharing:
-    """Where to meet other workers; None where the user named nothing."""
+    """Where to meet other workers; None where the user named nothing.
+
+    ``asked`` says that the storage was named on this command line, not in the environment.
+    """
 
     storage: str | None
     study: str | None
+    asked: bool
 
     def arguments(self, device: Device | None) -> dict[str, Any]:
         """What `metalgen.tuning.runner.tune` takes of them.
@@ -38,6 +42,8 @@ class Sharing:
         from metalgen.tuning.storage import check_url, masked
 
         check_url(self.storage)
+        if device is None and not self.asked:
+            return {}
         if device is None:
             expected = "none where times are predicted, not measured"
             raise ArgumentError("storage", expected, masked(self.storage))
@@ -65,6 +71,8 @@ def sharing_options(function: Any) -> Any:
     )
     @functools.wraps(function)
     def wrapper(*args: Any, storage: str | None, study: str | None, **kwargs: Any) -> Any:
-        return function(*args, sharing=Sharing(storage, study), **kwargs)
+        source = click.get_current_context().get_parameter_source("storage")
+        asked = source == click.core.ParameterSource.COMMANDLINE
+        return function(*args, sharing=Sharing(storage, study, asked), **kwargs)
 
     return wrapper

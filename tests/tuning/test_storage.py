@@ -188,6 +188,17 @@ def test_bad_options_are_one_line_without_a_password_and_nothing_is_written(
 
 
 @pytest.mark.usefixtures("small_preset")
+def test_a_storage_named_in_the_environment_is_for_measuring_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METALGEN_DB", str(tmp_path / "t.db"))
+    monkeypatch.setenv("METALGEN_STORAGE", f"journal:{tmp_path / 'study'}")
+    assert main(["tune", "--chip", "M1Max", "--trials", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"] == "modelled"
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.usefixtures("small_preset")
 def test_the_command_to_go_on_with_does_not_show_the_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
