@@ -1,27 +1,26 @@
-"""Combinations of features, schedules and sizes made up by Hypothesis, and what is wrong with them.
-
-Needs Hypothesis, which metalgen itself does not depend on.
-"""
+"""Combinations of features, schedules and sizes, made up at random, and what is wrong with them."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from hypothesis import strategies as st
 
 from metalgen.config import KV_BITS, KV_GROUPS, MIN_WORK, AttentionConfig
 from metalgen.devices import Device
 from metalgen.dsl.trace import trace
+from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.inputs import Inputs, check_call
 from metalgen.problem import DECODE_QUERIES
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
-from metalgen.schedule import Limits, Schedule, default_schedule, is_valid
+from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.targets import TARGETS
 from metalgen.tuning.space import space
 from metalgen.verify import (
@@ -97,99 +96,126 @@ def functions() -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     )
 
 
-def _rarely(draw: Any, of: int = 4) -> bool:
-    return bool(draw(st.integers(0, of - 1)) == of - 1)
+def made_up(number: int, limits: Limits) -> Case:
+    """The combination of that number: any features, schedule, and sizes around its tiles.
+
+    Chosen at random, not by Hypothesis, of whose 1,000 examples only half were different kernels.
+    """
+    random = Random(number)
+    config = _config(random, limits.target)
+    family = "forward" if config.block_mask else random.choice(("forward", "decode"))
+    schedule = _schedule(random, config, limits, family)
+    q_len = random.randint(1, random.choice((12, 80)) if family == "forward" else 12)
+    if random.random() < 0.1:
+        q_len = random.randint(0, DECODE_QUERIES)
+    kv_len = random.randint(0, random.choice((2 * schedule.bk + 1, 150)))
+    if config.block_mask:  # which is made for lengths above 0
+        q_len, kv_len = max(1, q_len), max(1, kv_len)
+    batch, kv_heads = random.randint(1, 4), random.randint(1, 2)
+    return Case(config, schedule, family, batch, kv_heads, q_len, kv_len, number)
 
 
-@st.composite
-def configs(draw: Any, target: str = "metal") -> AttentionConfig:
+def _config(random: Random, target: str) -> AttentionConfig:
     """Any config that means something, of any combination of features."""
 
-    def maybe(*choices: Any, of: int = 4, default: Any = None) -> Any:
-        return draw(st.sampled_from(choices)) if _rarely(draw, of) else default
+    def maybe(*choices: Any, share: float = 0.2, default: Any = None) -> Any:
+        return random.choice(choices) if random.random() < share else default
 
     fields: dict[str, Any] = {
-        "dtype": draw(st.sampled_from(TARGETS[target].dtypes)),
-        "heads_per_kv": draw(st.sampled_from((1, 1, 2, 3, 8))),
-        "causal": draw(st.booleans()),
-        "return_lse": draw(st.booleans()),
+        "dtype": random.choice(TARGETS[target].dtypes),
+        "heads_per_kv": random.choice((1, 1, 2, 3, 8)),
+        "causal": random.random() < 0.5,
+        "return_lse": random.random() < 0.7,
         "window_left": maybe(0, 1, 9, 40),
-        "window_right": maybe(0, 2, 20, of=5),
+        "window_right": maybe(0, 2, 20),
         "alibi": maybe(True, default=False),
         "sinks": maybe(True, default=False),
         "dropout": maybe(0.1, 0.5, 0.99, default=0.0),
-        "kv_bits": maybe(*KV_BITS, of=3),
-        "rope": maybe("half", "pairs"),
-        "page_size": maybe(8, 16, 24, 64, of=3),
-        "varlen": maybe(True, of=3, default=False),
-        "deterministic": maybe(True, of=6, default=False),
+        "kv_bits": maybe(*KV_BITS, share=0.3),
+        "rope": maybe("half", "pairs", share=0.3),
+        "page_size": maybe(8, 16, 24, 64, share=0.3),
+        "varlen": maybe(True, share=0.3, default=False),
+        "deterministic": maybe(True, share=0.1, default=False),
     }
     dims: tuple[int, ...] = DIMS if fields["kv_bits"] is None else GROUPED_DIMS
-    fields["head_dim"] = maybe(*RARE_DIMS, of=12) or draw(st.sampled_from(dims))
+    fields["head_dim"] = maybe(*RARE_DIMS, share=0.05) or random.choice(dims)
     if fields["kv_bits"] is not None:
         width = fields["head_dim"]
-        fields["kv_group"] = draw(st.sampled_from([g for g in KV_GROUPS if width % g == 0]))
+        fields["kv_group"] = random.choice([g for g in KV_GROUPS if width % g == 0])
         dims = tuple(dim for dim in dims if dim % fields["kv_group"] == 0)
-    fields["value_head_dim"] = maybe(*dims, of=5)
+    fields["value_head_dim"] = maybe(*dims)
     if fields["rope"]:
-        fields["rope_dims"] = maybe(2, 8, of=3)
+        fields["rope_dims"] = maybe(2, 8, share=0.3)
     score, mask = functions()
-    if fields_score := maybe(*score, of=6):
-        fields["score_mod"] = fields_score
-    else:
-        fields["softcap"] = maybe(1.0, 30.0, of=5)
-    fields["mask_mod"] = maybe(*mask, of=6)
+    fields["score_mod"] = maybe(*score, share=0.15)
+    fields["softcap"] = None if fields["score_mod"] else maybe(1.0, 30.0)
+    fields["mask_mod"] = maybe(*mask, share=0.15)
     if not fields["varlen"]:
-        fields["kv_lens"] = maybe(True, of=5, default=False)
+        fields["kv_lens"] = maybe(True, default=False)
         fields["bias"] = maybe(True, default=False)
         fields["array_mask"] = maybe(True, default=False)
-        fields["max_work"] = maybe(MIN_WORK, of=8)
-        fields["block_mask"] = fields["mask_mod"] is not None and draw(st.booleans())
+        fields["max_work"] = maybe(MIN_WORK, share=0.1)
+        fields["block_mask"] = fields["mask_mod"] is not None and random.random() < 0.5
     return AttentionConfig(**fields)
 
 
-@st.composite
-def schedules(draw: Any, config: AttentionConfig, limits: Limits, family: str) -> Schedule:
-    """Any schedule that a search may try; the default one where what was drawn does not fit."""
+def _schedule(random: Random, config: AttentionConfig, limits: Limits, family: str) -> Schedule:
+    """Any schedule that a search may try; the default one where what was chosen does not fit."""
     declared = space(config, limits, family, math_modes=("safe", "relaxed", "fast"))
-    if _rarely(draw, 6):
+    if random.random() < 0.1:
         return declared.default
-    point: dict[str, Any] = {}
-    for parameter in declared.parameters:
-        point[parameter.name] = draw(st.sampled_from(parameter.values(point)))
-    found = declared.schedule(point)
-    smaller: list[dict[str, Any]] = [{"buffers": 1}, {"bk": 8, "buffers": 1}, {"bk": 16}]
-    for changes in ({}, *smaller):
-        candidate = replace(found, **changes)
-        if is_valid(config, candidate, limits, family):
-            return candidate
+    for _ in range(20):
+        point: dict[str, Any] = {}
+        for parameter in declared.parameters:
+            point[parameter.name] = random.choice(parameter.values(point))
+        found = declared.schedule(point)
+        if declared.valid(found):
+            return found
     return declared.default
 
 
-@st.composite
-def cases(draw: Any, limits: Limits) -> Case:
-    """Any call, with sizes around its schedule's tiles."""
-    config = draw(configs(limits.target))
-    families = ("forward",) if config.block_mask else ("forward", "decode")
-    family = draw(st.sampled_from(families))
-    schedule = draw(schedules(config, limits, family))
-    sizes = st.one_of(st.integers(1, 12), st.integers(1, 70))
-    q_len = draw(sizes if family == "forward" else st.integers(1, 12))
-    if _rarely(draw, 12):
-        q_len = draw(st.integers(0, DECODE_QUERIES))
-    kv_len = draw(st.one_of(st.integers(0, 2 * schedule.bk + 1), st.integers(1, 150)))
-    if config.block_mask:  # which is made for lengths above 0
-        q_len, kv_len = max(1, q_len), max(1, kv_len)
-    return Case(
-        config,
-        schedule,
-        family,
-        draw(st.integers(1, 4)),
-        draw(st.integers(1, 2)),
-        q_len,
-        kv_len,
-        draw(st.integers(0, 99)),
-    )
+def simpler(case: Case) -> Iterator[Case]:
+    """Cases with one thing less: a feature, a schedule's choice, or half of a size."""
+    config = case.config
+    for field in dataclasses.fields(config):
+        changes: dict[str, Any] = {field.name: field.default}
+        if field.name == "mask_mod":
+            changes["block_mask"] = False
+        if field.default is dataclasses.MISSING or getattr(config, field.name) == field.default:
+            continue
+        try:
+            yield replace(case, config=replace(config, **changes))
+        except ArgumentError:
+            continue
+    for field in dataclasses.fields(Schedule):
+        value, default = getattr(case.schedule, field.name), field.default
+        if default is not dataclasses.MISSING and value != default:
+            changes = {field.name: default}
+            yield replace(case, schedule=replace(case.schedule, **changes))
+    least = 1 if config.block_mask else 0
+    for name, low in (("batch", 1), ("kv_heads", 1), ("q_len", least), ("kv_len", least)):
+        changes = {name: max(low, getattr(case, name) // 2)}
+        if changes[name] != getattr(case, name):
+            yield replace(case, **changes)
+
+
+def smallest(case: Case, fails: Callable[[Case], bool], attempts: int = 60) -> Case:
+    """A case that fails, too, from which nothing can be taken; or the last after some attempts."""
+    progress = True
+    while progress and attempts:
+        progress = False
+        for candidate in simpler(case):
+            if attempts == 0:
+                break
+            attempts -= 1
+            try:
+                failed = fails(candidate)
+            except InvalidSchedule:
+                continue
+            if failed:
+                case, progress = candidate, True
+                break
+    return case
 
 
 def fault(device: Device, case: Case) -> str:
