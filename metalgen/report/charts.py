@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -102,8 +103,10 @@ def chart(
         far: the multiple of the best time beyond which nothing is told apart.
     """
     best = min(t for _, t in line)
-    drawn = [t for t in (default, mlx) if t is not None and t <= far * best]
+    drawn = [t for t in (default, mlx) if t is not None and best / far <= t <= far * best]
     drawn += [min(t, far * best) for _, t in line]
+    if dots:  # half of them within the picture, unless that would flatten the line
+        drawn.append(min(statistics.median_low([t for _, t in dots]), 2 * best))
     margin = 0.1 * (1.05 * max(drawn) - min(drawn))
     low, high = min(drawn) - margin, max(drawn) + margin
     x = Axis(1, max(end, 2), LEFT, WIDTH - RIGHT, log)
@@ -120,8 +123,8 @@ def chart(
         failed="".join(
             f"M{x(n) - 2:g} {HEIGHT - BOTTOM - 5:g}l4 4m0 -4l-4 4" for n in thinned(failed)
         ),
-        default=y(default) if default is not None and default <= high else None,
-        mlx=y(mlx) if mlx is not None and mlx <= high else None,
+        default=y(default) if default is not None and low <= default <= high else None,
+        mlx=y(mlx) if mlx is not None and low <= mlx <= high else None,
         x_ticks=tuple(Tick(x(n), f"{n:g}") for n in _counts(end, log)),
         y_ticks=tuple(
             Tick(y(v / 1e3), text) for v, text in _labelled(ticks(low * 1e3, high * 1e3))

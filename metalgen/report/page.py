@@ -361,7 +361,9 @@ def number(seconds: float | None) -> str:
 
 def times(ratio: float | None) -> str:
     """A ratio such as ``1.12×``; a dash for none."""
-    return "–" if ratio is None else f"{ratio:.2f}×"
+    if ratio is None:
+        return "–"
+    return f"{ratio:.2f}×" if ratio >= 0.1 else f"{ratio:.1g}×"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -265,6 +265,13 @@ def test_a_picture_places_its_marks_in_proportion():
     assert picture.mlx is None  # beyond the upper edge
 
 
+def test_half_of_the_measurements_are_within_the_picture_even_where_none_is_better():
+    dots = [(1, 1e-3), (2, 1.2e-3), (3, 1.5e-3), (4, 9e-3)]
+    picture = charts.chart([(1, 1e-3)], end=4, dots=dots, default=1e-3, mlx=0.01e-3)
+    assert (picture.dots.count("M"), picture.far.count("M")) == (2, 2)
+    assert picture.mlx is None  # far below: it would flatten the rest
+
+
 def test_labels_of_an_axis_have_the_same_decimals():
     picture = charts.chart([(1, 0.39e-3), (2, 0.6e-3)], end=2)
     assert [tick.text for tick in picture.y_ticks] == ["0.40", "0.45", "0.50", "0.55", "0.60"]
