@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 VALUES = {
-    "matrix_wide": 1.423,
-    "alu": 0.7272,
-    "page": 3.056,
+    "matrix_wide": 1.421,
+    "alu": 0.7248,
+    "page": 3.053,
     "barrier": 16.35,
-    "spill": 22.26,
+    "spill": 22.28,
     "spill_dynamic": 4.199,
-    "in_step": 0.5232,
-    "leak": 0.06996,
-    "saturation": 0.6183,
-    "stage_wait": 369.9,
-    "parallel_issue": 0.743,
+    "in_step": 0.5231,
+    "leak": 0.06993,
+    "saturation": 0.6217,
+    "stage_wait": 370.9,
+    "parallel_issue": 0.7443,
 }

@@ -262,6 +262,8 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
     busiest = max(arithmetic, exp2, slots, on_core, memory)
     total = arithmetic + exp2 + slots + on_core + memory
     busy = busiest + c.leak * (total - busiest) + spill
+    # What only the memory beyond the core is busy with waits for no scheduler.
+    beyond = max(0.0, memory - max(arithmetic, exp2, slots, on_core))
 
     # Simdgroups whose rows are all masked wait for the others of their group.
     lone = 1.0 + w.masked
@@ -280,7 +282,7 @@ def estimate(work: Work, chip: Chip, coefficients: Coefficients = DEFAULT) -> Pr
         running = groups * simdgroups / (lone * core.schedulers)
         few = c.saturation / (groups * in_use)
         idle = max((1.0 + few**SHARPNESS) ** (1.0 / SHARPNESS), 1.0 / running)
-        compute = groups * group * idle
+        compute = groups * (group * idle - beyond / share * (idle - 1.0))
         wait = 0.0
         if slices:
             wait = slices * _exposed(stall, group / slices, groups)

@@ -92,6 +92,20 @@ def test_the_busiest_resource_sets_the_time_and_the_others_leak_into_it() -> Non
     assert leaky.seconds == pytest.approx(alone.seconds + 0.1 * others)
 
 
+def test_few_simdgroups_leave_schedulers_idle_but_not_the_memory() -> None:
+    sets = IDEAL._replace(saturation=0.5)
+    one = PRODUCTS._replace(groups=32, simdgroups=1, heads=1)  # one simdgroup for four schedulers
+    alone = estimate(one, M1_MAX, sets).seconds
+    # 100 registers of a simdgroup are 6400 of 208 Ki bytes.
+    few = 0.5 / (6400 / (208 * 1024))
+    assert alone == pytest.approx(1e9 * 16 * few / (32 * 4 * 1.296e9), rel=1e-3)
+    bytes_of_ten = 10 * 0.8 * 400e9 * 1e9 * 16 / (32 * 4 * 1.296e9)  # ten times as long as products
+    moving = one._replace(other_bytes=bytes_of_ten, distinct_bytes=bytes_of_ten)
+    got = estimate(moving, M1_MAX, sets)
+    beyond = got.parts["dram"] - got.parts["arithmetic"]
+    assert got.seconds == pytest.approx(beyond + got.parts["arithmetic"] * few, rel=1e-3)
+
+
 def test_float32_operands_take_their_own_time() -> None:
     wide = estimate(PRODUCTS._replace(wide=True), M1_MAX, IDEAL._replace(matrix_wide=16.0))
     assert wide.seconds == pytest.approx(2 * estimate(PRODUCTS, M1_MAX, IDEAL).seconds)
