@@ -261,6 +261,7 @@ def study(
 ) -> None:
     """Write FILES, or your database, as studies that Optuna's dashboard opens."""
     from metalgen.chips import get_chip
+    from metalgen.cli.report import say_left_out
     from metalgen.report.sources import read_sources
     from metalgen.report.study import SQLITE, write_studies
     from metalgen.report.writing import check_target
@@ -277,7 +278,7 @@ def study(
         url = f"sqlite:///{output}" if output.suffix.lower() in SQLITE else str(output)
         click.echo(f"{output}: {len(found)} studies of {len(sources.rows)} trials")
         click.echo(f"  optuna-dashboard {shlex.quote(url)}")
-        _print_reasons(sources.summary)
+        say_left_out(sources.summary)
     ctx.exit(1 if left_out else 0)
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from metalgen.cli.options import chip_option, json_option, print_json
 
+if TYPE_CHECKING:
+    from metalgen.database.exchange import Summary
+
 FILE = click.Path(path_type=Path)
+REASONS = 5
+"""Rows left out of which the reason is printed."""
 
 
 @click.command()
@@ -57,9 +63,16 @@ def command(
     else:
         told = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         click.echo(f"{output}: {told} results from {len(sources.rows)} rows")
-        for file, place, reason in sources.summary.reasons:
-            click.echo(f"  left out: {file}: {place}: {reason}")
+        say_left_out(sources.summary)
     ctx.exit(1 if sources.summary.rejected else 0)
+
+
+def say_left_out(summary: Summary) -> None:
+    """Print how many rows were left out, and the first reasons."""
+    if summary.rejected:
+        click.echo(f"  left out: {summary.rejected} rows, such as")
+    for file, place, reason in summary.reasons[:REASONS]:
+        click.echo(f"    {file}: {place}: {reason}")
 
 
 def _show_progress(done: int, total: int) -> None:
