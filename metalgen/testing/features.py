@@ -149,8 +149,8 @@ class FeatureConformance:
     def test_wide_heads(self, dim: int, fields: dict[str, Any]) -> None:
         """The absorbed form of multi-head latent attention, and others."""
         config = AttentionConfig(dim, heads_per_kv=4, return_lse=True, **fields)
-        self.check(self.case(config, "decode in 8", batch=2, kv_heads=1))
-        self.check(self.case(config, "forward", batch=2, kv_heads=1, q_len=19, kv_len=40))
+        self.check(self.case(config, "decode in 8", batch=2, kv_heads=1, kv_len=150))
+        self.check(self.case(config, "forward", batch=2, kv_heads=1, q_len=9, kv_len=40))
 
     @pytest.mark.parametrize("way", WAYS)
     def test_arrays_of_few_elements(self, way: str) -> None:
@@ -174,7 +174,7 @@ class FeatureConformance:
         """Any integers: nothing is read or written out of bounds, and nothing hangs."""
         case = self.case(AttentionConfig(32, **fields), way)
         q, k, v, _ = case.call()
-        for seed in range(3):
+        for seed in range(2):
             inputs = hostile(case, seed)
             if self.name != "simulator":
                 out, _ = self.run(case, q, k, v, inputs)
@@ -217,8 +217,8 @@ class FeatureConformance:
     def test_work_is_cut_into_dispatches_with_the_same_numbers(self, way: str) -> None:
         fields: dict[str, Any] = {"causal": True, "alibi": True, "return_lse": True, "dropout": 0.1}
         config = AttentionConfig(16, heads_per_kv=2, max_work=1 << 16, **fields)
-        q_len = 200 if way == "forward" else 33
-        case = self.case(config, way, batch=3, q_len=q_len, kv_len=700)
+        q_len = 100 if way == "forward" else 33
+        case = self.case(config, way, batch=2, q_len=q_len, kv_len=700)
         with simulator.record() as runs:
             self.check(case)
         joins = 2 if way == "decode in 8" else 1
