@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from metalgen.config import AttentionConfig
+from metalgen.dsl.trace import trace
 from metalgen.inputs import Inputs, check_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
@@ -248,6 +249,22 @@ def test_gradients_of_plain_mlx_are_slopes_of_the_definition(name: str) -> None:
         slope = (exact(1e-3, place, direction) - exact(-1e-3, place, direction)) / 2e-3
         found = float((np.array(gradient, dtype=np.float64) * direction).sum())
         assert found == pytest.approx(slope, rel=1e-3, abs=1e-3)
+
+
+def test_captured_places_have_no_gradient_and_what_lies_there_has() -> None:
+    """A kernel's gradient asks for those of all captured arrays, of integers too."""
+    table, which = normal(5, seed=4), mx.array([4, 0, 1, 0, 2, 4, 3, 0, 1])
+    graph = trace(lambda s, b, h, i, j: s + table[which[i]] * j, "score_mod")
+    c = AttentionConfig(8, "float32", score_mod=graph.graph.text)
+    q, k, v = (normal(1, 1, 9, 8, seed=n) for n in range(3))
+
+    def total(q: mx.array, *arrays: mx.array) -> mx.array:
+        features = config_features(c) | {"inputs": Inputs(score=arrays)}
+        return attention_mlx(q, k, v, scale=SCALE, **features)[0].square().sum()
+
+    _, gradients = mx.vjp(total, [q, *graph.arrays], [mx.array(1.0)])
+    shown = {a.shape: np.array(g) for a, g in zip(graph.arrays, gradients[1:], strict=True)}
+    assert not shown[(9,)].any() and np.abs(shown[(5,)]).max() > 1e-3
 
 
 def test_no_contents_are_looked_at() -> None:

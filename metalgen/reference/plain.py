@@ -43,7 +43,7 @@ def attention_plain(
     q: mx.array, k: mx.array, v: mx.array, scale: float | mx.array, features: dict[str, Any]
 ) -> tuple[mx.array, mx.array]:
     """What `metalgen.reference.attention_mlx` describes."""
-    inputs: Inputs = features.get("inputs") or NOTHING
+    inputs = _constant_places(features.get("inputs") or NOTHING)
     paged = features.get("page_size") is not None
     on_page = None
     if paged:
@@ -88,6 +88,16 @@ def attention_plain(
         out = mx.where(at.rows[..., None], out, 0.0)
         lse = mx.where(at.rows, lse, -mx.inf)
     return out.astype(q.dtype), lse
+
+
+def _constant_places(inputs: Inputs) -> Inputs:
+    """Without gradients of what says where things are, which MLX's gather refuses to give."""
+    names = ("cu_q", "cu_k", "kv_lens", "block_table", "rope_offset", "dropout_key")
+    found = {name: getattr(inputs, name) for name in names}
+    constant: dict[str, Any] = {
+        name: mx.stop_gradient(array) for name, array in found.items() if array is not None
+    }
+    return dataclasses.replace(inputs, **constant) if constant else inputs
 
 
 def _softmax(scores: mx.array, sinks: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -209,8 +219,13 @@ def _evaluated(
     from metalgen.dsl.graph import parse
 
     places = {"b": at.b, "h": at.h, "q": at.i, "kv": at.j, **more}
+    arrays = tuple(a if _is_floating(a) else mx.stop_gradient(a) for a in arrays)
     value: mx.array = parse(text).evaluate(mx, places, arrays)
     return value
+
+
+def _is_floating(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:

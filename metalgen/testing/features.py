@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,10 @@ import pytest
 from metalgen import simulator
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, all_devices
+from metalgen.dispatch import get_kernel
 from metalgen.inputs import Inputs
+from metalgen.reference import attention_mlx, config_features
+from metalgen.samples import sample_call
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.targets import TARGETS
 from metalgen.testing.devices import normal
@@ -226,6 +230,43 @@ class FeatureConformance:
         uncut = replace(case, config=replace(config, max_work=None))
         outs = [np.array(self.run(c)[0]) for c in (case, uncut)]
         assert np.array_equal(outs[0], outs[1])
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"varlen": True, "page_size": 8, "kv_bits": 8, "kv_group": 32, "rope": "half"},
+            {"varlen": True, "sinks": True, "causal": True, "alibi": True},
+            {"kv_lens": True, "bias": True, "array_mask": True, "dropout": 0.2},
+        ],
+    )
+    def test_gradients_reach_every_array_of_numbers(self, fields: dict[str, Any]) -> None:
+        """Those of the plain definition; none of tables, lengths and quantized words."""
+        config = AttentionConfig(32, "float32", heads_per_kv=2, **fields)
+        q, k, v, inputs = sample_call(config, batch=5, q_len=9, kv_len=30, seed=1)
+        names = [n for n in ("alibi_slopes", "bias", "sinks") if n in inputs.named]
+        arrays = [q, *(getattr(inputs, n) for n in names)]
+        if config.kv_bits is None:
+            arrays += [k, v]
+
+        def gradients(run: Callable[..., Any]) -> list[mx.array]:
+            def total(arrays: list[mx.array]) -> mx.array:
+                named: dict[str, Any] = dict(zip(names, arrays[1:], strict=False))
+                keys = (k, v) if config.kv_bits else arrays[-2:]
+                out: mx.array = run(arrays[0], *keys, replace(inputs, **named))
+                return (out * mx.cos(mx.arange(out.size).reshape(out.shape))).sum()
+
+            found: list[mx.array] = mx.grad(total)(arrays)
+            return found
+
+        kernel = get_kernel(config, device=self.name, q_len=9)
+        features = config_features(config)
+        found = gradients(lambda q, k, v, given: kernel(q, k, v, scale=0.25, inputs=given))
+        expected = gradients(
+            lambda q, k, v, given: attention_mlx(q, k, v, scale=0.25, **features, inputs=given)[0]
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.abs(np.array(theirs)).max() > 1e-3
+            np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-4, atol=1e-5)
 
     def test_dropout_drops_the_same_whatever_the_schedule(self) -> None:
         """Values are unit vectors, so that the output shows every weight."""
