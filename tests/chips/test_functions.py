@@ -80,7 +80,7 @@ def test_functions_make_a_launch_slower_by_what_they_cost() -> None:
         for of in (PLAIN, config(mask=near), config(biased), config(squashed))
     ]
     assert times == sorted(times)
-    assert times[3] > 1.2 * times[0]
+    assert times[3] > 1.1 * times[0]  # division and tanh of each score
 
 
 def test_a_field_that_is_not_counted_is_named_and_noted() -> None:
