@@ -65,7 +65,7 @@ def run_checked(device: Device, numbers: Iterable[int]) -> None:
     if device.name != "simulator":
         pytest.skip(f"{device.name} has no checker")
     for number in numbers:
-        case = made_up(number, device.limits)
+        case = made_up(number, device.limits, small=True)
         if found := checked(device, case):
             pytest.fail(f"case {number}: {found}\n{case}")
 

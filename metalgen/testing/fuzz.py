@@ -36,6 +36,8 @@ DIMS = (8, 16, 20, 32, 40, 64, 72, 96, 128, 136)
 GROUPED_DIMS = (32, 64, 96, 128)
 """Widths of quantized rows."""
 RARE_DIMS = (192, 256, 576)
+SMALL = {"head_dim": 72, "simdgroups": 2, "row_blocks": 2, "bk": 32, "splits": 8}
+"""Most of each in a small case."""
 HOSTILE_NUMBERS = (-(2**31), -100, -1, 0, 1, 3, 7, 8, 100, 2**20, 2**31 - 1)
 
 
@@ -96,15 +98,17 @@ def functions() -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     )
 
 
-def made_up(number: int, limits: Limits) -> Case:
+def made_up(number: int, limits: Limits, *, small: bool = False) -> Case:
     """The combination of that number: any features, schedule, and sizes around its tiles.
+
+    With `small` tiles and heads for the simulator's checker, which takes its time with large ones.
 
     Chosen at random, not by Hypothesis, of whose 1,000 examples only half were different kernels.
     """
     random = Random(number)
-    config = _config(random, limits.target)
+    config = _config(random, limits.target, small)
     family = "forward" if config.block_mask else random.choice(("forward", "decode"))
-    schedule = _schedule(random, config, limits, family)
+    schedule = _schedule(random, config, limits, family, small)
     q_len = random.randint(1, random.choice((12, 80)) if family == "forward" else 12)
     if random.random() < 0.1:
         q_len = random.randint(0, DECODE_QUERIES)
@@ -115,7 +119,7 @@ def made_up(number: int, limits: Limits) -> Case:
     return Case(config, schedule, family, batch, kv_heads, q_len, kv_len, number)
 
 
-def _config(random: Random, target: str) -> AttentionConfig:
+def _config(random: Random, target: str, small: bool) -> AttentionConfig:
     """Any config that means something, of any combination of features."""
 
     def maybe(*choices: Any, share: float = 0.2, default: Any = None) -> Any:
@@ -138,7 +142,9 @@ def _config(random: Random, target: str) -> AttentionConfig:
         "deterministic": maybe(True, share=0.1, default=False),
     }
     dims: tuple[int, ...] = DIMS if fields["kv_bits"] is None else GROUPED_DIMS
-    fields["head_dim"] = maybe(*RARE_DIMS, share=0.05) or random.choice(dims)
+    if small:
+        dims = tuple(dim for dim in dims if dim <= SMALL["head_dim"])
+    fields["head_dim"] = maybe(*RARE_DIMS, share=0 if small else 0.05) or random.choice(dims)
     if fields["kv_bits"] is not None:
         width = fields["head_dim"]
         fields["kv_group"] = random.choice([g for g in KV_GROUPS if width % g == 0])
@@ -159,7 +165,9 @@ def _config(random: Random, target: str) -> AttentionConfig:
     return AttentionConfig(**fields)
 
 
-def _schedule(random: Random, config: AttentionConfig, limits: Limits, family: str) -> Schedule:
+def _schedule(
+    random: Random, config: AttentionConfig, limits: Limits, family: str, small: bool
+) -> Schedule:
     """Any schedule that a search may try; the default one where what was chosen does not fit."""
     declared = space(config, limits, family, math_modes=("safe", "relaxed", "fast"))
     if random.random() < 0.1:
@@ -167,7 +175,10 @@ def _schedule(random: Random, config: AttentionConfig, limits: Limits, family: s
     for _ in range(20):
         point: dict[str, Any] = {}
         for parameter in declared.parameters:
-            point[parameter.name] = random.choice(parameter.values(point))
+            values = parameter.values(point)
+            if small and parameter.name in SMALL:
+                values = tuple(x for x in values if x <= SMALL[parameter.name]) or values[:1]
+            point[parameter.name] = random.choice(values)
         found = declared.schedule(point)
         if declared.valid(found):
             return found
