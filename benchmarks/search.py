@@ -2,19 +2,31 @@
 
 Each strategy searches every recorded space under FOLDER once a seed. Printed is the fraction of
 the optimum (best time there is over best time found) after 15, 25, 50, 100 and 200 measurements,
-as the mean over spaces and seeds with a 95 % interval of the mean over seeds (normal). A point
-that failed when it was recorded costs a measurement. "cold" and "warm" are ours; warm starts from
-12 points that were best on the other devices of the same group, as a tuning run does from the
-database. FOLDER holds our records (``.jsonl``: `metalgen db export`
-of a database that `benchmarks.record_space` filled) and Kernel Tuner's cache
-files (``.json.gz``), one subfolder a kernel.
+as the mean over spaces and seeds with a 95 % interval of the mean over seeds (normal), and the
+processor time of an ask. A point that failed when it was recorded costs a measurement; before the
+first that ran the fraction is 0.
+
+All begin with the same default: our default schedule, or the middle entry of a public recording.
+"cold" is our search with nothing else. "warm" has up to 12 points more to start with, which were
+best in the neighbouring recordings: those of the same kernel and problem on all other devices
+(none of this one), or where there are none, those of our other problems of the same family on this
+device. In "warm" the neighbours' whole recordings are known; in "tuned" only what a cold search of
+100 measurements, with a seed of its own, found on each. Spaces without neighbours are left out of
+both.
+
+FOLDER holds our records (``.jsonl``: `metalgen db export` of a database that
+`benchmarks.record_space` filled) and Kernel Tuner's cache files (``.json.gz``), one subfolder a
+kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from metalgen.tuning.replay import Entry, Recording, read_recordings
@@ -23,37 +35,70 @@ from metalgen.tuning.starts import borrow
 
 AT = (15, 25, 50, 100, 200)
 STRATEGIES = {
-    "random": ("random", False),
-    "TPE": ("tpe", False),
-    "hill climbing": ("climb", False),
-    "cold": ("guided", False),
-    "warm": ("guided", True),
+    "random": ("random", ""),
+    "TPE": ("tpe", ""),
+    "hill climbing": ("climb", ""),
+    "cold": ("guided", ""),
+    "tuned": ("guided", "tuned"),
+    "warm": ("guided", "recorded"),
 }
+TUNED = 100
+"""Measurements of the cold searches that "tuned" starts from."""
+OTHER_SEED = 1_000_000
+"""Added to the seed of those."""
+
+Table = Mapping[Entry, float]
+Job = tuple[int, str, int, tuple[Entry, ...]]
+
+
+def measure(
+    space: Recording, strategy: str, seed: int, count: int, first: tuple[Entry, ...] = ()
+) -> dict[Entry, float | None]:
+    """What a search of `count` measurements sees, in its order."""
+    search = Search(space, list(space.times), seed, first=first, strategy=strategy)
+    found: dict[Entry, float | None] = {}
+    while len(found) < count and (entry := search.ask()) is not None:
+        found[entry] = space.times[entry]
+        search.tell(entry, found[entry])
+    return found
 
 
 def replay(
     space: Recording, strategy: str, seed: int, first: tuple[Entry, ...] = ()
 ) -> list[float]:
     """The fraction of the optimum after each of `AT` measurements."""
-    search = Search(space, list(space.times), seed, first=first, strategy=strategy)
-    best, reached = float("inf"), []
-    for _ in range(max(AT)):
-        entry = search.ask()
-        if entry is not None:
-            seconds = space.times[entry]
-            search.tell(entry, seconds)
-            best = min(best, seconds or best)
-        reached.append(space.best / best)
-    return [reached[n - 1] for n in AT]
+    times = list(measure(space, strategy, seed, max(AT), first).values())
+    ran = [[t for t in times[:n] if t is not None] for n in AT]
+    return [space.best / min(some) if some else 0.0 for some in ran]
 
 
-def borrowed(space: Recording, spaces: list[Recording]) -> tuple[Entry, ...]:
-    """What won with the same kernel on other devices, where this space has those points."""
-    tables = [
-        {entry: t for entry, t in other.times.items() if t is not None and entry in space.times}
-        for other in spaces
-        if other.group == space.group and other.device != space.device
+def neighbours(space: Recording, spaces: list[Recording]) -> list[int]:
+    """The places of the recordings that a warm search starts from."""
+    same = [n for n, s in enumerate(spaces) if s.group == space.group and s.device != space.device]
+    return same or [
+        n
+        for n, s in enumerate(spaces)
+        if space.family and s.family == space.family and s.device == space.device and s != space
     ]
+
+
+def translated(entry: Entry, source: Recording, space: Recording) -> Entry:
+    """An entry of a neighbour here: what has one value in either space takes that of this one."""
+    pairs = zip(entry, source.parameters, space.parameters, strict=True)
+    return tuple(
+        here.choices[0] if len(there.choices) == len(here.choices) == 1 else value
+        for value, there, here in pairs
+    )
+
+
+def starts(
+    space: Recording, sources: list[tuple[Recording, Mapping[Entry, float | None]]]
+) -> tuple[Entry, ...]:
+    """Up to 12 points of this space that were best in what is known of the neighbours."""
+    tables: list[dict[Entry, float]] = []
+    for source, times in sources:
+        here = ((translated(entry, source, space), t) for entry, t in times.items())
+        tables.append({entry: t for entry, t in here if t is not None and entry in space.times})
     return tuple(borrow(tables))
 
 
@@ -61,8 +106,14 @@ SPACES: list[Recording] = []
 """What the worker processes search; they inherit it."""
 
 
-def _job(job: tuple[int, str, int, tuple[Entry, ...]]) -> list[float]:
-    return replay(SPACES[job[0]], *job[1:])
+def _job(job: Job) -> tuple[list[float], float]:
+    begin = time.process_time()
+    reached = replay(SPACES[job[0]], *job[1:])
+    return reached, (time.process_time() - begin) / min(max(AT), len(SPACES[job[0]].times))
+
+
+def _tuned(job: tuple[int, int]) -> dict[Entry, float | None]:
+    return measure(SPACES[job[0]], "guided", OTHER_SEED + job[1], TUNED)
 
 
 def interval(by_seed: list[float]) -> str:
@@ -71,49 +122,72 @@ def interval(by_seed: list[float]) -> str:
     return f"{statistics.fmean(by_seed):.3f} ±{half:.3f}"
 
 
+def row(label: str, results: list[list[list[float]]], seconds: float) -> str:
+    """A line of the table, of results by space, seed and place in `AT`."""
+    cells = []
+    for place in range(len(AT)):
+        by_seed = zip(*[[reached[place] for reached in seeds] for seeds in results], strict=True)
+        cells.append(interval([statistics.fmean(means) for means in by_seed]))
+    return f"{label:<22}" + "".join(f"{cell:>15}" for cell in cells) + f"{seconds * 1e3:>9.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="strategies, separated by commas")
-    parser.add_argument("--spaces", action="store_true", help="a table for each space too")
+    parser.add_argument("--spaces", action="store_true", help="a line for each space too")
     parser.add_argument("--every", type=int, default=1, help="search every Nth space only")
     arguments = parser.parse_args()
-    spaces = read_recordings(arguments.folder)
-    searched = spaces[:: arguments.every]
-    SPACES.extend(searched)
-    for s in searched:
+    SPACES.extend(read_recordings(arguments.folder))
+    searched = range(0, len(SPACES), arguments.every)
+    seeds = range(arguments.seeds)
+    near = {n: neighbours(SPACES[n], SPACES) for n in searched}
+    for n in searched:
+        s = SPACES[n]
         ran = sum(t is not None for t in s.times.values())
-        print(f"{s.group} on {s.device}: {len(s.times)} points, {ran} ran")
+        print(f"{s.group} on {s.device}: {len(s.times)} points, {ran} ran, {len(near[n])} near")
     print(f"fraction of the optimum, {len(searched)} spaces, {arguments.seeds} seeds")
-    print(f"{'strategy':<16}" + "".join(f"{n:>15}" for n in AT))
+    print(f"{'strategy':<22}" + "".join(f"{n:>15}" for n in AT) + f"{'ms/ask':>9}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Workers start anew, so that these variables count; what they inherit is read again.
     names = arguments.only.split(",") if arguments.only else list(STRATEGIES)
-    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        arguments.jobs, initializer=_read, initargs=(arguments.folder,)
+    ) as pool:
         for name in names:
-            strategy, warm = STRATEGIES[name]
-            jobs = [
-                (number, strategy, seed, borrowed(space, spaces) if warm else ())
-                for number, space in enumerate(searched)
-                for seed in range(arguments.seeds)
-            ]
-            results = pool.map(_job, jobs, chunksize=1)
-            per_space = [
-                results[n : n + arguments.seeds] for n in range(0, len(results), arguments.seeds)
-            ]
-            cells = []
-            for place in range(len(AT)):
-                means = [
-                    statistics.fmean(rows[seed][place] for rows in per_space)
-                    for seed in range(arguments.seeds)
+            strategy, start = STRATEGIES[name]
+            mine = [n for n in searched if near[n] or not start]
+            if not mine:
+                continue
+            known: dict[tuple[int, int], Mapping[Entry, float | None]] = {}
+            if start == "tuned":
+                needed = [
+                    (n, seed) for n in sorted({m for n in mine for m in near[n]}) for seed in seeds
                 ]
-                cells.append(interval(means))
-            print(f"{name:<16}" + "".join(f"{cell:>15}" for cell in cells), flush=True)
+                known.update(zip(needed, pool.map(_tuned, needed, chunksize=1), strict=True))
+            jobs: list[Job] = []
+            for n in mine:
+                for seed in seeds:
+                    sources = [(SPACES[m], known.get((m, seed), SPACES[m].times)) for m in near[n]]
+                    first = starts(SPACES[n], sources) if start else ()
+                    jobs.append((n, strategy, seed, first))
+            found = pool.map(_job, jobs, chunksize=1)
+            results = [
+                [reached for reached, _ in found[place : place + len(seeds)]]
+                for place in range(0, len(found), len(seeds))
+            ]
+            print(row(name, results, statistics.fmean(s for _, s in found)), flush=True)
             if arguments.spaces:
-                for space, rows in zip(searched, per_space, strict=True):
-                    means = [statistics.fmean(row[p] for row in rows) for p in range(len(AT))]
-                    line = "".join(f"{mean:>15.3f}" for mean in means)
-                    print(f"  {space.group[:8]} {space.device:<6}{line}", flush=True)
+                for place, (n, result) in enumerate(zip(mine, results, strict=True)):
+                    own = found[place * len(seeds) : (place + 1) * len(seeds)]
+                    label = f"  {SPACES[n].group[:12]} {SPACES[n].device}"[:22]
+                    print(row(label, [result], statistics.fmean(s for _, s in own)), flush=True)
+
+
+def _read(folder: Path) -> None:
+    SPACES.extend(read_recordings(folder))
 
 
 if __name__ == "__main__":

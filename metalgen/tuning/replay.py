@@ -37,6 +37,8 @@ class Recording:
         parameters: with the values that occur.
         times: seconds of every valid entry; None where it did not run.
         start: the entry that a search tries first.
+        family: recordings of one family and device are of one kernel on several problems; empty
+            where nothing is known of that.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Recording:
     parameters: tuple[Parameter, ...]
     times: Mapping[Entry, float | None]
     start: Entry
+    family: str = ""
 
     @property
     def default(self) -> Entry:
@@ -98,8 +101,8 @@ def _ours(path: Path) -> list[Recording]:
     from metalgen.chips import get_chip
     from metalgen.schedule import CHOICES, default_schedule
 
-    groups: dict[tuple[str, str, str], dict[Entry, float | None]] = {}
-    starts: dict[tuple[str, str, str], Entry] = {}
+    groups: dict[tuple[str, str, str, str], dict[Entry, float | None]] = {}
+    starts: dict[tuple[str, str, str, str], Entry] = {}
     names = [name for name in CHOICES if name not in ("bq", "math_mode")]
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
@@ -108,7 +111,7 @@ def _ours(path: Path) -> list[Recording]:
             raise ArgumentError("spaces", f"records in {path.name}:{number}", str(error)) from error
         if m.phase != "search" or m.provenance != "measured" or m.schedule.math_mode != "safe":
             continue
-        key = (str(m.problem), m.chip, m.template_hash)
+        key = (str(m.problem), m.chip, m.problem.family, m.template_hash)
         entry = tuple(getattr(m.schedule, name) for name in names)
         groups.setdefault(key, {})[entry] = m.seconds if m.status == "ok" else None
         if key not in starts:
@@ -116,7 +119,8 @@ def _ours(path: Path) -> list[Recording]:
             default = default_schedule(problem.config, get_chip(m.chip).limits, problem.family)
             starts[key] = tuple(getattr(default, name) for name in names)
     return [
-        _recording(key[0], key[1], names, times, starts.get(key)) for key, times in groups.items()
+        _recording(group, chip, names, times, starts.get((group, chip, family, versions)), family)
+        for (group, chip, family, versions), times in groups.items()
     ]
 
 
@@ -146,6 +150,7 @@ def _recording(
     names: list[str],
     times: dict[Entry, float | None],
     start: Entry | None,
+    family: str = "",
 ) -> Recording:
     if not any(t is not None for t in times.values()):
         raise ArgumentError("spaces", "a recording with at least one time", f"{group} {device}")
@@ -158,4 +163,4 @@ def _recording(
     ordered = sorted(times, key=lambda e: [r[v] for r, v in zip(ranks, e, strict=True)])
     start = start if start in times else ordered[len(ordered) // 2]
     assert start is not None
-    return Recording(group, device, tuple(parameters), times, start)
+    return Recording(group, device, tuple(parameters), times, start, family)

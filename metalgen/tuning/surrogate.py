@@ -60,37 +60,34 @@ class Surrogate:
     def __init__(self, points: Array, candidates: Array, lengths: Array, room: int) -> None:
         self.candidates = candidates
         self.lengths = lengths
-        self.size = n = len(points)
+        self.size = 0
         self._points = np.zeros((room, points.shape[1]))
-        self._points[:n] = points
-        self._factor = np.zeros((room, room))
+        self._inverse = np.zeros((room, room))  # of the Cholesky factor
         self._solved = np.zeros((room, len(candidates)))  # factor^-1 covariance
-        known = _covariance(points, points, lengths)
-        self._factor[:n, :n] = np.linalg.cholesky(known + NOISE * np.eye(n))
-        covariance = _covariance(points, candidates, lengths)
-        self._solved[:n] = np.linalg.solve(self._factor[:n, :n], covariance)
-        self._explained = (self._solved[:n] ** 2).sum(axis=0)
+        self._explained = np.zeros(len(candidates))
+        for point in points:
+            self.add(point)
 
     def add(self, point: Array) -> None:
         """One more point, of ``(d,)`` parameters, was measured."""
         n, one = self.size, point[None]
-        known = _covariance(self._points[:n], one, self.lengths)[:, 0]
-        row = np.linalg.solve(self._factor[:n, :n], known)
-        diagonal = math.sqrt(max(1e-12, 1.0 + NOISE - float(row @ row)))
+        known = _covariance(one, self._points[:n], self.lengths)[0]
+        row = _product(self._inverse[:n, :n].T, known)
+        diagonal = math.sqrt(max(1e-12, 1.0 + NOISE - float((row * row).sum())))
         covariance = _covariance(one, self.candidates, self.lengths)[0]
         self._points[n] = point
-        self._factor[n, :n] = row
-        self._factor[n, n] = diagonal
-        self._solved[n] = (covariance - row @ self._solved[:n]) / diagonal
+        self._inverse[n, :n] = _product(self._inverse[:n, :n], row) / -diagonal
+        self._inverse[n, n] = 1.0 / diagonal
+        self._solved[n] = (covariance - _product(self._solved[:n], row)) / diagonal
         self._explained += self._solved[n] ** 2
         self.size += 1
 
     def expected(self, values: Array) -> tuple[Array, Array]:
         """``(m,)`` means and ``(m,)`` deviations of every candidate, given ``(n,)`` `outcomes`."""
         n = self.size
-        weights = np.linalg.solve(self._factor[:n, :n], values)
-        variance = max(1e-6, float(weights @ weights) / n)
-        means: Array = weights @ self._solved[:n]
+        weights = _product(self._inverse[:n, :n].T, values)
+        variance = max(1e-6, float((weights * weights).sum()) / n)
+        means = _product(self._solved[:n], weights)
         return means, np.sqrt(np.maximum(1e-12, 1.0 - self._explained) * variance)
 
     def improvement(self, values: Array) -> Array:
@@ -130,12 +127,26 @@ def length_scales(points: Array, values: Array) -> Array:
 def _posterior(squares: Array, values: Array, lengths: Array) -> float:
     """Log marginal likelihood and prior, up to a constant; the variance is the likeliest one."""
     n = len(values)
-    covariance = _matern(np.tensordot(1.0 / lengths**2, squares, 1))
-    factor = np.linalg.cholesky(covariance + NOISE * np.eye(n))
-    weights = np.linalg.solve(factor, values)
-    variance = max(1e-6, float(weights @ weights) / n)
-    likelihood = -0.5 * n * math.log(variance) - float(np.log(np.diag(factor)).sum())
+    covariance = _matern(np.einsum("d,dij->ij", 1.0 / lengths**2, squares))
+    left = np.column_stack([covariance + NOISE * np.eye(n), values])
+    determinant = explained = 0.0
+    for k in range(n):  # Gauss's elimination of a symmetric matrix and its right-hand side
+        row = left[k, k + 1 :] / left[k, k]
+        determinant += math.log(left[k, k])
+        explained += float(left[k, n] * row[-1])
+        left[k + 1 :, k + 1 :] -= left[k, k + 1 : n, None] * row
+    likelihood = -0.5 * (n * math.log(max(1e-6, explained / n)) + determinant)
     return likelihood - PRIOR * float(np.sum(np.log(lengths / LENGTH) ** 2))
+
+
+def _product(matrix: Array, vector: Array) -> Array:
+    """``(m,)``: a row ``(n,)`` times a matrix ``(n, m)``.
+
+    Nothing here calls BLAS, whose threads wait for each other: beside compilers that use every
+    core, an ask took ten times as long.
+    """
+    found: Array = np.einsum("i,ij->j", vector, matrix)
+    return found
 
 
 def _covariance(a: Array, b: Array, lengths: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -16,10 +17,11 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
+from metalgen.schedule import APPLE, Schedule
 from metalgen.tuning.replay import Recording, read_recordings
 from metalgen.tuning.search import STRATEGIES, Search
 from metalgen.tuning.space import enumerate_valid
-from metalgen.tuning.starts import borrow, borrowed_schedules
+from metalgen.tuning.starts import borrow, borrowed_schedules, related, translated
 
 CACHE = {
     "tune_params_keys": ["x", "y"],
@@ -158,8 +160,6 @@ def test_schedules_are_borrowed_from_near_chips_and_not_from_the_chip_itself(
 ) -> None:
     with Store.open(tmp_path / "t.db") as store:
         run = store.begin_run("M1", 0)
-        import dataclasses
-
         rows = [
             measured(5, "M1Max-24", 1e-3), measured(6, "M1Max-24", 2e-3),
             measured(7, "M1Max", 1e-3), measured(8, "H200", 1e-3),
@@ -168,3 +168,39 @@ def test_schedules_are_borrowed_from_near_chips_and_not_from_the_chip_itself(
         found = borrowed_schedules(PROBLEM, get_chip("M1Max"), store)
     valid = enumerate_valid(CONFIG)
     assert found == [valid[5], valid[6]]
+
+
+def test_related_configs_are_the_plain_ones_and_then_those_of_other_widths() -> None:
+    config = AttentionConfig(96, "bfloat16", heads_per_kv=4, causal=True, softcap=30.0)
+    found = related(config)
+    assert found[0] == config
+    assert [(c.head_dim, c.causal, c.softcap) for c in found[1:5]] == [
+        (96, True, None), (96, False, None), (80, True, None), (80, False, None)
+    ]  # fmt: skip
+    assert all((c.dtype, c.heads_per_kv) == ("bfloat16", 4) for c in found)
+    assert len(set(found)) == len(found) == 11
+
+
+@pytest.mark.parametrize(
+    ("bd", "width", "expected"), [(128, 64, 64), (128, 256, 256), (32, 64, 32)]
+)
+def test_a_whole_head_dimension_stays_whole_in_a_translated_schedule(
+    bd: int, width: int, expected: int
+) -> None:
+    schedule = Schedule(bq=32, bk=32, bd=bd, simdgroups=4)
+    found = translated(schedule, AttentionConfig(128), AttentionConfig(width), APPLE)
+    assert found == Schedule(bq=32, bk=32, bd=expected, simdgroups=4)
+
+
+def test_schedules_are_borrowed_from_related_configs_where_the_own_one_is_not_on_record(
+    tmp_path: Path,
+) -> None:
+    causal = dataclasses.replace(CONFIG, causal=True)
+    other = dataclasses.replace(CONFIG, causal=True, softcap=20.0)  # not the plain one
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M1", 0)
+        for n, config in ((5, causal), (7, other)):
+            problem = dataclasses.replace(PROBLEM, config=config)
+            store.add_measurements([dataclasses.replace(measured(n), problem=problem, run=run)])
+        found = borrowed_schedules(PROBLEM, get_chip("M1"), store)
+    assert found == [enumerate_valid(CONFIG)[5]]

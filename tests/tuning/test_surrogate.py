@@ -15,8 +15,12 @@ from metalgen.tuning import search as searching
 from metalgen.tuning.search import Search
 from metalgen.tuning.surrogate import (
     CATEGORY,
+    LENGTH,
+    LONGEST,
     MARGIN,
     NOISE,
+    PRIOR,
+    SHORTEST,
     Surrogate,
     length_scales,
     outcomes,
@@ -29,10 +33,10 @@ ASKED = np.array(list(itertools.product((0.0, 0.25, 1.0), repeat=3)))
 LENGTHS = np.array([0.7, 1.5, 3.0])
 
 
-def kernel(a: np.ndarray, b: np.ndarray) -> float:
+def kernel(a: np.ndarray, b: np.ndarray, lengths: np.ndarray = LENGTHS) -> float:
     """Matern 5/2 of two points, every two values further apart by the square root of CATEGORY."""
     squares = ((x - y) ** 2 + (CATEGORY if x != y else 0.0) for x, y in zip(a, b, strict=True))
-    r = math.sqrt(5 * sum(s / length**2 for s, length in zip(squares, LENGTHS, strict=True)))
+    r = math.sqrt(5 * sum(s / length**2 for s, length in zip(squares, lengths, strict=True)))
     return (1 + r + r * r / 3) * math.exp(-r)
 
 
@@ -70,6 +74,24 @@ def test_the_expected_improvement_is_the_mean_over_draws() -> None:
     gains = np.maximum(VALUES.min() - MARGIN - draws, 0.0)
     spread = gains.std(axis=1) / math.sqrt(200_000)
     assert (np.abs(surrogate.improvement(VALUES) - gains.mean(axis=1)) <= 5 * spread + 1e-9).all()
+
+
+def test_the_length_scales_are_no_worse_than_any_beside_them_by_the_marginal_likelihood() -> None:
+    def objective(lengths: np.ndarray) -> float:
+        n = len(POINTS)
+        matrix = np.array([[kernel(a, b, lengths) for b in POINTS] for a in POINTS])
+        matrix += NOISE * np.eye(n)
+        variance = VALUES @ np.linalg.inv(matrix) @ VALUES / n
+        likelihood = -0.5 * (n * math.log(variance) + np.linalg.slogdet(matrix)[1])
+        return float(likelihood - PRIOR * np.sum(np.log(lengths / LENGTH) ** 2))
+
+    found = length_scales(POINTS, VALUES)
+    assert objective(found) > objective(np.full(3, LENGTH))
+    for dimension, factor in itertools.product(range(3), (0.5, 2.0)):
+        other = found.copy()
+        other[dimension] *= factor
+        assert SHORTEST <= other[dimension] <= LONGEST
+        assert objective(other) <= objective(found) + 1e-9
 
 
 def test_a_parameter_that_does_nothing_gets_a_long_scale() -> None:
