@@ -64,6 +64,8 @@ class AttentionConfig:
         rope_dims: how many columns turn; None: all.
         deterministic: a row's bits depend on nothing but its own sequence, and on whether there
             are more than 64 queries: not on the batch, nor on what was tuned for it.
+        tf32: float32 products of CUDA kernels may keep 11 bits of each factor; Metal has no such
+            type, and computes in float32.
         max_work: most scores (queries times keys) that one dispatch computes, 65,536 or more; a
             call with more is cut into several. None: no bound.
         return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
@@ -101,6 +103,7 @@ class AttentionConfig:
     rope: str | None = None
     rope_dims: int | None = None
     deterministic: bool = False
+    tf32: bool = False
     max_work: int | None = None
 
     def __post_init__(self) -> None:
@@ -163,6 +166,8 @@ class AttentionConfig:
             _check_int("max_work", self.max_work, MIN_WORK, 1 << 62)
 
     def _check_together(self) -> None:
+        if self.tf32 and self.dtype != "float32":
+            raise ArgumentError("tf32", f"False beside {self.dtype}", True)
         if not self.varlen:
             return
         excluded = {
@@ -294,7 +299,7 @@ class AttentionConfig:
         return " ".join(words)
 
 
-_NAMED = ("alibi", "bias", "array_mask", "sinks", "varlen", "kv_lens", "deterministic")
+_NAMED = ("alibi", "bias", "array_mask", "sinks", "varlen", "kv_lens", "deterministic", "tf32")
 _SWITCHES = ("causal", "return_lse", "block_mask", *_NAMED)
 
 

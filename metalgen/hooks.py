@@ -75,6 +75,7 @@ def hooks(
         ],
         "varlen": config.varlen,
         "paged": config.page_size is not None,
+        "one_page": config.page_size is not None and config.page_size % schedule.bk == 0,
         "quantized": config.kv_bits is not None,
         "sequences": config.varlen
         or config.has_lengths
@@ -84,6 +85,7 @@ def hooks(
         "deterministic": config.deterministic and schedule.splits > 1,
         "key_arrays": ["k", "v", *(n for n in names if n[:2] in ("k_", "v_"))],
         "value_part_bytes": _value_part_bytes(config, schedule),
+        "tf32": config.tf32,
         "rope": config.rope,
         "turned": config.turned,
         "first_position": position if config.varlen else "rope_offset[sequence]",

@@ -54,8 +54,6 @@ class Schedule:
         fragment: ``"input"`` (fragments in the input's type) or ``"float32"`` (widened on load).
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         splits: threadgroups that share out the keys of a row (decode only; 1: no combine step).
-        fma_exp2: every so manieth fragment's exponentials are polynomials, so that fewer wait for
-            the special-function units (CUDA; 0: none, 1: all).
         value_parts: threadgroups that share out the columns of the values of one block of rows,
             each with scores of its own: for outputs too wide for the registers.
     """
@@ -73,7 +71,6 @@ class Schedule:
     fragment: str = "input"
     math_mode: str = "safe"
     splits: int = 1
-    fma_exp2: int = 0
     value_parts: int = 1
 
     @property
@@ -130,7 +127,6 @@ class Schedule:
             f"w{self.load_width}",
         ]
         words += [f"split{self.splits}"] if self.splits > 1 else []
-        words += [f"fma{self.fma_exp2}"] if self.fma_exp2 else []
         words += [f"parts{self.value_parts}"] if self.value_parts > 1 else []
         words += [w for w, d in ((self.fragment, "input"), (self.math_mode, "safe")) if w != d]
         return " ".join(words)
@@ -150,7 +146,6 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "fragment": ("input", "float32"),
     "math_mode": ("safe", "relaxed", "fast"),
     "splits": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    "fma_exp2": (0, 1, 2, 4),
     "value_parts": (1, 2, 4),
 }
 """Every value that a field of a schedule may take, whatever the config."""
@@ -249,9 +244,8 @@ def check_schedule(
         s.bq == rows,
         f"bq must be {target.row_block} * row_blocks * simdgroups = {rows}, not {s.bq}",
     )
-    require(
-        "threads", s.threads <= limits.threads, f"{s.threads} threads of at most {limits.threads}"
-    )
+    most = min(limits.threads, target.threads)
+    require("threads", s.threads <= most, f"{s.threads} threads of at most {most}")
     require("bk", s.bk % target.depth == 0, f"bk must be a multiple of {target.depth}, not {s.bk}")
     group = 1 if config.kv_bits is None else config.kv_group
     require(
@@ -272,11 +266,6 @@ def check_schedule(
         "float32 inputs need no widening: fragment must be 'input'",
     )
     require("family", family == "forward" or not config.block_mask, "decode takes no block mask")
-    require(
-        "fma_exp2",
-        s.fma_exp2 == 0 or config.dtype != "float32",
-        "polynomials have 16 bits: fma_exp2 must be 0",
-    )
     require("splits", family == "decode" or s.splits == 1, "only decode shares out the keys")
     size = threadgroup_bytes(config, s, target)
     require(

@@ -14,6 +14,8 @@ class Target:
         row_block: query rows of one block: of an 8x8 simdgroup matrix, of a 16x8x16 ``mma``.
         depth: keys and columns that one instruction contracts; lengths are padded to it.
         buffers: most staging buffers.
+        threads: most threads of a threadgroup. An NVIDIA GPU has 65,536 registers for a block: from
+            257 threads on a kernel may need more, and then it is not launched.
         dtypes: the types that it has kernels for.
         choices: the only values that these fields of a schedule may take.
     """
@@ -22,6 +24,7 @@ class Target:
     row_block: int
     depth: int
     buffers: int
+    threads: int
     dtypes: tuple[str, ...]
     choices: tuple[tuple[str, tuple[object, ...]], ...] = ()
 
@@ -31,14 +34,15 @@ METAL = Target(
     row_block=8,
     depth=8,
     buffers=2,
+    threads=1024,
     dtypes=("float32", "float16", "bfloat16"),
-    choices=(("fma_exp2", (0,)),),
 )
 CUDA = Target(
     "cuda",
     row_block=16,
     depth=16,
     buffers=4,
+    threads=256,
     dtypes=("float32", "float16", "bfloat16"),
     choices=(
         ("k_source", ("threadgroup",)),

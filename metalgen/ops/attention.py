@@ -104,6 +104,7 @@ def attention(
         rope: `metalgen.Rope`; queries turn with their position in the kernel. Keys come turned.
         deterministic: a row's bits depend on nothing but its own sequence, and on whether there
             are more than 64 queries (packed: on `max_seqlen_q`, where given).
+        tf32: float32 products of CUDA kernels may keep 11 bits of each factor.
         max_work: most scores (queries times keys of all heads) that one dispatch computes; a call
             with more is cut into several. For GPUs that draw a screen meanwhile.
         check: look at contents, too: lengths, tables, offsets and numbers that cannot be are

@@ -235,6 +235,7 @@ def _config(
         rope=None if rope is None else rope.style,
         rope_dims=None if rope is None else rope.dims,
         deterministic=options.get("deterministic", False),
+        tf32=options.get("tf32", False),
         max_work=options.get("max_work"),
     )
 

@@ -31,6 +31,7 @@ class SharedOptions(TypedDict, total=False):
     block_table: mx.array | None
     rope: Rope | None
     deterministic: bool
+    tf32: bool
     max_work: int | None
     check: bool
     device: str | None

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["attention_float64", "attention_mlx", "config_features"]
 
 HOW_NOT_WHAT = frozenset(
-    {"head_dim", "value_head_dim", "heads_per_kv", "return_lse", "deterministic", "max_work"}
+    {
+        "head_dim",
+        "value_head_dim",
+        "heads_per_kv",
+        "return_lse",
+        "deterministic",
+        "tf32",
+        "max_work",
+    }
 )
 """Fields of a config that the definition finds in the arrays' shapes, or has no use for."""
 

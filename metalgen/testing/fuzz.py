@@ -247,7 +247,7 @@ def fault(device: Device, case: Case) -> str:
         return f"relative error {error:.2e}, not {tolerance:.2e} or less"
     if config.return_lse != (lse is not None):
         return "a log-sum-exp" if lse is not None else "no log-sum-exp"
-    return "" if lse is None else lse_fault(lse, expected_lse, lse_tolerance(config, case.schedule))
+    return "" if lse is None else lse_fault(lse, expected_lse, lse_tolerance(config))
 
 
 def hostile(case: Case, seed: int) -> Inputs:

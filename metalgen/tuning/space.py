@@ -172,15 +172,8 @@ def space(
             Parameter(
                 "value_parts", (own_parts, 2 * own_parts) if 1 < own_parts < 4 else (own_parts,)
             ),
-            Parameter("fma_exp2", (0, 1, 2, 4) if _busy_with_exp2(config, target.name) else (0,)),
         ),
     )
-
-
-def _busy_with_exp2(config: AttentionConfig, target: str) -> bool:
-    """Whether scores take more special functions than the exponential of a softmax."""
-    more = config.softcap is not None or config.score_mod is not None
-    return target == "cuda" and more and config.dtype != "float32"
 
 
 @functools.lru_cache(maxsize=64)
