@@ -26,10 +26,10 @@ from metalgen.tuning.space import space
 from metalgen.verify import (
     FUNCTION_FACTOR,
     MOST_FOR_FUNCTIONS,
-    TOLERANCE,
     lse_fault,
     lse_tolerance,
     relative_error,
+    tolerance_of,
 )
 
 DIMS = (8, 16, 20, 32, 40, 64, 72, 96, 128, 136)
@@ -241,7 +241,7 @@ def fault(device: Device, case: Case) -> str:
         return f"{out.dtype} {out.shape}, not {q.dtype} {expected.shape}"
     plain, _ = attention_mlx(q, k, v, scale=scale, **features)
     most = min(MOST_FOR_FUNCTIONS, FUNCTION_FACTOR * relative_error(plain, expected))
-    tolerance = max(TOLERANCE[config.dtype], most)
+    tolerance = max(tolerance_of(config), most)
     error = relative_error(out, expected)
     if not error <= tolerance:
         return f"relative error {error:.2e}, not {tolerance:.2e} or less"
