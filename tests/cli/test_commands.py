@@ -118,7 +118,8 @@ def get_nearest() -> tuple[str, ...]:
     [
         (
             ["frob"],
-            "command: expected one of tune, render, check, show, db, report, explain, chips, doctor",
+            "command: expected one of tune, render, check, show, db, report, explain, chips, "
+            "doctor",
         ),
         (["tune", "--nope"], "No such option '--nope'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),
