@@ -20,12 +20,17 @@ from metalgen.problem import Problem
 
 PLAIN = AttentionConfig(128, "bfloat16", causal=True)
 GROUPED = dataclasses.replace(PLAIN, heads_per_kv=4)
+LATENT = AttentionConfig(576, "bfloat16", value_head_dim=512, heads_per_kv=16)
 PROBLEMS = {
     "forward": Problem(PLAIN, 64, 4096, 4096),
     "decode": Problem(GROUPED, 32, 1, 32768),
     "decode-8": Problem(GROUPED, 256, 1, 32768),
     "window": Problem(dataclasses.replace(PLAIN, window_left=1023), 64, 16384, 16384),
     "long": Problem(PLAIN, 64, 16384, 16384),
+    "pages": Problem(dataclasses.replace(GROUPED, page_size=64), 256, 1, 32768),
+    "8-bit": Problem(dataclasses.replace(GROUPED, kv_bits=8), 256, 1, 32768),
+    "4-bit": Problem(dataclasses.replace(GROUPED, kv_bits=4), 256, 1, 32768),
+    "latent": Problem(LATENT, 128, 1, 32768),
 } | {
     f"{dim}{'-causal' if causal else ''}{'-softcap' if cap else ''}": Problem(
         AttentionConfig(dim, "bfloat16", causal=causal, softcap=cap), 64, 4096, 4096

@@ -14,7 +14,7 @@ from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
-from metalgen.inputs import NOTHING, Inputs, check_call
+from metalgen.inputs import NOTHING, Inputs, check_inputs, check_main, has_inputs
 from metalgen.mlx_attention import is_fused, mlx_runner
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
@@ -49,6 +49,10 @@ class Kernel:
     schedule: Schedule
     path: tuple[str, ...]
     _run: Runner = field(repr=False)
+
+    @functools.cached_property
+    def _asks(self) -> bool:
+        return has_inputs(self.config)
 
     @functools.cached_property
     def source(self) -> str:
@@ -93,7 +97,9 @@ class Kernel:
         Raises:
             ArgumentError: shapes or types that do not fit the config.
         """
-        check_call(self.config, q, k, v, inputs)
+        check_main(self.config, q, k, v)
+        if self._asks or inputs is not NOTHING:
+            check_inputs(self.config, q, k, v, inputs)
         scale = check_scale(self.config, scale)
         if self.backend == "metalgen":
             out, lse = _differentiable(self._run, self.config, q, k, v, scale, inputs)

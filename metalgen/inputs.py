@@ -75,6 +75,8 @@ class Inputs:
 
     def replaced(self, arrays: tuple[mx.array, ...]) -> Inputs:
         """The same with other arrays, in the order of `arrays`."""
+        if not arrays:
+            return self
         score, mask = len(self.score), len(self.score) + len(self.mask)
         named: dict[str, Any] = dict(zip(self.named, arrays[mask:], strict=True))
         captured: dict[str, Any] = {
@@ -125,7 +127,14 @@ def check_call(
     Raises:
         ArgumentError: naming the first array that does not fit.
     """
-    _check_main(config, q, k, v)
+    check_main(config, q, k, v)
+    check_inputs(config, q, k, v, inputs)
+
+
+def check_inputs(
+    config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, inputs: Inputs
+) -> None:
+    """The same for what a call brings beside q, k and v."""
     _check_functions(config, inputs, q, k)
     entries = q.shape[0]
     for name, asks in ASKED_FOR.items():
@@ -183,7 +192,8 @@ def key_places(config: AttentionConfig, k: mx.array, inputs: Inputs) -> int:
     return int(inputs.block_table.shape[1]) * config.page_size
 
 
-def _check_main(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
+def check_main(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
+    """The same for q, k and v; raises `ArgumentError`."""
     packed = 1 if config.kv_bits is None else 32 // config.kv_bits
     kv_dtype = config.dtype if config.kv_bits is None else "uint32"
     axes = "(B, H, L, D)" if config.page_size is None else "(pages, H, page_size, D)"

@@ -36,40 +36,52 @@ class KernelDevice(Device):
         source = render(config, schedule, self.target, family)
         kernel = self.compile(source)
         join = self._combine(config, schedule) if schedule.splits > 1 else None
+        count, threads = len(source.outputs), (source.threads, 1, 1)
+
+        @functools.lru_cache(maxsize=64)
+        def dispatches(
+            shape: tuple[int, int, int], keys: int, sequences: int, dtype: mx.Dtype
+        ) -> list[tuple[Launch, list[mx.array], dict[str, Any]]]:
+            """Each dispatch of a call of these sizes, its own input, and the kernel's arguments."""
+            found = []
+            for launch in attention_launches(config, schedule, family, shape, keys, sequences):
+                shapes = [(*launch.shape, config.v_dim), launch.shape]
+                dtypes = [dtype, mx.float32]
+                if join:
+                    dtypes[0] = mx.float32
+                    shapes = [(launch.splits, *own) for own in shapes]
+                x, y, z = launch.groups
+                arguments = {
+                    "output_shapes": shapes[:count],
+                    "output_dtypes": dtypes[:count],
+                    "grid": (x * source.threads, y, z),
+                    "threadgroup": threads,
+                }
+                start = [] if launch.start is None else [mx.array(launch.start, mx.int32)]
+                found.append((launch, start, arguments))
+            return found
 
         def run(
             q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
-            batch, heads, q_len, _ = q.shape
-            if 0 in q.shape or 0 in k.shape:  # nothing to launch: no row sees a key
+            shape = q.shape
+            if 0 in shape or 0 in k.shape:  # nothing to launch: no row sees a key
                 return _empty(config, q, inputs)
             q, scale = positive_scale(q, scale)
-            bound = _bound(config, source, schedule, q, k, v, scale, inputs)
-
-            def dispatch(launch: Launch) -> list[mx.array]:
-                shapes = [(*launch.shape, config.v_dim), launch.shape]
-                dtypes = [q.dtype, mx.float32]
-                if join:
-                    dtypes[0] = mx.float32
-                    shapes = [(launch.splits, *shape) for shape in shapes]
-                start = [] if launch.start is None else [mx.array(launch.start, mx.int32)]
-                x, y, z = launch.groups
-                outputs = kernel(
-                    inputs=bound + start,
-                    output_shapes=shapes[: len(source.outputs)],
-                    output_dtypes=dtypes[: len(source.outputs)],
-                    grid=(x * source.threads, y, z),
-                    threadgroup=(source.threads, 1, 1),
-                )
-                return join(outputs[0], outputs[1], q.dtype) if join else outputs
-
+            # Seen as bytes, an array is copied only where its last axis has gaps.
+            bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
+            if inputs is not NOTHING:
+                bound += _more(config, source, schedule, shape, k, inputs)
             keys = key_places(config, k, inputs)
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
-            launches = attention_launches(
-                config, schedule, family, (batch, heads, q_len), keys, sequences
-            )
-            found = [dispatch(launch) for launch in launches]
-            outputs = found[0] if len(found) == 1 else _joined(found, launches, batch, heads, q_len)
+            found = []
+            launches = dispatches(shape[:3], keys, sequences, q.dtype)
+            for _, start, arguments in launches:
+                outputs = kernel(inputs=bound + start, **arguments)
+                found.append(join(outputs[0], outputs[1], q.dtype) if join else outputs)
+            outputs = found[0]
+            if len(found) > 1:
+                outputs = _joined(found, launches[0][0], *shape[:3])
             return outputs[0], outputs[1] if config.return_lse else None
 
         return run
@@ -97,26 +109,24 @@ class KernelDevice(Device):
         return run
 
 
-def _bound(
+def _more(
     config: AttentionConfig,
     source: KernelSource,
     schedule: Schedule,
-    q: mx.array,
+    shape: tuple[int, ...],
     k: mx.array,
-    v: mx.array,
-    scale: float,
     inputs: Inputs,
 ) -> list[mx.array]:
-    """A kernel's inputs. Seen as bytes, an array is copied only where its last axis has gaps."""
-    bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
+    """A kernel's inputs beside q, k, v and the scale."""
+    bound = []
     if inputs.blocks is not None:
         bound.append(inputs.blocks.lists(source.bq, schedule.bk))
     bound += [mx.contiguous(x) for x in (*inputs.score, *inputs.mask)]
     for name in asked_for(config):
         array = getattr(inputs, name)
         if name in ("bias", "array_mask"):
-            shape = (*q.shape[:3], key_places(config, k, inputs))
-            bound.append(mx.broadcast_to(array, shape))
+            whole = (*shape[:3], key_places(config, k, inputs))
+            bound.append(mx.broadcast_to(array, whole))
         elif name.endswith(("_scales", "_biases")):
             bound.append(_in_device_memory(array.view(mx.uint8)))
         else:
@@ -144,12 +154,12 @@ def _empty(
 
 
 def _joined(
-    found: list[list[mx.array]], launches: list[Launch], batch: int, heads: int, q_len: int
+    found: list[list[mx.array]], first: Launch, batch: int, heads: int, q_len: int
 ) -> list[mx.array]:
     """The outputs of a call's dispatches, put together; they come in order of their rows."""
     outputs = []
     for parts in zip(*found, strict=True):
-        if launches[0].shape[1:] == (heads, q_len):
+        if first.shape[1:] == (heads, q_len):
             outputs.append(mx.concatenate(list(parts), axis=0))
             continue
         # Shares of heads, or of one head's rows: rows of all heads of an entry, one after another.
