@@ -220,19 +220,18 @@ def _check_schedule(
 
 
 def _launch(config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> None:
-    import mlx.core as mx
-
     from metalgen.devices import get_device
+    from metalgen.samples import sample_call
 
-    def normal(heads: int, length: int, dim: int) -> mx.array:
-        x = mx.random.normal((sizes.batch, heads, length, dim), key=mx.random.key(length))
-        return x.astype(getattr(mx, config.dtype))
-
-    kv_heads = sizes.heads // config.heads_per_kv
-    q = normal(sizes.heads, sizes.q_len, config.head_dim)
-    k = normal(kv_heads, sizes.kv_len, config.head_dim)
-    v = normal(kv_heads, sizes.kv_len, config.v_dim)
-    get_device("simulator").build(config, schedule)(q, k, v, config.head_dim**-0.5)
+    q, k, v, inputs = sample_call(
+        config,
+        batch=sizes.batch,
+        kv_heads=sizes.heads // config.heads_per_kv,
+        q_len=sizes.q_len,
+        kv_len=sizes.kv_len,
+        ragged=False,
+    )
+    get_device("simulator").build(config, schedule)(q, k, v, config.head_dim**-0.5, inputs)
 
 
 def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:

@@ -52,6 +52,13 @@ def config_options(function: Function) -> Function:
     @click.option("--window-right", type=int, metavar="N", help="Keys seen after the own one.")
     @click.option("--softcap", type=float, metavar="C", help="Scores x become C tanh(x / C).")
     @click.option("--lse", is_flag=True, help="Also return the log-sum-exp.")
+    @click.option(
+        "--with",
+        "fields",
+        multiple=True,
+        metavar="FIELD[=VALUE]",
+        help="Any other field of AttentionConfig, such as alibi or page_size=16.",
+    )
     @click.option("--batch", type=int, default=1, show_default=True, metavar="B")
     @click.option("--heads", type=int, metavar="H", help="Query heads. Default: about 32.")
     @click.option("--q-len", type=int, default=1024, show_default=True, metavar="LQ")
@@ -68,23 +75,25 @@ def config_options(function: Function) -> Function:
         window_right: int | None,
         softcap: float | None,
         lse: bool,
+        fields: tuple[str, ...],
         batch: int,
         heads: int | None,
         q_len: int,
         kv_len: int | None,
         **kwargs: Any,
     ) -> Any:
-        config = AttentionConfig(
-            head_dim=head_dim,
-            dtype=dtype,
-            value_head_dim=value_head_dim,
-            heads_per_kv=heads_per_kv,
-            causal=causal,
-            window_left=window_left,
-            window_right=window_right,
-            softcap=softcap,
-            return_lse=lse,
-        )
+        named = {
+            "head_dim": head_dim,
+            "dtype": dtype,
+            "value_head_dim": value_head_dim,
+            "heads_per_kv": heads_per_kv,
+            "causal": causal,
+            "window_left": window_left,
+            "window_right": window_right,
+            "softcap": softcap,
+            "return_lse": lse,
+        }
+        config = AttentionConfig.from_dict(named | _fields(fields, named))
         if heads is None:
             heads = heads_per_kv * max(1, 32 // heads_per_kv)
         elif heads < 1 or heads % heads_per_kv:
@@ -99,6 +108,21 @@ def config_options(function: Function) -> Function:
         return function(*args, config=config, sizes=sizes, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _fields(given: Sequence[str], named: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config from ``NAME`` or ``NAME=VALUE``; a value is JSON, or else a word."""
+    fields: dict[str, Any] = {}
+    for text in given:
+        name, given_value, value = text.partition("=")
+        if name in named or name in fields:
+            other = "--lse" if name == "return_lse" else f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"--with {name}: expected once, or as {other}, but got {text!r}")
+        try:
+            fields[name] = json.loads(value) if given_value else True
+        except ValueError:
+            fields[name] = value
+    return fields
 
 
 def json_option(function: Function) -> Function:
