@@ -65,7 +65,7 @@ class KernelDevice(Device):
             q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
             shape = q.shape
-            if 0 in shape or 0 in k.shape:  # nothing to launch: no row sees a key
+            if 0 in shape or 0 in k.shape or not key_places(config, k, inputs):  # nothing to launch: no row sees a key
                 return _empty(config, q, inputs)
             q, scale = positive_scale(q, scale)
             # Seen as bytes, an array is copied only where its last axis has gaps.
