@@ -9,20 +9,11 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.inputs import asked_for
-from metalgen.schedule import Schedule, value_width
-
-SHARED_KEYS = 16384
-"""A share of a deterministic decode has this many keys over its splits, however many there are."""
+from metalgen.schedule import Schedule, share, value_width
 
 LN2 = math.log(2)
 Feature = Callable[..., Any]
 """``feature(name, **variables)``: the macros of a feature file."""
-
-
-def share(schedule: Schedule) -> int:
-    """Keys of one share of a deterministic decode: whole tiles."""
-    tiles = -(-SHARED_KEYS // (schedule.splits * schedule.bk))
-    return tiles * schedule.bk
 
 
 def hooks(

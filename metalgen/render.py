@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metalgen import hooks as hooks_module
-from metalgen import plan, plan_cuda
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
-from metalgen.hooks import extra_inputs, hooks
 from metalgen.resources import templates_dir
 from metalgen.schedule import (
     FRAGMENT,
@@ -95,6 +92,8 @@ def render(
         raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
     if family not in _TEMPLATES:
         raise ArgumentError("family", f"one of {', '.join(_TEMPLATES)}", family)
+    from metalgen.hooks import extra_inputs
+
     combine = family == "combine"
     check_schedule(config, schedule, _NO_LIMITS[target], "decode" if combine else family)
     context = _context(config, schedule, target, family)
@@ -133,10 +132,9 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     files += sorted((root / "features").glob("*.jinja"))
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
-    plans = {"metal": plan, "cuda": plan_cuda}
-    printer = Path(__file__).parent / "dsl" / "printer.py"
-    modules = [Path(str(module.__file__)) for module in (plans[target], hooks_module)]
-    for path in [*files, *modules, Path(__file__), printer]:
+    modules = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target], "hooks.py", "dsl/printer.py"
+    here = Path(__file__)
+    for path in [*files, *(here.parent / module for module in modules), here]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -167,6 +165,8 @@ def _context(
     for name in ("window_left", "window_right"):
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
+    from metalgen.hooks import hooks
+
     own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
     hooked = hooks(config, schedule, target, family, _feature)
     steps = own["plan"].steps
@@ -188,6 +188,8 @@ def _context(
 
 
 def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+    from metalgen import plan
+
     own = plan.forward_plan(config, schedule)
     constants = {"D_FRAGMENTS": padded(config.head_dim) // FRAGMENT}
     if own.staged:
@@ -204,6 +206,8 @@ def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
 
 
 def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+    from metalgen import plan_cuda
+
     own = plan_cuda.cuda_plan(config, schedule)
     constants = {
         "D_STEPS": padded(config.head_dim, CUDA) // (8 if config.dtype == "float32" else 16),

@@ -19,6 +19,8 @@ ROW_PAD_BYTES = 16
 """Bytes added to a row in threadgroup memory, so that rows start in different banks (Metal)."""
 REGISTERS = 250
 """Estimated 16-bit registers a thread up to which a kernel is likely not to spill (of 256)."""
+SHARED_KEYS = 16384
+"""A share of a deterministic decode has this many keys over its splits, however many there are."""
 CHUNK_BYTES = 16
 """Bytes that are moved at once (CUDA)."""
 
@@ -165,6 +167,12 @@ def row_bytes(width: int, itemsize: int, target: Target = METAL) -> int:
         return padded(width) * itemsize + ROW_PAD_BYTES
     chunks = padded(width, target) * itemsize // CHUNK_BYTES
     return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
+
+
+def share(schedule: Schedule) -> int:
+    """Keys of one share of a deterministic decode: whole tiles."""
+    tiles = -(-SHARED_KEYS // (schedule.splits * schedule.bk))
+    return tiles * schedule.bk
 
 
 def value_width(config: AttentionConfig, schedule: Schedule) -> int:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
-from metalgen.hooks import share
-from metalgen.schedule import Schedule
+from metalgen.schedule import Schedule, share
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.reference.plain import attention_plain
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -64,6 +62,8 @@ def attention_mlx(
     capture. The output has the type of `q`, the log-sum-exp is float32. Its memory grows with
     Lq * Lk, of all packed sequences together.
     """
+    from metalgen.reference.plain import attention_plain
+
     return attention_plain(q, k, v, scale, features)
 
 
