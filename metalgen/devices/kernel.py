@@ -65,8 +65,8 @@ class KernelDevice(Device):
             q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
             shape = q.shape
-            if 0 in shape or 0 in k.shape or not key_places(config, k, inputs):  # nothing to launch: no row sees a key
-                return _empty(config, q, inputs)
+            if 0 in shape or 0 in k.shape or not key_places(config, k, inputs):
+                return _empty(config, q, inputs)  # nothing to launch: no row sees a key
             q, scale = positive_scale(q, scale)
             # Seen as bytes, an array is copied only where its last axis has gaps.
             bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
