@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import click
 
 from metalgen.cli.options import duration, milliseconds, problem_cells, ratio
-from metalgen.tuning.presets import Preset
 from metalgen.tuning.progress import Observer, Progress
 
 
@@ -43,11 +42,10 @@ def summary(p: Progress) -> str:
 
 
 @contextlib.contextmanager
-def observer(preset: Preset, quiet: bool) -> Iterator[Observer]:
+def observer(quiet: bool) -> Iterator[Observer]:
     """An observer that shows progress: redrawn on a terminal, a line a problem elsewhere.
 
     Args:
-        preset: what is tuned.
         quiet: show nothing (for ``--json``, unless standard error is a terminal).
     """
     if sys.stderr.isatty():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from metalgen.cli.choosing import choosing_options
 from metalgen.cli.measuring import Measuring, measuring_options
 from metalgen.cli.options import (
     chip_option,
@@ -65,14 +67,7 @@ class Plan:
 
 @click.command()
 @chip_option("The chip to tune for, such as M3Max or M3Max-30. Default: this machine's.")
-@click.option(
-    "--preset",
-    "preset_name",
-    default="default",
-    show_default=True,
-    metavar="NAME",
-    help="What to tune: default, all, a family (qwen3) or a model (llama-3-8b).",
-)
+@choosing_options
 @click.option("--trials", type=int, metavar="N", help="Schedules to try for each problem.")
 @click.option("--budget", type=float, metavar="SECONDS", help="Stop after so many seconds.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
@@ -90,7 +85,7 @@ class Plan:
 def command(
     ctx: click.Context,
     chip: str | None,
-    preset_name: str,
+    chosen: Preset,
     trials: int | None,
     budget: float | None,
     seed: int,
@@ -102,23 +97,20 @@ def command(
 ) -> None:
     """Find the fastest schedules for a chip, and keep them.
 
+    Tunes a preset, or the one shape that the options from --head-dim to --kv-len describe.
+
     On that chip its GPU's clock decides. Anywhere else the chip model predicts times, every row is
     marked as modelled, and kernels are executed on the simulator. Each winner is checked against
     the float64 reference. Ctrl-C keeps everything; the same command goes on from there.
     """
-    from metalgen.tuning.presets import preset
     from metalgen.tuning.runner import check_arguments, tune
 
     check_arguments(trials, budget, seed)
     plan = make_plan(chip, device_name)
     measuring.check(plan.device)
     share = sharing.arguments(plan.device)
-    chosen = preset(preset_name)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)
-        return
-    if not chosen.problems:
-        _nothing_to_do(chosen, as_json)
         return
     from metalgen.cli.live import observer
     from metalgen.database.store import Store
@@ -126,8 +118,7 @@ def command(
     with Store.open() as store:
         if not as_json:
             click.echo(plan.headline)
-            _print_skipped(chosen)
-        with observer(chosen, as_json) as observe:
+        with observer(as_json) as observe:
             report = tune(
                 chosen.problems,
                 plan.chip,
@@ -236,14 +227,12 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
                 "preset": chosen.name,
                 "trials": trials,
                 "problems": [problem_fields(p) | {"valid": n} for p, n in valid.items()],
-                "skipped": [{"name": s.name, "needs": s.needs} for s in chosen.skipped],
                 "database": str(user_database()),
             }
         )
         return
     click.echo(plan.headline)
-    _print_skipped(chosen)
-    click.echo(f"Would tune {len(valid)} problems into {user_database()}; nothing was written:")
+    click.echo(f"Would tune {_count(valid)} into {user_database()}; nothing was written:")
     lines = [
         (*problem_cells(p), f"{n} valid schedules", ", ".join(chosen.models.get(p.key, ())))
         for p, n in valid.items()
@@ -252,20 +241,8 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
         click.echo("  " + line)
 
 
-def _print_skipped(chosen: Preset) -> None:
-    if chosen.skipped:
-        click.echo(f"Skipped, for features that are not there yet ({len(chosen.skipped)}):")
-        for line in columns([(s.name, f"needs {s.needs}") for s in chosen.skipped]):
-            click.echo("  " + line)
-
-
-def _nothing_to_do(chosen: Preset, as_json: bool) -> None:
-    skipped = [{"name": s.name, "needs": s.needs} for s in chosen.skipped]
-    if as_json:
-        print_json({"preset": chosen.name, "problems": [], "skipped": skipped})
-        return
-    _print_skipped(chosen)
-    click.echo(f"Preset {chosen.name!r} has nothing else to tune; nothing was written.")
+def _count(problems: Sized) -> str:
+    return f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
 
 
 def _print_report(plan: Plan, report: Report, path: str) -> None:
@@ -277,9 +254,9 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
     for outcome in report.outcomes:
         for r in outcome.rejected:
             click.echo(f"rejected for {outcome.problem}: {r.schedule}: {r.status} ({r.detail})")
-    tuned = sum(outcome.winner is not None for outcome in report.outcomes)
+    tuned = [outcome for outcome in report.outcomes if outcome.winner]
     click.echo(
-        f"{tuned} problems {report.provenance} in {duration(report.seconds)}, {report.checks} "
+        f"{_count(tuned)} {report.provenance} in {duration(report.seconds)}, {report.checks} "
         f"kernels checked against float64 in this run. Kept in {path}"
     )
     if report.provenance == "modelled":
@@ -291,7 +268,7 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
             click.echo(f"Some are {note}.")
     if report.stopped == "budget":
         click.echo("The budget is spent; the same command goes on from here.")
-    if tuned < len(report.outcomes) and plan.checker is None:
+    if len(tuned) < len(report.outcomes) and plan.checker is None:
         click.echo(f"No winner was checked ({plan.no_checker}), so none will be dispatched.")
 
 
@@ -321,7 +298,6 @@ def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str
         "checks": report.checks,
         "database": path,
         "problems": [problem_fields(o.problem) | _outcome_fields(o) for o in report.outcomes],
-        "skipped": [{"name": s.name, "needs": s.needs} for s in chosen.skipped],
     }
 
 
@@ -354,9 +330,10 @@ def _again(ctx: click.Context) -> list[str]:
     words = ["tune"]
     for parameter in ctx.command.params:
         source = ctx.get_parameter_source(parameter.name or "")
-        value = ctx.params.get(parameter.name or "")
+        value: Any = ctx.params.get(parameter.name or "")
         if source == click.core.ParameterSource.COMMANDLINE:
-            words.append(parameter.opts[0])
-            if not getattr(parameter, "is_flag", False):
-                words.append(shown(str(value)) if parameter.name == "storage" else str(value))
+            for one in value if parameter.multiple else (value,):
+                words.append(parameter.opts[0])
+                if not getattr(parameter, "is_flag", False):
+                    words.append(shown(str(one)) if parameter.name == "storage" else str(one))
     return words

@@ -1,7 +1,6 @@
 """Attention shapes of real models, as problems to tune.
 
-Head counts and dimensions are those of each model's public ``config.json``. A shape that needs
-what the kernels cannot do yet is skipped, and named with the feature that it waits for.
+Head counts and dimensions are those of each model's public ``config.json``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Layer:
         value_head_dim: of a value row; None means the same.
         window: keys that a query sees, its own the last of them; None: all up to its own.
         softcap: of the scores; None: none.
-        needs: the feature that is missing, or None where the layer can be tuned.
+        sinks: whether each query head has a logit that takes part in the softmax.
         label: what tells it from the model's other layers.
         decode_only, prefill_only: whether the layer has this shape in one of the two only.
     """
@@ -42,7 +41,7 @@ class Layer:
     value_head_dim: int | None = None
     window: int | None = None
     softcap: float | None = None
-    needs: str | None = None
+    sinks: bool = False
     label: str = ""
     decode_only: bool = False
     prefill_only: bool = False
@@ -57,27 +56,17 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A shape of a preset that cannot be tuned yet, and the feature that it waits for."""
-
-    name: str
-    needs: str
-
-
-@dataclass(frozen=True)
 class Preset:
     """What `metalgen tune --preset` runs.
 
     Args:
-        name: as the user gives it.
+        name: as the user gives it; None for a shape of one's own.
         problems: each once, in order.
-        skipped: what was left out.
         models: names of the models that each problem comes from, by the problem's key.
     """
 
-    name: str
+    name: str | None
     problems: tuple[Problem, ...]
-    skipped: tuple[Skipped, ...] = ()
     models: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
 
@@ -109,8 +98,8 @@ def _gpt_oss(name: str) -> Model:
     return Model(
         name,
         (
-            Layer(64, 8, 64, needs="attention sinks", label="full"),
-            Layer(64, 8, 64, window=128, needs="attention sinks", label="banded"),
+            Layer(64, 8, 64, sinks=True, label="full"),
+            Layer(64, 8, 64, window=128, sinks=True, label="banded"),
         ),
     )
 
@@ -160,15 +149,7 @@ MODELS = (
         "deepseek-v3",
         (
             Layer(128, 128, 192, 128, label="expanded", prefill_only=True),
-            Layer(
-                128,
-                1,
-                576,
-                512,
-                needs="MLA (head_dim 576, above 256)",
-                label="absorbed",
-                decode_only=True,
-            ),
+            Layer(128, 1, 576, 512, label="absorbed", decode_only=True),
         ),
     ),
 )
@@ -218,19 +199,14 @@ def _collect(
     name: str, models: Iterable[Model], prefill: tuple[int, ...], decode: tuple[int, ...]
 ) -> Preset:
     sources: dict[Problem, list[str]] = {}
-    skipped: dict[Skipped, None] = {}
     for model in models:
         for layer in model.layers:
             label = f"{model.name} {layer.label}".rstrip()
-            if layer.needs:
-                skipped[Skipped(label, layer.needs)] = None
-                continue
             for problem in _problems(layer, prefill, decode):
                 sources.setdefault(problem, []).append(label)
     return Preset(
         name,
         tuple(sources),
-        tuple(skipped),
         {problem.key: tuple(dict.fromkeys(labels)) for problem, labels in sources.items()},
     )
 
@@ -245,6 +221,7 @@ def _problems(layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...]) -
             causal=True,
             window_left=None if layer.window is None else layer.window - 1,
             softcap=layer.softcap,
+            sinks=layer.sinks,
         )
         if not layer.decode_only:
             for n in prefill:

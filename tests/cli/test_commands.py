@@ -121,7 +121,7 @@ def get_nearest() -> tuple[str, ...]:
             "command: expected one of tune, render, check, show, db, report, explain, chips, "
             "doctor",
         ),
-        (["tune", "--nope"], "No such option '--nope'. (see metalgen tune --help)"),
+        (["tune", "--xyzzy"], "No such option '--xyzzy'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),
         (["tune", "--chip", "M3Max", "--preset", "llama3"], "preset: expected default, all"),
         (["tune", "--chip", "M3Max", "--trials", "0"], "trials: expected a positive whole number"),
@@ -279,15 +279,6 @@ def test_features_of_a_config_are_options(capsys: pytest.CaptureFixture[str]) ->
     }
 
 
-def test_a_preset_with_nothing_to_tune_says_so_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], database: Path
-) -> None:
-    printed = text(capsys, "tune", "--chip", "M3Max", "--preset", "gpt-oss")
-    assert "gpt-oss-20b full     needs attention sinks" in printed
-    assert "nothing else to tune; nothing was written." in printed
-    assert not database.exists()
-
-
 def test_render_changes_the_fields_that_are_named_and_what_follows_from_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -435,13 +426,17 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], database: Path
 ) -> None:
     found = document(capsys, "tune", "--chip", "M3Max", "--preset", "deepseek", "--dry-run")
-    assert found["provenance"] == "modelled"
-    assert [p["kv_len"] for p in found["problems"]] == [512, 2048, 8192] * 2
-    needs = "MLA (head_dim 576, above 256)"
-    assert found["skipped"] == [{"name": "deepseek-v3 absorbed", "needs": needs}]
+    assert (found["provenance"], found["preset"]) == ("modelled", "deepseek")
+    prefill, decode = [512, 2048, 8192], [1024, 4096, 16384]
+    assert [p["kv_len"] for p in found["problems"]] == prefill * 2 + decode * 2
+    assert all(p["valid"] > 0 for p in found["problems"])
+    assert "skipped" not in found
     printed = text(capsys, "tune", "--chip", "M3Max", "--preset", "deepseek", "--dry-run")
-    assert f"deepseek-v3 absorbed  needs {needs}" in printed
-    assert f"Would tune 6 problems into {database}; nothing was written:" in printed
+    assert f"Would tune 12 problems into {database}; nothing was written:" in printed
+    lines = [line.split("  ") for line in printed.splitlines() if "D576/512 float16" in line]
+    assert [(line[2].strip(), line[-1].strip()) for line in lines] == [
+        (f"BH=128 1x{n}", "deepseek-v3 absorbed") for n in (1024, 4096, 16384)
+    ]
     assert not database.exists()
 
 

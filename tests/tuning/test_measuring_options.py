@@ -35,7 +35,7 @@ def run(*words: str) -> int:
 def test_a_run_by_the_command_measures_in_helpers_under_the_policy_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = presets.Preset("small", (SMALL,), (), {})
+    chosen = presets.Preset("small", (SMALL,))
     monkeypatch.setattr(presets, "preset", lambda name: chosen)
     monkeypatch.setattr(cli, "local_gpu", lambda: (get_chip("M3Max"), SimulatedGpu()))
     monkeypatch.setenv("METALGEN_DB", str(tmp_path / "tuning.db"))

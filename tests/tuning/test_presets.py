@@ -1,4 +1,4 @@
-"""Which problems the presets hold, and what they leave out."""
+"""Which problems the presets hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
-from metalgen.tuning.presets import MODELS, Skipped, preset, preset_names
+from metalgen.tuning.presets import MODELS, preset, preset_names
 
 
 def test_the_default_preset_is_causal_prefill_of_the_commonest_shapes() -> None:
@@ -17,7 +17,6 @@ def test_the_default_preset_is_causal_prefill_of_the_commonest_shapes() -> None:
         for dtype in ("float16", "bfloat16")
         for n in (1024, 4096)
     ]
-    assert preset("default").skipped == ()
 
 
 def test_a_model_is_tuned_in_prefill_and_decode_lengths() -> None:
@@ -29,29 +28,32 @@ def test_a_model_is_tuned_in_prefill_and_decode_lengths() -> None:
     ]
 
 
-def test_deepseek_is_expanded_in_prefill_and_skipped_where_it_is_absorbed() -> None:
-    chosen = preset("deepseek-v3")
-    assert {p.config for p in chosen.problems} == {
-        AttentionConfig(192, dtype, value_head_dim=128, causal=True)
+def test_deepseek_is_expanded_in_prefill_and_absorbed_in_decode() -> None:
+    problems = preset("deepseek").problems
+    assert [p for p in problems if p.config.dtype == "bfloat16"] == [
+        *(
+            Problem(AttentionConfig(192, "bfloat16", 128, causal=True), 128, n, n)
+            for n in (512, 2048, 8192)
+        ),
+        *(
+            Problem(AttentionConfig(576, "bfloat16", 512, 128, causal=True), 128, 1, n)
+            for n in (1024, 4096, 16384)
+        ),
+    ]
+    assert {p.family for p in problems if p.q_len == 1} == {"decode"}
+
+
+def test_the_layers_of_gpt_oss_have_sinks_and_each_second_one_a_window_of_128_keys() -> None:
+    chosen = preset("gpt-oss")
+    configs = {p.config for p in chosen.problems}
+    assert configs == {
+        AttentionConfig(64, dtype, heads_per_kv=8, causal=True, window_left=left, sinks=True)
         for dtype in ("float16", "bfloat16")
+        for left in (None, 127)
     }
-    assert {p.q_len for p in chosen.problems} == {512, 2048, 8192}
-    assert chosen.skipped == (Skipped("deepseek-v3 absorbed", "MLA (head_dim 576, above 256)"),)
-
-
-@pytest.mark.parametrize(
-    ("name", "skipped"),
-    [
-        ("gemma-2-9b", set()),
-        ("gpt-oss-20b", {"attention sinks"}),
-        ("deepseek", {"MLA (head_dim 576, above 256)"}),
-        ("llama-3-8b", set()),
-    ],
-)
-def test_shapes_are_skipped_by_the_feature_that_they_need(name: str, skipped: set[str]) -> None:
-    chosen = preset(name)
-    assert {s.needs for s in chosen.skipped} == skipped
-    assert all(s.name.startswith(name) for s in chosen.skipped)
+    assert {p.batch_heads for p in chosen.problems} == {64}
+    assert len(chosen.problems) == 4 * 6
+    assert not any(p.config.sinks for m in MODELS[:-3] for p in preset(m.name).problems)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +79,10 @@ def test_every_name_gives_problems_once_each_and_all_covers_every_model() -> Non
     everything = preset("all")
     for name in preset_names():
         problems = preset(name).problems
-        assert len(problems) == len({p.key for p in problems})
+        assert problems and len(problems) == len({p.key for p in problems})
         if name != "default":
             assert set(problems) <= set(everything.problems)
     named = {label.split(" ")[0] for labels in everything.models.values() for label in labels}
-    named |= {s.name.split(" ")[0] for s in everything.skipped}
     assert named == {m.name for m in MODELS}
 
 

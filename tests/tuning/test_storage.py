@@ -139,7 +139,7 @@ def test_a_study_needs_a_name(study: str) -> None:
 def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     """One tiny problem, on a GPU that is the simulator."""
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
-    chosen = presets.Preset("small", (problem,), (), {})
+    chosen = presets.Preset("small", (problem,))
     monkeypatch.setattr(presets, "preset", lambda name: chosen)
     monkeypatch.setattr(command, "local_gpu", lambda: (get_chip("M3Max"), SimulatedGpu()))
 
