@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalgen import AttentionConfig, Schedule, get_kernel, simulator
+from metalgen import AttentionConfig, InvalidSchedule, Schedule, get_kernel, simulator
 from metalgen.devices import get_device
 from metalgen.devices.launch import attention_launches
 from metalgen.inputs import Inputs
@@ -101,3 +101,26 @@ def test_a_deterministic_row_has_the_same_bits_beside_longer_sequences() -> None
     both = call([0, 3, 8], [0, 700, 3000], slice(0, 8), slice(0, 3000))
     alone = call([0, 3], [0, 700], slice(0, 3), slice(0, 700))
     assert np.array_equal(both[:, :, :3], alone)
+
+
+def test_more_buffers_than_metal_has_are_refused_before_anything_is_compiled() -> None:
+    """One more than Metal has: arrays, outputs, and the shapes and strides that are read."""
+    config = AttentionConfig(
+        32,
+        **dict.fromkeys(("causal", "alibi", "bias", "array_mask", "sinks"), True),
+        page_size=64,
+        kv_bits=4,
+        kv_group=32,
+        rope="pairs",
+        return_lse=True,
+        max_work=1 << 16,
+    )
+    device = get_device("simulator")
+    schedule = default_schedule(config, family="decode")
+    with pytest.raises(
+        InvalidSchedule, match=r"\(buffers\): the kernel binds 32, and Metal has 31"
+    ):
+        device.build(config, schedule, "decode")
+    kernel = get_kernel(config, q_len=1, device="simulator")
+    assert kernel.backend == "plain"
+    assert "the kernel binds 32" in kernel.explain() and "FALLBACK" in kernel.explain()

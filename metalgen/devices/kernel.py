@@ -13,11 +13,16 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.devices.launch import Launch, attention_launches
+from metalgen.errors import InvalidSchedule
 from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.schedule import Schedule, check_schedule
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
+
+
+METAL_BUFFERS = 31
+"""Buffers that a Metal kernel may bind (Metal feature set tables: buffers per stage)."""
 
 
 class KernelDevice(Device):
@@ -34,6 +39,8 @@ class KernelDevice(Device):
 
         check_schedule(config, schedule, self.limits, family)
         source = render(config, schedule, self.target, family)
+        if self.target == "metal":
+            check_buffers(source)
         kernel = self.compile(source)
         join = self._combine(config, schedule) if schedule.splits > 1 else None
         count, threads = len(source.outputs), (source.threads, 1, 1)
@@ -167,6 +174,20 @@ def _joined(
         rows = mx.concatenate([p.reshape(-1, *tail) for p in parts], axis=0)
         outputs.append(rows.reshape(batch, heads, -1, *tail))
     return outputs
+
+
+def check_buffers(source: KernelSource) -> None:
+    """Whether a Metal kernel's arrays, shapes and strides can all be bound.
+
+    Raises:
+        InvalidSchedule: they cannot; so it is when nearly all features come at once.
+    """
+    buffers = len(source.inputs) + len(source.outputs)
+    for name in source.inputs:
+        buffers += sum(f"{name}_{fact}" in source.source for fact in ("shape", "strides"))
+    if buffers > METAL_BUFFERS:
+        detail = f"the kernel binds {buffers}, and Metal has {METAL_BUFFERS}: too many features"
+        raise InvalidSchedule("buffers", detail)
 
 
 def arguments(source: KernelSource) -> dict[str, Any]:
