@@ -90,3 +90,20 @@ def test_limits_that_cannot_be_are_refused() -> None:
         Measuring(65, None, None).check(gpu)
     with pytest.raises(ArgumentError, match="time_limit: expected seconds, 1 or more"):
         Measuring(None, 0.0, None).check(gpu)
+
+
+def test_a_shape_of_ones_own_is_measured_with_all_that_its_calls_bring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "local_gpu", lambda: (get_chip("M3Max"), SimulatedGpu()))
+    monkeypatch.setenv("METALGEN_DB", str(tmp_path / "tuning.db"))
+    fields = ("--with", "varlen", "--with", "page_size=8", "--with", "sinks")
+    sizes = ("--head-dim", "8", "--heads", "2", "--q-len", "16", "--kv-len", "16")
+    assert run("tune", *sizes, *fields, "--trials", "1", "--jobs", "0", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["problems"]
+    assert found["winner"]["provenance"] == "measured"
+    assert found["winner"]["error"] < 1e-3
+    with Store.open(tmp_path / "tuning.db", read_only=True) as store:
+        problems = {m.problem for m in store.measurements()}
+    config = AttentionConfig(8, varlen=True, page_size=8, sinks=True)
+    assert problems == {Problem(config, 2, 16, 16)}
