@@ -8,7 +8,6 @@ All expected values come from `metalgen.reference.attention_float64`.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 
 from metalgen.config import AttentionConfig
-from metalgen.devices import Device, all_devices
 from metalgen.reference import attention_float64, config_features
 from metalgen.schedule import Schedule, default_schedule, padded
-from metalgen.targets import CUDA, TARGETS
+from metalgen.targets import CUDA
+from metalgen.testing.base import OnDevice
 from metalgen.verify import TOLERANCE, relative_error, verify
 
 
@@ -75,18 +74,8 @@ DIMS = ((8, 8), (20, 20), (64, 64), (72, 72), (96, 96), (128, 128), (64, 24), (9
 LENGTHS = ((1, 1), (1, 77), (33, 33), (70, 131), (9, 3), (40, 8))
 
 
-class DeviceConformance:
+class DeviceConformance(OnDevice):
     """Tests of one device; `name` is all that a subclass must set."""
-
-    name: str
-
-    @functools.cached_property
-    def device(self) -> Device:
-        device = {d.name: d for d in all_devices()}[self.name]
-        reason = device.unavailable()
-        if reason:
-            pytest.skip(f"device {self.name}: {reason}")
-        return device
 
     def run(
         self,
@@ -98,9 +87,8 @@ class DeviceConformance:
         scale: float = 0.25,
         schedule: Schedule | None = None,
     ) -> tuple[mx.array, mx.array | None]:
+        self.require(config.dtype)
         limits = self.device.limits
-        if config.dtype not in TARGETS[limits.target].dtypes:
-            pytest.skip(f"{limits.target} has no {config.dtype} kernels")
         runner = self.device.build(config, schedule or default_schedule(config, limits))
         return runner(q, k, v, scale)
 
@@ -274,8 +262,7 @@ class DeviceConformance:
     def test_decode(self, dtype: str, splits: int, q_len: int, kv_len: int) -> None:
         """Few queries, heads that share keys in one tile, and keys shared out."""
         config = AttentionConfig(40, dtype, heads_per_kv=3, causal=True, return_lse=True)
-        if dtype not in TARGETS[self.device.limits.target].dtypes:
-            pytest.skip(f"{self.device.limits.target} has no {dtype} kernels")
+        self.require(dtype)
         schedule = default_schedule(config, self.device.limits, "decode")
         schedule = replace(schedule, splits=splits)
         q = normal((2, 6, q_len, 40), dtype, 1)

@@ -11,7 +11,6 @@ NaN wherever nothing may be looked at. Combinations: `metalgen.testing.fuzz`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -22,13 +21,13 @@ import pytest
 
 from metalgen import simulator
 from metalgen.config import AttentionConfig
-from metalgen.devices import Device, all_devices
 from metalgen.dispatch import get_kernel
 from metalgen.inputs import Inputs
 from metalgen.reference import attention_mlx, config_features
 from metalgen.samples import sample_call
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.targets import TARGETS
+from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import Case, default_case, fault, functions, hostile
 
@@ -79,23 +78,12 @@ WAYS = {"forward": ("forward", 1), "decode": ("decode", 1), "decode in 8": ("dec
 DTYPES = ("float16", "float32", "bfloat16")
 
 
-class FeatureConformance:
+class FeatureConformance(OnDevice):
     """Tests of one device; `name` is all that a subclass must set."""
 
-    name: str
-
-    @functools.cached_property
-    def device(self) -> Device:
-        device = {d.name: d for d in all_devices()}[self.name]
-        reason = device.unavailable()
-        if reason:
-            pytest.skip(f"device {self.name}: {reason}")
-        return device
-
     def case(self, config: AttentionConfig, way: str = "forward", **sizes: int) -> Case:
+        self.require(config.dtype)
         limits = self.device.limits
-        if config.dtype not in TARGETS[limits.target].dtypes:
-            pytest.skip(f"{limits.target} has no {config.dtype} kernels")
         family, splits = WAYS[way]
         case = default_case(config, limits, family, **sizes)
         return replace(case, schedule=replace(case.schedule, splits=splits))

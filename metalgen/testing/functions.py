@@ -8,7 +8,6 @@ Expected values come from the functions themselves, applied to whole arrays in f
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +19,10 @@ from numpy.typing import NDArray
 
 from metalgen.block_mask import create_block_mask
 from metalgen.config import AttentionConfig
-from metalgen.devices import Device, all_devices
 from metalgen.dsl.trace import trace
 from metalgen.inputs import Inputs
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.targets import TARGETS
+from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import PATHS, cuda_schedules, normal, schedules_of
 from metalgen.verify import TOLERANCE, relative_error, verify
 
@@ -100,18 +98,8 @@ def definition(
     return weights @ values / np.where(total == 0, 1.0, total), lse
 
 
-class FunctionConformance:
+class FunctionConformance(OnDevice):
     """Tests of one device; `name` is all that a subclass must set."""
-
-    name: str
-
-    @functools.cached_property
-    def device(self) -> Device:
-        device = {d.name: d for d in all_devices()}[self.name]
-        reason = device.unavailable()
-        if reason:
-            pytest.skip(f"device {self.name}: {reason}")
-        return device
 
     def check(
         self,
@@ -125,9 +113,8 @@ class FunctionConformance:
         batch: int = 2,
         splits: int = 0,
     ) -> None:
+        self.require(dtype)
         limits = self.device.limits
-        if dtype not in TARGETS[limits.target].dtypes:
-            pytest.skip(f"{limits.target} has no {dtype} kernels")
         score = trace(case.score_mod, "score_mod") if case.score_mod else None
         mask = trace(case.mask_mod, "mask_mod") if case.mask_mod else None
         if blocks and mask is None:

@@ -1,0 +1,31 @@
+"""What the conformance suites share: a device by its name."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from metalgen.devices import Device, all_devices
+from metalgen.targets import TARGETS
+
+
+class OnDevice:
+    """Tests of one device; `name` is all that a subclass must set."""
+
+    name: str
+
+    @functools.cached_property
+    def device(self) -> Device:
+        """The device; where it is not available here, the test is skipped with the reason."""
+        device = {d.name: d for d in all_devices()}[self.name]
+        reason = device.unavailable()
+        if reason:
+            pytest.skip(f"device {self.name}: {reason}")
+        return device
+
+    def require(self, dtype: str) -> None:
+        """Skip the test where the device's target has no kernels of a type."""
+        target = self.device.limits.target
+        if dtype not in TARGETS[target].dtypes:
+            pytest.skip(f"{target} has no {dtype} kernels")
