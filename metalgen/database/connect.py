@@ -31,6 +31,13 @@ def open_for_reading(path: Path, *, timeout: float = 0.05) -> sqlite3.Connection
         DatabaseError: missing, unreadable, locked, foreign, of an earlier or a later schema.
     """
     try:
+        return _opened(path, timeout)
+    except ForeignDatabase:  # or one that another process made between two looks: look once more
+        return _opened(path, timeout)
+
+
+def _opened(path: Path, timeout: float) -> sqlite3.Connection:
+    try:
         if path.is_dir():
             raise UnreadableDatabase(path, "is a folder, not a file")
         if not path.is_file():
@@ -68,10 +75,14 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: boo
         MissingDatabase: the file is empty and may not be written.
         sqlite3.Error: the file cannot be read.
     """
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if application != APPLICATION_ID:
+    connection.execute("BEGIN")  # one state of the file, whoever else is making it
+    try:
+        application = connection.execute("PRAGMA application_id").fetchone()[0]
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
         empty = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+    finally:
+        connection.rollback()
+    if application != APPLICATION_ID:
         if empty and application == 0 and version == 0:
             if may_migrate:
                 return
