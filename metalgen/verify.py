@@ -141,8 +141,7 @@ def lse_tolerance(config: AttentionConfig) -> float:
     """
     if config.rope is not None or config.tf32:
         return max(LSE_TOLERANCE, tolerance_of(config))
-    # A softcap's logarithm is off by its cap's last bits.
-    return max(LSE_TOLERANCE, (config.softcap or 0.0) * 2**-20)
+    return LSE_TOLERANCE
 
 
 def lse_fault(lse: mx.array, expected: NDArray[np.float64], tolerance: float) -> str:
