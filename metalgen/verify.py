@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
+from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.inputs import has_inputs
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
@@ -64,12 +65,13 @@ def verify(
 
     Two query blocks and three passes over the keys, neither of them whole, two KV heads, keys and
     values as views (`metalgen.samples.sample_call`); for a causal config also more queries than
-    keys, so that some rows see nothing.
+    keys, so that some rows see nothing. Outputs hold NaN before the kernel runs, so that one which
+    is never launched is not taken for an earlier one (`metalgen.devices.marking`).
 
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
     """
-    if seed is None:  # what an earlier kernel left in memory is never right for this one
+    if seed is None:  # nor is what an earlier kernel left in memory ever right for this one
         seed = zlib.crc32(f"{family} {schedule.key}".encode())
     run = device.build(config, schedule, family)
     q_len, kv_len = schedule.bq + 5, 2 * schedule.bk + 3
@@ -91,7 +93,8 @@ def verify(
             seed=seed + number,
         )
         scale = config.head_dim**-0.5
-        out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
+        with marked_outputs():
+            out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
         mx.eval(out)
         features = config_features(config) | {"inputs": given}
         expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
@@ -102,7 +105,8 @@ def verify(
         error = relative_error(out, expected)
         worst = max(worst, error)
         if not error <= tolerance:
-            faults.append(f"Lq={queries} Lk={keys}: relative error {error:.2e}")
+            unwritten = f" ({UNWRITTEN})" if is_unwritten(out) else ""
+            faults.append(f"Lq={queries} Lk={keys}: relative error {error:.2e}{unwritten}")
         if lse is not None:
             fault = lse_fault(lse, expected_lse, lse_tolerance(config))
             faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []

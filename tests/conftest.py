@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from metalgen.devices.marking import marked_outputs
 
 DEVICES = ("simulator", "metal", "cuda")
 
@@ -40,3 +43,10 @@ def own_database(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     path = tmp_path_factory.mktemp("database") / "tuning.db"
     monkeypatch.setenv("METALGEN_DB", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def marked() -> Iterator[None]:
+    """No test takes what an earlier kernel left in a GPU's memory for an output."""
+    with marked_outputs():
+        yield

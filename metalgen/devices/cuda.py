@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from metalgen.devices.kernel import KernelDevice, arguments
+from metalgen.devices.marking import Launcher, marking
 from metalgen.schedule import Limits
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class CudaDevice(KernelDevice):
     target = "cuda"
     has_clock = True
     is_gpu = True
+    most_groups = 65535  # CUDA C++ Programming Guide: y- and z-dimension of a grid
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -49,6 +50,6 @@ class CudaDevice(KernelDevice):
             return f"its GPU has compute capability {major}.{minor}, and 8.0 is needed"
         return None
 
-    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+    def compile(self, source: KernelSource) -> Launcher:
         kernel: Any = mx.fast.cuda_kernel(**arguments(source), shared_memory=source.shared_memory)
-        return cast(Callable[..., list[mx.array]], kernel)
+        return marking(cast(Launcher, kernel))

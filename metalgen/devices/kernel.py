@@ -13,6 +13,8 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.devices.launch import Launch, attention_launches
+from metalgen.devices.marking import Launcher
+from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
 from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.schedule import Schedule, check_schedule
@@ -29,10 +31,15 @@ class KernelDevice(Device):
     """A device of a target: a subclass says how MLX compiles its sources."""
 
     target: str
+    most_groups: int = (1 << 31) - 1
+    """Threadgroups of one dispatch along y (heads) and along z (batch entries)."""
 
     @abc.abstractmethod
-    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
-        """What MLX's constructor of custom kernels returns for a source."""
+    def compile(self, source: KernelSource) -> Launcher:
+        """What MLX's constructor of custom kernels returns for a source.
+
+        Its outputs are marked where `metalgen.devices.marking.marked_outputs` asks for it.
+        """
 
     def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         from metalgen.render import render  # brings Jinja, which a look-up does without
@@ -44,6 +51,9 @@ class KernelDevice(Device):
         kernel = self.compile(source)
         join = self._combine(config, schedule) if schedule.splits > 1 else None
         count, threads = len(source.outputs), (source.threads, 1, 1)
+        # A threadgroup along y serves a head, or in decode a KV head, and a share of the values.
+        per_kv_head = schedule.value_parts * (1 if family == "decode" else config.heads_per_kv)
+        most_kv_heads = max(1, self.most_groups // per_kv_head)
 
         @functools.lru_cache(maxsize=64)
         def dispatches(
@@ -51,7 +61,9 @@ class KernelDevice(Device):
         ) -> list[tuple[Launch, list[mx.array], dict[str, Any]]]:
             """Each dispatch of a call of these sizes, its own input, and the kernel's arguments."""
             found = []
-            for launch in attention_launches(config, schedule, family, shape, keys, sequences):
+            for launch in attention_launches(
+                config, schedule, family, shape, keys, sequences, self.most_groups
+            ):
                 shapes = [(*launch.shape, config.v_dim), launch.shape]
                 dtypes = [dtype, mx.float32]
                 if join:
@@ -74,6 +86,11 @@ class KernelDevice(Device):
             shape = q.shape
             if 0 in shape or 0 in k.shape or not key_places(config, k, inputs):
                 return _empty(config, q, inputs)  # nothing to launch: no row sees a key
+            # With a bound on the work a call is cut into dispatches, which keep to the limits.
+            crowded = shape[0] > self.most_groups or k.shape[1] > most_kv_heads
+            if crowded and config.max_work is None:
+                limits = (self.most_groups, most_kv_heads)
+                return run_in_pieces(run, config, *limits, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
             # Seen as bytes, an array is copied only where its last axis has gaps.
             bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]

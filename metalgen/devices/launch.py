@@ -37,17 +37,19 @@ def attention_launches(
     shape: tuple[int, int, int],
     keys: int,
     sequences: int = 0,
+    most_groups: int = (1 << 31) - 1,
 ) -> list[Launch]:
     """The dispatches of a call, in the order of the rows that they compute.
 
     With the config's `max_work` none computes more scores than that, as far as whole blocks of rows
     allow: a call is cut into batch entries, those into heads, and in the forward family those into
-    blocks of rows.
+    blocks of rows. Only such a call also keeps to the most groups that a grid takes.
 
     Args:
         shape: ``(B, H, Lq)`` of the queries.
         keys: how many keys a sequence has at most.
         sequences: how many packed sequences there are.
+        most_groups: threadgroups of a dispatch along y and along z.
     """
     batch, heads, q_len = shape
     packed = family == "decode"
@@ -65,7 +67,7 @@ def attention_launches(
     whole = _Call(shape, keys, rows, columns, blocks, splits)
     return [
         dataclasses.replace(launch, groups=(x, y * parts, z))
-        for launch in _cut(whole, schedule.bq, config.max_work)
+        for launch in _cut(whole, schedule.bq, config.max_work, most_groups // parts, most_groups)
         for x, y, z in (launch.groups,)
     ]
 
@@ -81,16 +83,16 @@ class _Call(NamedTuple):
     splits: int
 
 
-def _cut(call: _Call, bq: int, most: int) -> Iterator[Launch]:
+def _cut(call: _Call, bq: int, most: int, most_columns: int, most_entries: int) -> Iterator[Launch]:
     (batch, heads, q_len), keys, rows, columns, blocks, splits = call
     head = max(1, q_len * rows * keys)  # scores of a head, or of the heads of a KV head
-    if head * columns <= most:
-        entries = max(1, min(batch, most // (head * columns)))
+    if head * columns <= most and columns <= most_columns:
+        entries = max(1, min(batch, most // (head * columns), most_entries))
         for z in range(0, batch, entries):
             n = min(entries, batch - z)
             yield Launch((blocks * splits, columns, n), (n, heads, q_len), splits, (z, 0, 0))
     elif head <= most or rows > 1 or splits > 1:
-        each = max(1, most // head)
+        each = max(1, min(most // head, most_columns))
         for z, y in itertools.product(range(batch), range(0, columns, each)):
             n = min(each, columns - y)
             yield Launch((blocks * splits, n, 1), (1, n * rows, q_len), splits, (z, y, 0))

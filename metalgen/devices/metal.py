@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from metalgen.devices.kernel import KernelDevice, arguments
+from metalgen.devices.marking import Launcher, marking
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
@@ -26,7 +26,7 @@ class MetalDevice(KernelDevice):
             return "this MLX has no Metal back end (an Apple GPU is needed)"
         return None
 
-    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+    def compile(self, source: KernelSource) -> Launcher:
         options = {"math_mode": source.math_mode}
         kernel: Any = mx.fast.metal_kernel(**arguments(source), compile_options=options)
-        return cast(Callable[..., list[mx.array]], kernel)
+        return marking(cast(Launcher, kernel))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
 from metalgen.devices.kernel import KernelDevice, arguments
+from metalgen.devices.marking import Launcher
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
@@ -25,11 +23,9 @@ class SimulatorDevice(KernelDevice):
             return "its compiler is missing (pip install 'metalgen[simulator]')"
         return None
 
-    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+    def compile(self, source: KernelSource) -> Launcher:
         from metalgen import simulator
 
         options = {"math_mode": source.math_mode}
-        kernel: Callable[..., list[mx.array]] = simulator.metal_kernel(
-            **arguments(source), compile_options=options
-        )
+        kernel: Launcher = simulator.metal_kernel(**arguments(source), compile_options=options)
         return kernel

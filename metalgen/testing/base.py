@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 
 from metalgen.devices import Device, all_devices
+from metalgen.devices.marking import marked_outputs
 from metalgen.targets import TARGETS
 
 
@@ -14,6 +16,12 @@ class OnDevice:
     """Tests of one device; `name` is all that a subclass must set."""
 
     name: str
+
+    @pytest.fixture(autouse=True)
+    def _mark(self) -> Iterator[None]:
+        """What an earlier kernel left in memory is never taken for an output."""
+        with marked_outputs():
+            yield
 
     @functools.cached_property
     def device(self) -> Device:

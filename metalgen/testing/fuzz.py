@@ -14,6 +14,7 @@ import numpy as np
 
 from metalgen.config import KV_BITS, KV_GROUPS, MIN_WORK, AttentionConfig
 from metalgen.devices import Device
+from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.inputs import Inputs, check_call
@@ -234,7 +235,8 @@ def fault(device: Device, case: Case) -> str:
     config = case.config
     q, k, v, inputs = case.call()
     scale = config.head_dim**-0.5
-    out, lse = device.build(config, case.schedule, case.family)(q, k, v, scale, inputs)
+    with marked_outputs():
+        out, lse = device.build(config, case.schedule, case.family)(q, k, v, scale, inputs)
     features = config_features(config) | {"inputs": inputs}
     expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
     if out.dtype != q.dtype or out.shape != expected.shape:

@@ -1,0 +1,97 @@
+"""Calls with more batch entries or heads than one grid takes, run in pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import mlx.core as mx
+
+from metalgen.config import AttentionConfig
+from metalgen.devices.base import Runner
+from metalgen.errors import ArgumentError
+from metalgen.inputs import NOTHING, Inputs
+
+BY_ENTRY = ("kv_lens", "rope_offset", "block_table")
+"""Inputs with one row for each batch entry,"""
+BY_HEAD = ("alibi_slopes", "sinks")
+"""one for each query head,"""
+BY_BOTH = ("bias", "array_mask")
+"""one for each of both, or 1 for all,"""
+BY_KEYS = ("k_scales", "k_biases", "v_scales", "v_biases")
+"""and those that are cut as the keys are."""
+
+
+def run_in_pieces(
+    run: Runner,
+    config: AttentionConfig,
+    most_entries: int,
+    most_kv_heads: int,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    inputs: Inputs = NOTHING,
+) -> tuple[mx.array, mx.array | None]:
+    """A call of `run` as several, of so many batch entries and KV heads at most, put together.
+
+    Args:
+        run: computes a piece.
+        most_entries: 1 or more; of no effect on packed sequences, which are one entry.
+        most_kv_heads: 1 or more.
+        q, k, v, scale, inputs: of the call, as `metalgen.devices.base.Runner` takes them.
+
+    Raises:
+        ArgumentError: a config whose functions or dropout see the numbers of entries and heads,
+            which would begin at 0 in each piece.
+    """
+    if config.score_mod or config.mask_mod or config.dropout:
+        wanted = (
+            f"at most {most_entries} batch entries and {most_kv_heads} KV heads on this device, "
+            "beside score or mask functions and dropout"
+        )
+        raise ArgumentError("q.shape", wanted, q.shape)
+    entries = range(0, q.shape[0], most_entries)
+    heads = range(0, k.shape[1], most_kv_heads)
+    group = config.heads_per_kv
+    outputs: list[tuple[mx.array, mx.array | None]] = []
+    for entry in entries:
+        own = slice(None) if config.varlen else slice(entry, entry + most_entries)
+        cached = slice(None) if config.page_size is not None else own
+        some = []
+        for head in heads:
+            columns = slice(head, head + most_kv_heads)
+            rows = slice(head * group, (head + most_kv_heads) * group)
+            given = inputs if inputs is NOTHING else _piece(inputs, own, rows, cached, columns)
+            keys, values = k[cached, columns], v[cached, columns]
+            some.append(run(q[own, rows], keys, values, scale, given))
+        outputs.append(_joined(some, 1))
+    return _joined(outputs, 0)
+
+
+def _piece(inputs: Inputs, own: slice, rows: slice, cached: slice, columns: slice) -> Inputs:
+    found: dict[str, Any] = {}
+    for name, x in inputs.named.items():
+        if name in BY_ENTRY:
+            found[name] = x[own]
+        elif name in BY_HEAD:
+            found[name] = x[rows]
+        elif name in BY_KEYS:
+            found[name] = x[cached, columns]
+        elif name in BY_BOTH:
+            along = (
+                own if x.shape[0] > 1 else slice(None),
+                rows if x.shape[1] > 1 else slice(None),
+            )
+            found[name] = x[along]
+    return dataclasses.replace(inputs, **found)
+
+
+def _joined(
+    parts: list[tuple[mx.array, mx.array | None]], axis: int
+) -> tuple[mx.array, mx.array | None]:
+    if len(parts) == 1:
+        return parts[0]
+    lse = [x for _, x in parts if x is not None]
+    out = mx.concatenate([out for out, _ in parts], axis=axis)
+    return out, mx.concatenate(lse, axis=axis) if lse else None

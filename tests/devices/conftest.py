@@ -1,0 +1,8 @@
+"""Lets these tests import `cuda_machine` from anywhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
