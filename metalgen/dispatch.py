@@ -281,7 +281,9 @@ def _passes(
         return False  # a compiler or a machine failed, not the kernel: the next process tries again
     try:
         from metalgen.database.store import Store
+        from metalgen.source_hash import source_hash
 
+        digest = source_hash(config, schedule, device.target or "metal", family)
         with Store.open(busy=1.0) as store:
             store.record_check(
                 config,
@@ -294,6 +296,7 @@ def _passes(
                 shape=shape,
                 detail=detail,
                 family=family,
+                source_hash=digest,
             )
     except (MetalgenError, OSError) as problem:
         path.append(f"the check could not be recorded: {problem}")

@@ -27,6 +27,7 @@ from metalgen.errors import ArgumentError
 if TYPE_CHECKING:
     from metalgen.database.exchange import Summary
     from metalgen.database.measurement import Measurement
+    from metalgen.database.refresh import Refreshed
 
 FILE = click.Path(path_type=Path)
 
@@ -198,6 +199,60 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
         click.echo(f"{rows} good rows, {summary.rejected} bad, {summary.refused} files refused")
         _print_reasons(summary)
     ctx.exit(1 if summary.rejected or summary.refused else 0)
+
+
+@command.command("refresh")
+@click.argument("files", nargs=-1, type=FILE)
+@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@json_option
+def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
+    """Keep rows of FILES, or of your database, whose kernel an edit of templates left the same.
+
+    A row counts only under the templates that made it. One of other templates that knows its source
+    hash is rendered again: where the kernel is the one that was measured, the row takes the present
+    template hash. Rows of the present templates get a source hash. None is removed.
+    """
+    from metalgen.database.layout import user_database
+    from metalgen.database.refresh import Present, refresh_store, refreshed_records
+    from metalgen.database.store import Store
+    from metalgen.database.untrusted import is_database
+
+    present = Present()
+    found: dict[Path, Refreshed] = {}
+    texts: dict[Path, str] = {}
+    paths = list(dict.fromkeys(files or (user_database(),)))
+    databases = [path for path in paths if is_database(path)]
+    for path in paths:  # what is refused is refused before anything is written
+        if path not in databases:
+            texts[path], found[path] = refreshed_records(path, present)
+    for path in databases:
+        with Store.open(path) as store:
+            found[path] = refresh_store(store, dry_run=dry_run, present=present)
+    for path, text in texts.items():
+        if not dry_run and path.read_bytes() != text.encode():
+            _write(path, text)
+    if as_json:
+        files_found = [{"file": str(path)} | found[path].to_dict() for path in paths]
+        print_json({"dry_run": dry_run, "files": files_found})
+        return
+    for path in paths:
+        click.echo(f"{path}: {_told(found[path], 'would be kept' if dry_run else 'kept')}")
+    if any(r.changed or r.unknown for r in found.values()):
+        click.echo("Rows that were not kept stay, and do not count: tune again.")
+
+
+def _told(r: Refreshed, kept: str) -> str:
+    parts = [
+        (r.current, "of the present templates"),
+        (r.filled, "of these without a source hash until now"),
+        (r.kept, f"{kept}: their kernels are the same"),
+        (r.joined, "of these joined with a row that was there"),
+        (r.changed, "whose kernels are not the same"),
+        (r.unknown, "of other templates without a source hash"),
+        (r.checks, f"checks {kept}"),
+    ]
+    told = (f"{count} {words}" for count, words in parts if count)
+    return ", ".join((f"{r.rows} rows", *told))
 
 
 @command.command("diff")

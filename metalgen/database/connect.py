@@ -14,11 +14,11 @@ from metalgen.database.errors import (
     UnreadableDatabase,
     explain_sqlite,
 )
-from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION
+from metalgen.database.layout import APPLICATION_ID, OLDEST_READ, SCHEMA_VERSION
 
 
 def open_for_reading(path: Path, *, timeout: float = 0.05) -> sqlite3.Connection:
-    """A connection that can only read, checked to be a metalgen database of this schema.
+    """A connection that can only read, checked to be a metalgen database that we can read.
 
     Where no writer has left a write-ahead log, the file is opened as immutable: no locks, no
     shared memory, and a folder that may not be written is no obstacle.
@@ -28,7 +28,7 @@ def open_for_reading(path: Path, *, timeout: float = 0.05) -> sqlite3.Connection
         timeout: seconds to wait for a lock.
 
     Raises:
-        DatabaseError: missing, unreadable, locked, foreign, of an earlier or a later schema.
+        DatabaseError: missing, unreadable, locked, foreign, of too early or a later schema.
     """
     try:
         return _opened(path, timeout)
@@ -96,7 +96,7 @@ def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: boo
             f"written by a later metalgen (schema {version}, this one knows {SCHEMA_VERSION}); "
             "update metalgen, or set METALGEN_DB to another file",
         )
-    if version < SCHEMA_VERSION and not may_migrate:
+    if version < OLDEST_READ and not may_migrate:
         raise OlderDatabase(
             path,
             f"has schema {version}, not {SCHEMA_VERSION}; `metalgen tune` brings it up to date",

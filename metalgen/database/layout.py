@@ -9,8 +9,14 @@ from pathlib import Path
 APPLICATION_ID = 0x6D67656E
 """``mgen`` in SQLite's header: tells our databases from others."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Kept in SQLite's ``user_version``: the number of migrations that were applied."""
+
+OLDEST_READ = 1
+"""The earliest schema that is read as it is; a writer brings it up to date.
+
+Schema 1 lacks ``source_hash``.
+"""
 
 STATUSES = ("ok", "invalid", "compile", "runtime", "timeout", "wrong")
 """How a measurement or a check ended. Only ``ok`` rows have a time that counts."""

@@ -47,6 +47,7 @@ class Measurement:
     Args:
         problem, schedule: what was computed, and how.
         template_hash: the templates that the source was rendered from (16 hex digits).
+        source_hash: what was rendered (`metalgen.source_hash`); empty where nobody knows.
         chip, cores: the chip's name, and its GPU cores.
         device: what executed it (``"metal"``), or ``"model"`` where nothing did.
         provenance: ``"measured"`` or ``"modelled"``.
@@ -81,6 +82,7 @@ class Measurement:
     verified: bool = False
     error: float | None = None
     detail: str = ""
+    source_hash: str = ""
     os: str = ""
     mlx_version: str = ""
     metalgen_version: str = ""
@@ -190,10 +192,11 @@ class Measurement:
 _REQUIRED = ("template_hash", "chip", "cores", "device", "provenance", "policy", "created")
 _TEXTS = (
     *("template_hash", "chip", "device", "provenance", "policy", "status", "phase", "detail"),
-    *("os", "mlx_version", "metalgen_version", "run", "created"),
+    *("source_hash", "os", "mlx_version", "metalgen_version", "run", "created"),
 )
 _PATTERNS = {
     "template_hash": (re.compile("[0-9a-f]{16}"), "16 hexadecimal digits"),
+    "source_hash": (re.compile("([0-9a-f]{16})?"), "16 hexadecimal digits, or nothing"),
     "chip": (re.compile("[A-Za-z0-9]{1,24}(-[0-9]{1,4})?"), "the name of a chip"),
     "device": (re.compile("[a-z]{1,16}"), "the name of a device"),
     "created": (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "a time such as " + now()),

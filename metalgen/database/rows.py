@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,13 @@ from metalgen.database.layout import STATUSES
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import problem_of
 from metalgen.database.summary import Summary
-from metalgen.database.untrusted import is_database, open_untrusted, parse_object, read_lines
+from metalgen.database.untrusted import (
+    is_database,
+    open_untrusted,
+    parse_object,
+    read_lines,
+    schema_version,
+)
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, check_schedule
@@ -59,6 +66,7 @@ class Row(NamedTuple):
     mlx_version: str
     metalgen_version: str
     created: str
+    source_hash: str
     seconds: float | None
     spread: float | None
     default_seconds: float | None
@@ -72,7 +80,8 @@ COLUMNS = (*IDENTITY, *Row._fields[1:])
 _NUMBERS = slice(COLUMNS.index("seconds"), COLUMNS.index("samples"))
 _HEAD = slice(2, COLUMNS.index("created"))  # texts of which few combinations occur
 _CORES, _VERIFIED = COLUMNS.index("cores"), COLUMNS.index("verified")
-_CREATED = COLUMNS.index("created")
+_CREATED, _SOURCE = COLUMNS.index("created"), COLUMNS.index("source_hash")
+_IS_SOURCE = re.compile("([0-9a-f]{16})?").fullmatch
 _PROBLEM = ("batch_heads", "config", "family", "kv_len", "q_len")
 _DEFAULTS = {
     **dict.fromkeys(COLUMNS),
@@ -84,7 +93,10 @@ _RECORD = frozenset({*COLUMNS, *_PROBLEM}) - {"problem"}
 
 def row_of_measurement(m: Measurement) -> Row:
     """The row of a measurement, without its run."""
-    texts = (m.status, m.detail, m.verified, m.os, m.mlx_version, m.metalgen_version, m.created)
+    texts = (
+        *(m.status, m.detail, m.verified, m.os, m.mlx_version, m.metalgen_version, m.created),
+        m.source_hash,
+    )
     numbers = [None if (x := getattr(m, n)) is None else float(x) for n in COLUMNS[_NUMBERS]]
     key = (
         *(m.problem.key, m.schedule.key, m.template_hash, m.chip, m.cores, m.device),
@@ -107,7 +119,9 @@ def join_rows(rows: Sequence[Row]) -> Row:
 
     Samples are pooled (each as often as in the row that has it most often) and the median is
     taken anew; of the times of MLX and of the default schedule the best counts; the gravest status
-    wins; texts and dates are those of the latest. Commutative, associative and idempotent.
+    wins; texts and dates are those of the latest; of source hashes, which are equal unless one is
+    missing or a template hash was fooled, the greatest is kept. Commutative, associative and
+    idempotent.
     """
     if len(rows) > 1:
         rows = list(dict.fromkeys(rows))
@@ -125,6 +139,7 @@ def join_rows(rows: Sequence[Row]) -> Row:
         late.mlx_version,
         late.metalgen_version,
         late.created,
+        max(r.source_hash for r in rows),
         statistics.median(samples) if samples else _most([r.seconds for r in rows]),
         _spread(samples) if samples else _most([r.spread for r in rows]),
         _least([r.default_seconds for r in rows]),
@@ -201,7 +216,10 @@ class Reader:
                 dict(connection.execute("SELECT id, key FROM problems")),
                 dict(connection.execute("SELECT id, key FROM schedules")),
             )
-            cursor = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM measurements")
+            columns = ", ".join(COLUMNS)
+            if schema_version(path) == 1:
+                columns = columns.replace("source_hash", "''")
+            cursor = connection.execute(f"SELECT {columns} FROM measurements")
             for number, values in enumerate(cursor, 1):
                 try:
                     row = self.row(values, tables)
@@ -229,6 +247,8 @@ class Reader:
         if (
             head is None
             or values[_CREATED] not in self._dates
+            or type(values[_SOURCE]) is not str
+            or not _IS_SOURCE(values[_SOURCE])
             # 1 == 1.0 == True, so what is remembered says nothing about a number's type.
             or type(values[_CORES]) is not int
         ):
@@ -250,7 +270,8 @@ class Reader:
             if samples[0] < 0.0 or not math.isfinite(sum(samples)):
                 return None
         key = (problem[0], schedule, *identity)
-        return Row._make((key, *rest, values[_CREATED], *numbers, tuple(samples)))
+        texts = values[_CREATED], values[_SOURCE]
+        return Row._make((key, *rest, *texts, *numbers, tuple(samples)))
 
     def _record(self, record: dict[str, Any]) -> Row:
         """The row of a record; raises one of `FAULTS` where something is wrong."""

@@ -115,17 +115,28 @@ def m001_problems_schedules_measurements_checks_runs_pins(db: Database) -> None:
             db.execute(statement)
 
 
-def migrate(db: Database) -> None:
-    """Bring an open database to `SCHEMA_VERSION`, in one transaction that excludes others.
+@migrations()
+def m002_source_hash(db: Database) -> None:
+    """What a row's kernel is, beside the templates that made it; empty where nobody knows."""
+    for table in ("measurements", "checks"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN source_hash TEXT NOT NULL DEFAULT ''")
+
+
+_LATER = {1: "m002_source_hash"}
+"""The migration that follows each earlier schema."""
+
+
+def migrate(db: Database, version: int = SCHEMA_VERSION) -> None:
+    """Bring an open database to a schema, in one transaction that excludes others.
 
     Two processes that open a new database at once migrate it once.
     """
     db.execute("BEGIN IMMEDIATE")
     try:
-        if db.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
-            migrations.apply(db)
+        if db.execute("PRAGMA user_version").fetchone()[0] < version:
+            migrations.apply(db, stop_before=_LATER.get(version))
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            db.execute(f"PRAGMA user_version = {version}")
         db.execute("COMMIT")
     except BaseException:
         db.rollback()

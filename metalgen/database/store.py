@@ -98,7 +98,7 @@ class Store:
             raise UnreadableDatabase(path, "is a folder, not a file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ReadOnlyDatabase(path, "read-only; set METALGEN_DB to a file you can write")
-        with _explained(path):
+        with explained(path):
             connection = sqlite3.connect(path, timeout=busy)
             try:
                 connection.execute("PRAGMA trusted_schema = OFF")
@@ -216,6 +216,7 @@ class Store:
             "mlx_seconds": m.mlx_seconds,
             "error": error,
             "detail": m.detail,
+            "source_hash": m.source_hash,
             "os": m.os,
             "mlx_version": m.mlx_version,
             "metalgen_version": m.metalgen_version,
@@ -264,7 +265,7 @@ class Store:
         if problem is not None:
             where["p.key"] = problem.key
         condition = " AND ".join(f"{name} = ?" for name in where) or "1"
-        with _explained(self.path):
+        with explained(self.path):
             rows = list(
                 self.db.query(
                     "SELECT m.*, p.key AS problem_key, s.key AS schedule_key "
@@ -278,7 +279,7 @@ class Store:
 
     def problems(self, chip: str | None = None) -> list[Problem]:
         """Every problem that has a measurement (on `chip`), in the order of their keys."""
-        with _explained(self.path):
+        with explained(self.path):
             rows = self.db.execute(
                 "SELECT key FROM problems p WHERE EXISTS (SELECT 1 FROM measurements m "
                 "WHERE m.problem = p.id AND m.chip = coalesce(?, m.chip)) ORDER BY key",
@@ -301,6 +302,7 @@ class Store:
         shape: str = "",
         detail: str = "",
         family: str = "forward",
+        source_hash: str = "",
     ) -> None:
         """Commit the outcome of a check, and what follows for the measurements of that kernel.
 
@@ -315,6 +317,7 @@ class Store:
                     "config": config.key,
                     "schedule": schedule.key,
                     "template_hash": template_hash,
+                    "source_hash": source_hash,
                     "device": device,
                     "status": status,
                     "error": error,
@@ -326,25 +329,43 @@ class Store:
                 },
                 pk=("config", "family", "schedule", "template_hash", "device"),
             )
-            concerned = (
-                "status = 'ok' AND template_hash = ? "
-                "AND schedule = (SELECT id FROM schedules WHERE key = ?) "
-                "AND problem IN (SELECT id FROM problems WHERE config = ? AND family = ?)"
-            )
-            where = [template_hash, schedule.key, config.key, family]
+            where = (template_hash, schedule.key, config.key, family)
             checks = self._checks(family, config.key, schedule.key, template_hash)
-            statuses = {found for found, _ in checks}
             if status != "ok":
+                self._fail(status, error, detail, where)
+            elif all(found == "ok" for found, _ in checks):
                 self.db.execute(
-                    "UPDATE measurements SET status = ?, verified = 0, error = ?, detail = ? "
-                    f"WHERE {concerned}",
-                    [status, error, detail, *where],
-                )
-            elif statuses == {"ok"}:
-                self.db.execute(
-                    f"UPDATE measurements SET verified = 1, error = ? WHERE {concerned}",
+                    f"UPDATE measurements SET verified = 1, error = ? WHERE {_OK_ROWS}",
                     [error, *where],
                 )
+
+    def settle(self, family: str, config: str, schedule: str, template_hash: str) -> None:
+        """Let rows of a kernel follow its checks, whichever came first; within a transaction."""
+        where = (template_hash, schedule, config, family)
+        checks = self.db.execute(
+            "SELECT status, error, detail FROM checks WHERE template_hash = ? AND schedule = ? "
+            "AND config = ? AND family = ? ORDER BY status = 'ok', created DESC",
+            where,
+        ).fetchall()
+        if checks and checks[0][0] != "ok":
+            status, error, detail = checks[0]
+            self._fail(status, error, detail, where)
+        elif checks:
+            error = max((e for _, e, _ in checks if e is not None), default=None)
+            self.db.execute(
+                "UPDATE measurements SET verified = 1, error = coalesce(error, ?) "
+                f"WHERE {_OK_ROWS}",
+                [error, *where],
+            )
+
+    def _fail(
+        self, status: str, error: float | None, detail: str, where: tuple[str, str, str, str]
+    ) -> None:
+        self.db.execute(
+            "UPDATE measurements SET status = ?, verified = 0, error = ?, detail = ? "
+            f"WHERE {_OK_ROWS}",
+            [status, error, detail, *where],
+        )
 
     def find_check(
         self,
@@ -356,7 +377,7 @@ class Store:
         family: str = "forward",
     ) -> Check | None:
         """The check of a kernel on `device`; with None on any, a failed one before a passed one."""
-        with _explained(self.path):
+        with explained(self.path):
             row = next(
                 self.db.query(
                     "SELECT * FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
@@ -439,7 +460,7 @@ class Store:
 
     def health(self) -> dict[str, Any]:
         """What `metalgen doctor` says: rows by kind, unreadable rows, and SQLite's own check."""
-        with _explained(self.path):
+        with explained(self.path):
             integrity = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
             counts = self.db.execute(
                 "SELECT provenance, status, count(*) FROM measurements GROUP BY 1, 2 ORDER BY 1, 2"
@@ -460,7 +481,7 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """A transaction that takes the write lock at once, so that it can wait for it."""
-        with _explained(self.path):
+        with explained(self.path):
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -477,8 +498,15 @@ class Store:
         return int(self.db.table(table).insert(row).last_pk)  # type: ignore[arg-type]
 
 
+_OK_ROWS = (
+    "status = 'ok' AND template_hash = ? AND schedule = (SELECT id FROM schedules WHERE key = ?) "
+    "AND problem IN (SELECT id FROM problems WHERE config = ? AND family = ?)"
+)
+
+
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into a `DatabaseError` that says what is wrong."""
     try:
         yield
     except sqlite3.IntegrityError as error:

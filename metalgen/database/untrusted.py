@@ -1,7 +1,7 @@
 """Reading databases and record files that came from elsewhere.
 
 Such a file is hostile until shown otherwise. A database is opened read-only and immutable, under
-small limits, must have exactly the tables and indices that this metalgen makes (so no views,
+small limits, must have exactly the tables and indices that metalgen makes (so no views,
 triggers, virtual tables, generated columns or checks of its own), must pass SQLite's own check,
 and is then read through an authorizer that allows nothing but selecting columns of those tables.
 A record file is read line by line. Nothing that either holds is executed, and what is wrong is
@@ -29,7 +29,7 @@ from metalgen.database.errors import (
     UnreadableDatabase,
     explain_sqlite,
 )
-from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION
+from metalgen.database.layout import APPLICATION_ID, OLDEST_READ, SCHEMA_VERSION
 
 MAGIC = b"SQLite format 3\0"
 MAX_DATABASE_BYTES = 1 << 30
@@ -66,7 +66,7 @@ def open_untrusted(path: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         DatabaseError: with the first thing that is wrong with it, also while it is read.
     """
-    _check_head(path)
+    version = _check_head(path)
     connection = None
     try:
         connection = sqlite3.connect(
@@ -79,7 +79,7 @@ def open_untrusted(path: Path) -> Iterator[sqlite3.Connection]:
         connection.execute("PRAGMA mmap_size = 0")
         deadline = [time.monotonic() + MAX_SECONDS]
         connection.set_progress_handler(lambda: time.monotonic() > deadline[0], 100_000)
-        _check_schema(connection, path)
+        _check_schema(connection, path, version)
         faults = connection.execute("PRAGMA quick_check(1)").fetchone()
         if faults != ("ok",):
             raise UnreadableDatabase(path, f"damaged ({_plain(faults[0] if faults else '')})")
@@ -115,7 +115,8 @@ def _head(path: Path) -> bytes:
         raise UnreadableDatabase(path, f"cannot be opened ({error.strerror})") from error
 
 
-def _check_head(path: Path) -> None:
+def _check_head(path: Path) -> int:
+    """The version of its schema."""
     head = _head(path)
     size = path.stat().st_size
     if head[: len(MAGIC)] != MAGIC or len(head) < 100:
@@ -126,20 +127,30 @@ def _check_head(path: Path) -> None:
         )
     if int.from_bytes(head[68:72]) != APPLICATION_ID:
         raise ForeignDatabase(path, "not a metalgen database")
-    version = int.from_bytes(head[60:64])
+    version = _version(head)
     if version > SCHEMA_VERSION:
         raise NewerDatabase(path, f"written by a later metalgen (schema {version})")
-    if version < SCHEMA_VERSION:
+    if version < OLDEST_READ:
         raise OlderDatabase(path, f"has schema {version}, not {SCHEMA_VERSION}; export it there")
     log = path.with_name(path.name + "-wal")
     if log.exists() and log.stat().st_size:
         raise UnreadableDatabase(
             path, "is in use (it has a write-ahead log); export it as JSON lines instead"
         )
+    return version
 
 
-def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    expected = _schema()
+def schema_version(path: Path) -> int:
+    """The version of a database's schema, by its header."""
+    return _version(_head(path))
+
+
+def _version(head: bytes) -> int:
+    return int.from_bytes(head[60:64])
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    expected = _schema(version)
     found: dict[str, tuple[str, str, str | None]] = {}
     rows = connection.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 100")
     for name, kind, table, sql in rows:
@@ -163,14 +174,14 @@ def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @functools.cache
-def _schema() -> dict[str, tuple[str, str, str | None]]:
-    """Name, type, table and SQL of everything in a new database of ours."""
+def _schema(version: int) -> dict[str, tuple[str, str, str | None]]:
+    """Name, type, table and SQL of everything in a new database of ours of a schema."""
     from sqlite_utils import Database
 
     from metalgen.database.schema import migrate
 
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        migrate(Database(connection, execute_plugins=False))
+        migrate(Database(connection, execute_plugins=False), version)
         rows = connection.execute("SELECT name, type, tbl_name, sql FROM sqlite_master").fetchall()
     return {
         name: (kind, table, sql)
@@ -181,7 +192,9 @@ def _schema() -> dict[str, tuple[str, str, str | None]]:
 
 @functools.cache
 def _tables() -> frozenset[str]:
-    return frozenset(name for name, (kind, _, _) in _schema().items() if kind == "table")
+    return frozenset(
+        name for name, (kind, _, _) in _schema(SCHEMA_VERSION).items() if kind == "table"
+    )
 
 
 def _plain(text: object) -> str:

@@ -132,6 +132,9 @@ class Session(abc.ABC):
             "problem": self.problem,
             "schedule": schedule,
             "template_hash": self.report.template_hash,
+            "source_hash": self.checker.source_hash(
+                self.problem.config, schedule, self.problem.family
+            ),
             "chip": self.chip.name,
             "cores": self.chip.cores,
             "device": device,

@@ -71,7 +71,19 @@ class Checker:
         self.device = device
         self.template_hash = template_hash
         self._verify = verify
+        self.target = (device.target if device else None) or "metal"
         self.checked = 0
+
+    def source_hash(
+        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
+    ) -> str:
+        """What a kernel is, on the device or the target of a chip model; empty if it is none."""
+        from metalgen.source_hash import source_hash
+
+        try:
+            return source_hash(config, schedule, self.target, family)
+        except MetalgenError:
+            return ""
 
     def known(
         self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
@@ -123,6 +135,7 @@ class Checker:
             shape=shape,
             detail=detail,
             family=family,
+            source_hash=self.source_hash(config, schedule, family),
         )
         found = self.store.find_check(
             config, schedule, self.template_hash, self.device.name, family=family

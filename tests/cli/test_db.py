@@ -18,6 +18,7 @@ from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule
+from metalgen.source_hash import source_hash
 
 CONFIG = AttentionConfig(head_dim=64)
 PROBLEM = Problem(CONFIG, 32, 1024, 1024)
@@ -130,6 +131,48 @@ def test_every_shipped_record_is_valid_and_canonical() -> None:
     for path in sorted(tuning_db_dir().glob("*.jsonl")):
         assert path.name == path.name.lower()
         assert db("verify", "--canonical", path) == 0, path
+
+
+def test_refresh_keeps_rows_of_the_same_kernel_in_databases_and_files(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"template_hash": "f" * 16}
+    kept = row(SECOND, **old, source_hash=source_hash(CONFIG, SECOND))
+    file = records(tmp_path / "r.jsonl", kept, row(FIRST, **old, source_hash="0" * 16))
+    before = file.read_bytes()
+    assert db("refresh", "--dry-run", file) == 0
+    out = capsys.readouterr().out
+    assert f"{file}: 2 rows, 1 would be kept: their kernels are the same, 1 whose kernels" in out
+    assert file.read_bytes() == before
+    assert db("refresh", file, mine) == 0
+    out = capsys.readouterr().out
+    assert f"{file}: 2 rows, 1 kept: their kernels are the same, 1 whose kernels" in out
+    assert f"{mine}: 1 rows, 1 of the present templates, 1 of these without a source" in out
+    assert "tune again" in out
+    assert db("verify", "--canonical", file) == 0
+    now = {"template_hash": template_hash()}
+    assert dataclasses.replace(kept, **now).to_line() in file.read_text().splitlines()
+    assert held(mine)[0].source_hash == source_hash(CONFIG, FIRST)
+    capsys.readouterr()
+    assert db("refresh", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["files"][0] | {"file": "", "current": 1, "rows": 1} == {
+        "file": "", "rows": 1, "current": 1, "filled": 0, "kept": 0, "joined": 0, "changed": 0,
+        "unknown": 0, "checks": 0,
+    }  # fmt: skip
+
+
+def test_refresh_refuses_a_bad_file_before_it_writes_any(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("rubbish\n")
+    good = records(tmp_path / "r.jsonl", row())
+    before = good.read_bytes()
+    assert db("refresh", good, mine, bad) == 2
+    assert f"{bad}: line 1: " in capsys.readouterr().err
+    assert good.read_bytes() == before and held(mine)[0].source_hash == ""
+    assert db("refresh", tmp_path / "none") == 2
 
 
 def test_diff_shows_rows_by_side(

@@ -48,7 +48,7 @@ def _damaged(path: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], type[errors.DatabaseError], str]] = {
     "text": (_text, errors.ForeignDatabase, "not an SQLite database"),
     "foreign": (_foreign, errors.ForeignDatabase, "not a metalgen database"),
-    "newer": (_newer, errors.NewerDatabase, "schema 99, this one knows 1"),
+    "newer": (_newer, errors.NewerDatabase, "schema 99, this one knows 2"),
     "folder": (_folder, errors.UnreadableDatabase, "is a folder"),
 }
 
@@ -179,7 +179,7 @@ def test_an_older_schema_is_migrated_by_a_writer_and_a_miss_before_that(tmp_path
         connection.execute("CREATE TABLE notes (text TEXT)")
     trace: list[str] = []
     assert not lookup(PROBLEM, CHIP, HASH, database=path, neighbours=(), trace=trace)
-    assert "has schema 0, not 1" in trace[0]
+    assert "has schema 0, not 2" in trace[0]
     with pytest.raises(errors.OlderDatabase):
         Store.open(path, read_only=True)
     with Store.open(path) as store:

@@ -61,6 +61,7 @@ def some_rows(draw: random.Random, count: int) -> list[Measurement]:
             verified=status == "ok" and draw.random() < 0.5,
             mlx_seconds=draw.choice((None, 1e-3, 2e-3)),
             detail="" if status == "ok" else draw.choice(("a", "b")),
+            source_hash=draw.choice(("", "0" * 16, "f" * 16)),
             created=f"2026-11-{draw.randint(10, 21)}T08:00:00Z",
         )
         rows[exchange.identity(m)] = m
@@ -83,6 +84,14 @@ def test_two_rows_are_joined_by_pooling_their_samples() -> None:
     assert (found.mlx_seconds, found.default_seconds) == (4e-3, 9e-3)
     assert (found.verified, found.error, found.status) == (True, 1e-4, "ok")
     assert (found.created, found.mlx_version) == ("2026-11-22T08:00:00Z", "0.99")
+
+
+def test_a_source_hash_that_one_side_lacks_is_the_others() -> None:
+    known, unknown = row(source_hash="5" * 16), row(created="2026-11-22T08:00:00Z")
+    for found in (join(known, unknown), join(unknown, known)):
+        assert (found.source_hash, found.created) == ("5" * 16, "2026-11-22T08:00:00Z")
+    assert "source_hash" not in unknown.to_record()
+    assert Measurement.from_line(known.to_line()) == known
 
 
 def test_a_row_that_one_side_found_wrong_stays_wrong() -> None:

@@ -141,7 +141,10 @@ def test_the_file_says_that_it_is_ours_and_which_schema_it_has(tmp_path: Path) -
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         names = connection.execute("SELECT name FROM _sqlite_migrations").fetchall()
-    assert names == [("m001_problems_schedules_measurements_checks_runs_pins",)]
+    assert names == [
+        ("m001_problems_schedules_measurements_checks_runs_pins",),
+        ("m002_source_hash",),
+    ]
 
 
 def test_health_counts_rows_and_finds_those_that_someone_spoiled(tmp_path: Path) -> None:

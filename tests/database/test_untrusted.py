@@ -115,6 +115,10 @@ BAD_ROWS = {
         "template_hash = '{{ 7*7 }}'",
         "template_hash: expected 16 hexadecimal digits",
     ),
+    "a path for a source hash": (
+        "source_hash = '../../etc/passwd'",
+        "source_hash: expected 16 hexadecimal digits, or nothing",
+    ),
     "an escape sequence": ("detail = char(27) || '[2J'", "detail: expected printable text"),
     "deep samples": (
         "samples = replace(hex(zeroblob(20000)), '00', '[')",

@@ -1,0 +1,66 @@
+"""What a measurement was taken of: a digest of the very sources that a call runs.
+
+The template hash names files, so any edit changes it. The source hash names kernels: it stays
+where an edit leaves a kernel as it was, and `metalgen.database.refresh` keeps such rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+
+from metalgen.config import AttentionConfig
+from metalgen.schedule import Schedule
+
+
+def source_hash(
+    config: AttentionConfig, schedule: Schedule, target: str = "metal", family: str = "forward"
+) -> str:
+    """16 hexadecimal digits that change when anything that a call compiles or launches does.
+
+    Covers header, body, arguments, math mode, threads and shared memory of the family's kernel,
+    and of the combine step where the schedule splits. Comments, spacing and the kernels' names,
+    which are hashes themselves, do not count.
+
+    Raises:
+        InvalidSchedule, ArgumentError: as `metalgen.render.render`.
+    """
+    from metalgen.render import template_hash
+
+    return _source_hash(config, schedule, target, family, template_hash(family, target))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _source_hash(
+    config: AttentionConfig, schedule: Schedule, target: str, family: str, templates: str
+) -> str:
+    from metalgen.render import render
+
+    splits = family == "decode" and schedule.splits > 1
+    digest = hashlib.sha256(target.encode())
+    for part in (family, "combine") if splits else (family,):
+        kernel = render(config, schedule, target, part)
+        facts = (
+            *(part, kernel.inputs, kernel.outputs, kernel.math_mode, kernel.threads),
+            *(kernel.bq, kernel.shared_memory),
+        )
+        digest.update(f"{facts}\0{code_of(kernel.header)}\0{code_of(kernel.source)}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+_SKIPPED = re.compile(
+    r"""(?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*') | //[^\n]* | /\*.*?\*/""",
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def code_of(source: str) -> str:
+    """A C++ source without its comments, its empty lines, and spacing that means nothing."""
+
+    def kept(match: re.Match[str]) -> str:
+        text = match["text"]
+        return " " if text is None else re.sub(r"\s", lambda m: f"\\u{ord(m[0]):04x}", text)
+
+    lines = (" ".join(line.split()) for line in _SKIPPED.sub(kept, source).splitlines())
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,334 @@
+"""Rows that survive an edit of the templates: which are kept, and what becomes of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from database_samples import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
+
+import metalgen.render
+from metalgen.database import exchange
+from metalgen.database.errors import DatabaseError
+from metalgen.database.measurement import Measurement
+from metalgen.database.refresh import Refreshed, refresh_rows, refresh_store, refreshed_records
+from metalgen.database.store import Store
+from metalgen.problem import Problem
+from metalgen.render import template_hash
+from metalgen.resources import templates_dir, tuning_db_dir
+from metalgen.schedule import Schedule
+from metalgen.source_hash import code_of, source_hash
+
+OLD = "f" * 16
+DECODE = Problem(CONFIG, 32, 1, 4096)
+SPLIT = dataclasses.replace(SECOND, bq=8, simdgroups=1, splits=4)
+
+
+def old(schedule: Schedule = FIRST, **changes: object) -> Measurement:
+    """A row of other templates whose kernel is the same."""
+    fields = {"template_hash": OLD, "source_hash": source_hash(CONFIG, schedule)} | changes
+    return row(schedule, **fields)
+
+
+def filled(path: Path, *rows: Measurement) -> Path:
+    """A database with these rows."""
+    with Store.open(path) as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurements(dataclasses.replace(m, run=run) for m in rows)
+    return path
+
+
+@pytest.fixture
+def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the templates that the renderer uses; it forgets what it rendered before."""
+    copy = tmp_path / "templates"
+    shutil.copytree(templates_dir(), copy)
+
+    def forget() -> None:
+        template_hash.cache_clear()
+        metalgen.render._environment.cache_clear()
+
+    monkeypatch.setattr(metalgen.render, "templates_dir", lambda: copy)
+    forget()
+    yield copy
+    monkeypatch.undo()
+    forget()
+
+
+def edit(templates: Path, name: str, old_text: str, new_text: str) -> None:
+    """Change the first occurrence of a text in a template."""
+    path = templates / name
+    text = path.read_text()
+    assert old_text in text
+    path.write_text(text.replace(old_text, new_text, 1))
+    stamp = path.stat().st_mtime + 10
+    os.utime(path, (stamp, stamp))
+    template_hash.cache_clear()
+    metalgen.render._environment.cache_clear()
+
+
+# The source hash
+
+
+def test_a_source_hash_belongs_to_one_kernel() -> None:
+    seen = {
+        source_hash(CONFIG, schedule, target)
+        for schedule in (FIRST, SECOND, dataclasses.replace(FIRST, math_mode="fast"))
+        for target in ("metal",)
+    }
+    seen |= {
+        source_hash(dataclasses.replace(CONFIG, softcap=cap), FIRST) for cap in (None, 30.0, 50.0)
+    }
+    seen |= {source_hash(CONFIG, SPLIT, "metal", "decode")}
+    assert len(seen) == 6
+    assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in seen)
+
+
+def test_comments_names_and_spacing_are_not_code_and_texts_are() -> None:
+    source = '/* a\n b */ int  x = 1; // why\n\n\t asm("a // b\\" c", \'"\');\n'
+    assert code_of(source) == 'int x = 1;\nasm("a\\u0020//\\u0020b\\"\\u0020c", \'"\');'
+    assert code_of('asm("a  b")') != code_of('asm("a b")')
+    assert code_of("int x;") != code_of("int y;")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("targets/metal/header.jinja", "\n", "\n// A remark that every kernel carries.\n"),
+        ("families/forward.jinja", "{#", "{# A remark to whoever reads the template. #}\n{#"),
+        ("families/forward.jinja", "\n\n", "\n  \n\n"),
+    ],
+)
+def test_an_edit_of_comments_or_spacing_keeps_every_row(
+    templates: Path, tmp_path: Path, name: str, before: str, after: str
+) -> None:
+    was = template_hash()
+    rows = [row(s, template_hash=was, source_hash=source_hash(CONFIG, s)) for s in (FIRST, SECOND)]
+    split = source_hash(CONFIG, SPLIT, "metal", "decode")
+    rows.append(row(SPLIT, problem=DECODE, template_hash=was, source_hash=split))
+    edit(templates, name, before, after)
+    assert template_hash() != was
+    found, counts = refresh_rows(rows)
+    assert counts == Refreshed(kept=3)
+    assert found == [dataclasses.replace(m, template_hash=template_hash()) for m in rows]
+
+
+def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
+    templates: Path,
+) -> None:
+    """The combine step belongs to decode kernels of several splits only."""
+    was, whole = template_hash(), dataclasses.replace(SPLIT, splits=1)
+    rows = [
+        row(s, problem=DECODE, template_hash=was, source_hash=source_hash(CONFIG, s, family=f))
+        for s, f in ((SPLIT, "decode"), (whole, "decode"))
+    ]
+    edit(templates, "families/combine.jinja", ";", "; int unused = 0;")
+    found, counts = refresh_rows(rows)
+    assert counts == Refreshed(kept=1, changed=1)
+    assert {m.schedule: m.template_hash for m in found} == {SPLIT: was, whole: template_hash()}
+
+
+def test_a_kernel_that_can_no_longer_be_rendered_has_changed() -> None:
+    broken = dataclasses.replace(FIRST, bq=8)
+    hashes = {"template_hash": OLD, "source_hash": "0" * 16}
+    rows = [row(broken, None, status="invalid", **hashes)]
+    assert refresh_rows(rows) == (rows, Refreshed(changed=1))
+
+
+# Databases
+
+
+def test_a_refresh_keeps_rows_of_the_same_kernel_and_removes_none(tmp_path: Path) -> None:
+    now = template_hash()
+    rows = [
+        old(FIRST),
+        old(SECOND, source_hash="0" * 16),
+        row(THIRD, template_hash=OLD),
+        row(SECOND, template_hash=now),
+        modelled(FIRST, template_hash=now, source_hash=source_hash(CONFIG, FIRST)),
+    ]
+    path = filled(tmp_path / "t.db", *rows)
+    with Store.open(path) as store:
+        before = store.measurements()
+        plan = refresh_store(store, dry_run=True)
+        assert store.measurements() == before
+        assert refresh_store(store) == plan
+        after = store.measurements()
+        again = refresh_store(store)
+    assert plan == Refreshed(current=2, filled=1, kept=1, changed=1, unknown=1)
+    assert plan.rows == 5
+    assert again == Refreshed(current=3, changed=1, unknown=1)
+    hashes = [(m.template_hash, m.source_hash) for m in after]
+    assert hashes == [
+        (now, source_hash(CONFIG, FIRST)),
+        (OLD, "0" * 16),
+        (OLD, ""),
+        (now, source_hash(CONFIG, SECOND)),
+        (now, source_hash(CONFIG, FIRST)),
+    ]
+    assert [m.run for m in after] == [m.run for m in before]
+
+
+def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path) -> None:
+    a = old(samples=(1e-3, 2e-3), seconds=1.5e-3, mlx_seconds=4e-3)
+    b = old(template_hash="e" * 16, samples=(5e-3,), seconds=5e-3, mlx_seconds=3e-3)
+    c = dataclasses.replace(a, template_hash=template_hash(), samples=(3e-3,), seconds=3e-3)
+    path = filled(tmp_path / "t.db", a, b, c)
+    with Store.open(path) as store:
+        assert refresh_store(store) == Refreshed(current=1, kept=2, joined=2)
+        (found,) = store.measurements()
+    expected = exchange.join(
+        exchange.join(c, dataclasses.replace(a, template_hash=template_hash())),
+        dataclasses.replace(b, template_hash=template_hash()),
+    )
+    assert expected.samples == (1e-3, 2e-3, 3e-3, 5e-3) and expected.mlx_seconds == 3e-3
+    assert dataclasses.replace(found, run="") == expected
+    assert refresh_rows([a, b, c]) == ([expected], Refreshed(current=1, kept=2, joined=1))
+
+
+def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: Path) -> None:
+    now, digest = template_hash(), source_hash(CONFIG, FIRST)
+    with Store.open(filled(tmp_path / "t.db", row(FIRST, template_hash=now))) as store:
+        known = {"source_hash": digest}
+        store.record_check(CONFIG, FIRST, OLD, "metal", "wrong", detail="no", error=0.5, **known)
+        store.record_check(CONFIG, FIRST, now, "metal", "ok", error=1e-4, **known)
+        store.record_check(CONFIG, SECOND, OLD, "metal", "ok", source_hash="0" * 16)
+        assert store.measurements()[0].verified
+        assert refresh_store(store) == Refreshed(current=1, filled=1, checks=1)
+        check = store.find_check(CONFIG, FIRST, now, "metal")
+        assert check is not None and (check.status, check.detail) == ("wrong", "no")
+        assert store.find_check(CONFIG, FIRST, OLD) is None
+        assert store.find_check(CONFIG, SECOND, OLD) is not None
+        (m,) = store.measurements()
+    assert (m.status, m.verified, m.detail, m.error) == ("wrong", False, "no", 0.5)
+
+
+def test_a_kept_row_is_verified_where_its_kernel_passed_meanwhile(tmp_path: Path) -> None:
+    with Store.open(filled(tmp_path / "t.db", old(FIRST), old(SECOND))) as store:
+        store.record_check(CONFIG, FIRST, template_hash(), "metal", "ok", error=1e-4)
+        refresh_store(store)
+        found = {m.schedule: (m.verified, m.error) for m in store.measurements()}
+    assert found == {FIRST: (True, 1e-4), SECOND: (False, None)}
+
+
+def test_only_the_problems_and_the_chip_that_were_asked_for_are_refreshed(tmp_path: Path) -> None:
+    other = dataclasses.replace(PROBLEM, q_len=2048)
+    rows = [old(), old(problem=other), old(chip="M1", cores=8)]
+    with Store.open(filled(tmp_path / "t.db", *rows)) as store:
+        assert refresh_store(store, problems=[PROBLEM], chip="M3Max") == Refreshed(kept=1)
+        assert [m.template_hash == OLD for m in store.measurements()] == [False, True, True]
+
+
+def test_a_refresh_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with Store.open(filled(tmp_path / "t.db", old(FIRST), old(SECOND))) as store:
+        before = store.measurements()
+        monkeypatch.setattr(Store, "settle", full)
+        with pytest.raises(DatabaseError):
+            refresh_store(store)
+        assert store.measurements() == before
+
+
+# Record files
+
+
+def test_a_record_file_is_refreshed_in_canonical_form(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    rows = [old(SECOND, samples=(2e-3, 1e-3)), old(FIRST), row(THIRD, template_hash=OLD)]
+    path.write_text("".join(m.to_line() + "\n" for m in rows))
+    text, counts = refreshed_records(path)
+    assert counts == Refreshed(kept=2, unknown=1)
+    expected = [dataclasses.replace(m, template_hash=template_hash()) for m in rows[:2]] + rows[2:]
+    assert text.splitlines() == sorted(exchange.canonical(m).to_line() for m in expected)
+
+
+def test_a_record_file_with_a_bad_line_is_refused_whole(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(old().to_line() + "\n{}\n")
+    with pytest.raises(DatabaseError, match="line 2: family: expected one of"):
+        refreshed_records(path)
+    with pytest.raises(DatabaseError, match="does not exist"):
+        refreshed_records(tmp_path / "none")
+
+
+def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_renders_now() -> None:
+    """A row that fails here was measured of another kernel: `metalgen db refresh tuning_db/*`."""
+    from metalgen.chips import get_chip
+
+    seen = 0
+    for path in sorted(tuning_db_dir().glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            m = Measurement.from_line(line)
+            target = get_chip(m.chip).limits.target
+            if m.template_hash == template_hash(m.problem.family, target):
+                digest = source_hash(m.problem.config, m.schedule, target, m.problem.family)
+                assert m.source_hash == digest, (path.name, str(m.problem), str(m.schedule))
+                seen += 1
+    if not seen:
+        pytest.skip("no shipped row is of the present templates")
+
+
+# The schema before
+
+
+def older(path: Path, *rows: Measurement) -> Path:
+    """A database of schema 1."""
+    from sqlite_utils import Database
+
+    from metalgen.database.schema import migrate
+
+    filled(path.with_suffix(".new"), *rows)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        migrate(Database(connection, execute_plugins=False), 1)
+        connection.execute("ATTACH ? AS new", [str(path.with_suffix(".new"))])
+        for table in ("problems", "schedules", "runs", "measurements", "checks"):
+            found = connection.execute(f"PRAGMA main.table_info({table})").fetchall()
+            columns = ", ".join(column[1] for column in found)
+            connection.execute(
+                f"INSERT INTO main.{table} ({columns}) SELECT {columns} FROM new.{table}"
+            )
+        connection.commit()
+    return path
+
+
+def test_a_database_of_the_first_schema_is_read_as_it_is_and_brought_up_to_date_by_a_writer(
+    tmp_path: Path,
+) -> None:
+    rows = [row(FIRST, samples=(1e-3,)), row(SECOND, 2e-3)]
+    path = older(tmp_path / "t.db", *rows)
+    before = path.read_bytes()
+    with Store.open(path, read_only=True) as store:
+        assert [dataclasses.replace(m, run="") for m in store.measurements()] == rows
+        assert store.health()["unreadable_rows"] == 0
+    summary = exchange.Summary()
+    assert list(exchange.read(path, summary)) == rows and not summary.reasons
+    with Store.open(tmp_path / "mine.db") as store:
+        assert exchange.merge(store, [path]) == exchange.Summary(new=2)
+    assert path.read_bytes() == before
+    with Store.open(path) as store:
+        assert store.db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert [dataclasses.replace(m, run="") for m in store.measurements()] == rows
+    found = exchange.diff(path, tmp_path / "mine.db", exchange.Summary())
+    assert (found.same, found.changed) == (2, [])
+
+
+def test_a_database_that_says_the_first_schema_and_has_the_second_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = filled(tmp_path / "t.db", row())
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA journal_mode = DELETE")
+    summary = exchange.Summary()
+    assert list(exchange.read(path, summary)) == []
+    assert "its table checks is not as metalgen made it" in summary.reasons[0][2]
