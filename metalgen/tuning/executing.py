@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import math
 import os
@@ -9,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
+from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError, MetalgenError
 from metalgen.inputs import has_inputs
 from metalgen.problem import Problem
@@ -36,28 +37,33 @@ class KernelFailure(MetalgenError):
         super().__init__(detail)
 
 
-class Executor(Protocol):
+class Executor(abc.ABC):
     """Builds, times and checks the kernels of one device, under one policy.
 
-    Every method raises what the device raises for the kernel, or `KernelFailure`.
+    Every method raises what the device raises for the kernel, or `KernelFailure`; and `DeviceError`
+    where the device fails whatever the kernel.
+
+    Attributes:
+        ahead: how many schedules are worth preparing before the first of them is measured.
     """
 
-    @property
-    def ahead(self) -> int:
-        """How many schedules are worth preparing before the first of them is measured."""
+    ahead: int = 1
 
-    def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
-        """These will be measured soon, in this order."""
+    def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:  # noqa: B027
+        """These will be measured soon, in this order. (Here nothing is done about it.)"""
 
-    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
-        """These, if any, will race soon, as far as is known."""
+    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:  # noqa: B027
+        """These, if any, will race soon, as far as is known. (The same.)"""
 
+    @abc.abstractmethod
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
         """Keep the device at work until its clock rate is up."""
 
+    @abc.abstractmethod
     def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
         """Time one schedule; a single sample of one that takes longer than `give_up` seconds."""
 
+    @abc.abstractmethod
     def race(
         self,
         problem: Problem,
@@ -67,16 +73,18 @@ class Executor(Protocol):
     ) -> Race:
         """Time finalists, interleaved, until it is settled who wins or the clock says so."""
 
+    @abc.abstractmethod
     def verify(
         self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
     ) -> Verification:
         """`metalgen.verify.verify` on this executor's device, which `device` is."""
 
+    @abc.abstractmethod
     def close(self) -> None:
         """End whatever was started."""
 
 
-class Here:
+class Here(Executor):
     """Executes in this process, one kernel after another.
 
     Args:
@@ -88,8 +96,6 @@ class Here:
         beat: called at every step: a sign of life.
         keep: whether arrays stay until another problem comes.
     """
-
-    ahead = 1
 
     def __init__(
         self,
@@ -111,18 +117,30 @@ class Here:
         self.keep = keep
         self._bench: Bench | None = None
         self._built: dict[tuple[str, str, Schedule], Runner] = {}
-
-    def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
-        """Nothing: a process that compiles cannot measure."""
-
-    def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:
-        """Nothing either."""
+        self._suspect = ""  # what a kernel failed with, which the device may not have survived
 
     def compile(self, problem: Problem, schedule: Schedule) -> None:
-        """Build a kernel, and launch it once on one query and one key, which compiles it."""
-        q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
-        more = (inputs,) if has_inputs(problem.config) else ()
-        mx.eval(self._runner(problem, schedule)(q, k, v, 1.0, *more)[0])
+        """Build a kernel, and launch it once on one query and one key, which compiles it.
+
+        Raises:
+            KernelFailure: the device launched nothing, and said nothing (of a kernel that takes no
+                time at all a search would make much).
+        """
+        key = (problem.config.key, problem.family, schedule)
+        if key in self._built:
+            return
+        if any(other[:2] != key[:2] for other in self._built):
+            self._built.clear()
+        with self._watched():
+            runner = self.device.build(problem.config, schedule, problem.family)
+            q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
+            more = (inputs,) if has_inputs(problem.config) else ()
+            with marked_outputs():
+                out = runner(q, k, v, 1.0, *more)[0]
+            mx.eval(out)
+            if is_unwritten(out):
+                raise KernelFailure("runtime", f"its output of one query and one key: {UNWRITTEN}")
+        self._built[key] = runner
 
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
         runner = self._runner(problem, schedule)
@@ -150,19 +168,31 @@ class Here:
     ) -> Verification:
         from metalgen.verify import verify
 
-        return verify(self.device, config, schedule, family=family)
+        with self._watched():
+            return verify(self.device, config, schedule, family=family)
 
     def close(self) -> None:
         self._bench = None
         self._built.clear()
 
     def _runner(self, problem: Problem, schedule: Schedule) -> Runner:
-        key = (problem.config.key, problem.family, schedule)
-        if key not in self._built:
-            if any(other[:2] != key[:2] for other in self._built):
-                self._built.clear()
-            self._built[key] = self.device.build(problem.config, schedule, problem.family)
-        return self._built[key]
+        self.compile(problem, schedule)
+        return self._built[problem.config.key, problem.family, schedule]
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While a kernel runs; after one that failed, the device must work before the next does.
+
+        After some failures nothing runs in the process any more, and no other kernel is to blame.
+        """
+        if self._suspect:
+            require_working(self.device, f" any more, after a kernel failed ({self._suspect})")
+            self._suspect = ""
+        try:
+            yield
+        except RuntimeError as error:
+            self._suspect = str(error).strip().partition("\n")[0]
+            raise
 
     @contextlib.contextmanager
     def _alone(self, problem: Problem) -> Iterator[Bench]:
@@ -176,11 +206,20 @@ class Here:
                 except RuntimeError as error:  # no verdict about a kernel
                     raise DeviceError(f"cannot make the arrays of {problem}: {error}") from error
             try:
-                yield self._bench
+                with self._watched():
+                    yield self._bench
             finally:
                 if not self.keep:
                     self._bench = None
                     mx.clear_cache()
+
+
+def require_working(device: Device, when: str = "") -> None:
+    """Raise `DeviceError` unless the device computes anything at all."""
+    try:
+        mx.eval(mx.random.normal((64,)).astype(mx.float16))
+    except RuntimeError as error:
+        raise DeviceError(f"the device {device.name!r} does not work{when}: {error}") from error
 
 
 def lock_file() -> Path:

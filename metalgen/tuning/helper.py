@@ -16,11 +16,9 @@ from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from metalgen.devices import Device
-from metalgen.errors import DeviceError, MetalgenError
-from metalgen.tuning.executing import Here
+from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
+from metalgen.tuning.executing import Here, require_working
 from metalgen.tuning.measure import Policy
 
 BEAT = 0.25
@@ -69,10 +67,7 @@ def _begin(device: Device) -> None:
     import metalgen.verify  # noqa: F401
 
     device.require()
-    try:
-        mx.eval(mx.random.normal((64,)).astype(mx.float16))
-    except RuntimeError as error:
-        raise DeviceError(f"the device {device.name!r} does not work: {error}") from error
+    require_working(device)
 
 
 def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]:
@@ -85,9 +80,15 @@ def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]
         return "done", getattr(here, operation)(*arguments)
     except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
         try:
-            return "failed", failure_status(error), first_line(error)
+            status = failure_status(error)
         except CannotCheck as reason:
             return "cannot", str(reason)
+        if not isinstance(error, InvalidSchedule):
+            try:
+                require_working(here.device)
+            except DeviceError:  # whatever it failed with: nothing else runs in this process
+                status = "runtime"
+        return "failed", status, first_line(error)
     except Exception as error:  # a defect of ours, and no kernel's
         return "cannot", f"{type(error).__name__}: {error}"
 

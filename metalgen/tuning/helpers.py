@@ -28,7 +28,7 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.executing import KernelFailure
+from metalgen.tuning.executing import Executor, KernelFailure
 from metalgen.tuning.helper import BEAT, serve
 from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import BudgetSpent
@@ -107,7 +107,7 @@ def usual_jobs(device: Device) -> int:
     return max(1, min(most, (os.cpu_count() or 1) - 2))
 
 
-class Helpers:
+class Helpers(Executor):
     """An `Executor` whose kernels run in helper processes; see the module.
 
     Args:
@@ -223,9 +223,8 @@ class Helpers:
         """End every helper, whatever it is doing."""
         for helper in self._helpers:
             helper.process.kill()
-        for helper in self._helpers:
-            self._end(helper)
-        self._helpers.clear()
+        while self._helpers:
+            self._end(self._helpers.pop())
         if self._folder:
             self._folder.cleanup()
             self._folder = None
@@ -261,8 +260,9 @@ class Helpers:
 
     def _replace(self, helper: Helper) -> None:
         place = self._helpers.index(helper)
+        del self._helpers[place]  # first of all: whatever fails now, it is never ended twice
         self._end(helper)
-        self._helpers[place] = self._start()
+        self._helpers.insert(place, self._start())
 
     def _with(self, problem: Problem, schedule: Schedule) -> Helper:
         """The helper that has compiled a kernel and is free; raises how the compilation failed."""

@@ -264,6 +264,22 @@ def test_a_device_that_helpers_cannot_use_is_no_verdict_about_a_kernel(
         make({B: "defect build"}).measure(SMALL, B)
 
 
+def test_where_no_helper_can_take_the_place_of_one_that_ended_the_error_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers = make({B: "crash run"}, count=1)
+    helpers.measure(SMALL, A)
+
+    def none() -> None:
+        raise DeviceError("cannot start a helper process: no memory")
+
+    monkeypatch.setattr(helpers, "_start", none)
+    with pytest.raises(DeviceError, match="cannot start a helper process: no memory"):
+        helpers.measure(SMALL, B)
+    helpers.close()  # as a run does in any case; what was ended is not ended again
+    helpers.close()
+
+
 def test_a_device_that_cannot_be_sent_to_a_helper_is_an_error(tmp_path: Path) -> None:
     class Unpicklable(ProcessGpu):
         """Cannot be sent to another process."""
