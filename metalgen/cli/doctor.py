@@ -37,6 +37,8 @@ def command(as_json: bool) -> None:
     click.echo(f"  {database['state']}")
     for kind, count in database.get("measurements", {}).items():
         click.echo(f"  {count} rows {kind}")
+    if others := database.get("rows_of_other_templates"):
+        click.echo(f"  {others} of these rows made by other templates, which do not count")
     click.echo("next:")
     for step in found["next"]:
         click.echo(f"  - {step}")
@@ -50,14 +52,16 @@ def examine() -> dict[str, Any]:
     from metalgen.errors import MetalgenError
     from metalgen.render import template_hash
     from metalgen.resources import templates_dir
+    from metalgen.targets import TARGETS
 
     try:
         templates, current = str(templates_dir()), template_hash()
+        hashes = {template_hash("forward", target) for target in TARGETS}
     except MetalgenError as error:
-        templates, current = str(error), "missing"
+        templates, current, hashes = str(error), "missing", set()
     here = chips.detect()
     devices = {device.name: device.unavailable() for device in all_devices()}
-    database = _database()
+    database = _database(hashes)
     return {
         "metalgen": __version__,
         "python": f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}",
@@ -80,7 +84,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _database() -> dict[str, Any]:
+def _database(current: set[str]) -> dict[str, Any]:
     from metalgen.database.errors import DatabaseError, MissingDatabase
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
@@ -90,6 +94,7 @@ def _database() -> dict[str, Any]:
     try:
         with Store.open(path, read_only=True) as store:
             health = store.health()
+            others = store.count_of_other_templates(current)
     except MissingDatabase:
         return found | {"usable": True, "state": "not there yet; the first tuning run makes it"}
     except DatabaseError as error:
@@ -105,6 +110,7 @@ def _database() -> dict[str, Any]:
         f"{health['rows']['runs']} runs" + (f", {bad} rows that cannot be read" if bad else ""),
         "measurements": health["measurements"],
         "unreadable_rows": bad,
+        "rows_of_other_templates": others,
     }
 
 
@@ -114,6 +120,8 @@ def _advice(
     steps = []
     if not database["usable"]:
         steps.append("move the database away, or set METALGEN_DB to another file")
+    if database.get("rows_of_other_templates"):
+        steps.append("metalgen db refresh keeps rows of other templates whose kernel is the same")
     if devices["simulator"]:
         steps.append("pip install 'metalgen[simulator]' to execute Metal kernels on this CPU")
     if chip and not devices["metal"]:

@@ -18,6 +18,8 @@ from metalgen.cli.options import (
 )
 from metalgen.database.measurement import Measurement
 
+AFTER_EDIT = "`metalgen db refresh` keeps those whose kernel is the same"
+
 
 @click.command()
 @chip_option("Only this chip's rows.")
@@ -64,7 +66,7 @@ def command(chip: str | None, as_json: bool) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(rows).items())
     click.echo(f"{path}: {len(rows)} rows ({kinds})")
     if others:
-        click.echo(f"{others} rows were made by other templates and do not count; tune again.")
+        click.echo(f"{others} rows were made by other templates and do not count: {AFTER_EDIT}.")
     header = ("chip", "problem", "sizes", "best", "default", "gain", "MLX", "times", "schedule")
     lines = [
         (

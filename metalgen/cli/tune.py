@@ -259,6 +259,8 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
         f"{_count(tuned)} {report.provenance} in {duration(report.seconds)}, {report.checks} "
         f"kernels checked against float64 in this run. Kept in {path}"
     )
+    if report.kept:
+        click.echo(f"{report.kept} rows of other templates were kept: their kernels are the same.")
     if report.provenance == "modelled":
         click.echo(
             "These times are predictions. They choose schedules; on a GPU, MLX's own attention "
@@ -296,6 +298,7 @@ def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str
         "stopped": report.stopped,
         "seconds": round(report.seconds, 3),
         "checks": report.checks,
+        "kept": report.kept,
         "database": path,
         "problems": [problem_fields(o.problem) | _outcome_fields(o) for o in report.outcomes],
     }

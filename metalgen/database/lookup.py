@@ -224,7 +224,13 @@ class _Search:
         return None
 
     def ranked(self, chip: str, neighbours: Sequence[str]) -> Hit | None:
-        """The first hit in the order of places."""
+        """The first hit in the order of places; where it is not the first place, also why."""
+        hit = self._ranked(chip, neighbours)
+        if hit is None or hit.provenance != "measured" or "this chip" not in hit.place:
+            self._say_why(chip, missed=hit is None)
+        return hit
+
+    def _ranked(self, chip: str, neighbours: Sequence[str]) -> Hit | None:
         base = chip.partition("-")[0].lower()
         same = [n for n in neighbours if n != chip and n.partition("-")[0].lower() == base]
         others = [n for n in neighbours if n != chip and n not in same]
@@ -257,7 +263,6 @@ class _Search:
                     if hit:
                         return hit
             self.path.append(f"neighbouring buckets: no verified {provenance} row")
-        self._say_why(chip)
         return None
 
     def _at(
@@ -377,18 +382,25 @@ class _Search:
                 sizes.append((heads, queries, keys))
         return ids, sizes
 
-    def _say_why(self, chip: str) -> None:
-        """After a miss: whether rows are there that may not answer."""
+    def _say_why(self, chip: str, missed: bool) -> None:
+        """Whether rows are there that may not answer."""
         if self.problem.key not in self.ids:
             return
-        rows = self._rows(
-            "SELECT template_hash = ?, status, count(*) FROM measurements "
-            "WHERE problem = ? AND chip = ? GROUP BY 1, 2",
-            [self.template_hash, self.ids[self.problem.key], chip],
-        )
-        for current, status, count in rows:
-            reason = f"{status}, not verified" if current else "made by other templates"
-            self.path.append(f"user database, this chip: {count} rows that may not win ({reason})")
+        place = [self.ids[self.problem.key], chip, self.template_hash]
+        begin = "user database, this chip: "
+        rows = "FROM measurements WHERE problem = ? AND chip = ? AND template_hash"
+        for (count,) in self._rows(f"SELECT count(*) {rows} <> ?", place):
+            if count:
+                self.path.append(
+                    f"{begin}{count} rows of other templates that may not win; "
+                    "`metalgen db refresh` keeps those whose kernel is still the same"
+                )
+        if missed:
+            for status, count in self._rows(
+                f"SELECT status, count(*) {rows} = ? GROUP BY 1", place
+            ):
+                reason = f"{status}, not verified"
+                self.path.append(f"{begin}{count} rows that may not win ({reason})")
 
     def _valid(self, key: object, place: str) -> Schedule | None:
         """The schedule of a row, typed and valid here; or None, and why."""

@@ -73,7 +73,8 @@ class Report:
     """A run, complete or not.
 
     ``stopped`` is None, ``"budget"`` or ``"interrupted"``; ``checks`` counts the kernels that were
-    executed against the reference in this run.
+    executed against the reference in this run; ``kept`` rows of other templates that were kept
+    when it began, because their kernels are the same.
     """
 
     run: str
@@ -84,6 +85,7 @@ class Report:
     stopped: str | None = None
     seconds: float = 0.0
     checks: int = 0
+    kept: int = 0
 
 
 class BudgetSpent(Exception):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metalgen.database.errors import DatabaseError
+from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
@@ -47,7 +48,8 @@ def tune(
 ) -> Report:
     """Tune problems for a chip, and keep every result as soon as it is there.
 
-    What was committed before a run ended, however it ended, is not done again by the next one.
+    What was committed before a run ended, however it ended, is not done again by the next one; nor
+    is what other templates made, where the kernel is the same (`metalgen.database.refresh`).
 
     Args:
         problems: what to tune, in this order.
@@ -125,6 +127,7 @@ def tune(
     else:
         session = ModelledSession(**common)
     notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
+    report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
     report.run = store.begin_run(chip.name, seed, notes)
     ended = "failed"
     try:

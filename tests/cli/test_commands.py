@@ -356,7 +356,7 @@ def test_rows_of_other_templates_are_counted_and_do_not_win(
 ) -> None:
     monkeypatch.setattr("metalgen.render.template_hash", lambda *_: "f" * 16)
     printed = text(capsys, "show")
-    assert "rows were made by other templates and do not count; tune again." in printed
+    assert "rows were made by other templates and do not count: `metalgen db refresh`" in printed
     assert "No row has passed its check, so none can be dispatched." in printed
 
 
@@ -396,6 +396,18 @@ def test_doctor_tells_devices_versions_and_the_state_of_the_database(
     assert found["next"]
     printed = text(capsys, "doctor")
     assert f"database: {tuned}\n  sound: " in printed
+    assert "db refresh" not in printed
+
+
+def test_doctor_names_the_command_where_other_templates_made_rows(
+    tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Store.open(tuned) as store, store.writing():
+        store.db.execute("UPDATE measurements SET template_hash = ? WHERE id < 3", ["f" * 16])
+    found = document(capsys, "doctor")
+    assert found["database"]["rows_of_other_templates"] == 2
+    assert found["next"][0].startswith("metalgen db refresh keeps rows of other templates")
+    assert "2 of these rows made by other templates, which do not count" in text(capsys, "doctor")
 
 
 @pytest.mark.parametrize("make", [foreign, newer, lambda path: path.write_text("x" * 500)])

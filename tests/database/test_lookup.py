@@ -110,9 +110,24 @@ def test_rows_that_were_never_checked_do_not_answer_and_the_path_says_so(places:
         store.add_measurement(row(run=run, template_hash="f" * 16))
     trace: list[str] = []
     assert places.find(trace=trace) is None
-    ending = "rows that may not win"
-    assert f"user database, this chip: 1 {ending} (ok, not verified)" in trace
-    assert f"user database, this chip: 1 {ending} (made by other templates)" in trace
+    ending = "that may not win"
+    assert f"user database, this chip: 1 rows {ending} (ok, not verified)" in trace
+    refresh = "`metalgen db refresh` keeps those whose kernel is still the same"
+    assert f"user database, this chip: 1 rows of other templates {ending}; {refresh}" in trace
+
+
+def test_a_path_names_the_command_where_rows_of_other_templates_would_be_better(
+    places: Places,
+) -> None:
+    def told() -> bool:
+        trace: list[str] = []
+        assert places.find(trace=trace) is not None
+        return any("1 rows of other templates" in step for step in trace)
+
+    places.keep(row(FIRST, template_hash="f" * 16), modelled(SECOND))
+    assert told()
+    places.keep(row(THIRD))
+    assert not told()
 
 
 def test_rows_of_other_templates_are_a_miss(places: Places) -> None:
