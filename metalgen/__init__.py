@@ -14,7 +14,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-import mlx.core  # noqa: F401  (first, so that its absence is said before anything else)
+try:  # first, so that its absence is said before anything else
+    import mlx.core  # noqa: F401
+except ImportError as error:
+    # Under Linux, `pip install metalgen` alone brings MLX without a back end.
+    raise ImportError(
+        f"metalgen needs MLX with a back end ({error}): pip install 'metalgen[cpu]', or on a "
+        "machine with an NVIDIA GPU 'metalgen[cuda13]'"
+    ) from None
 
 from metalgen._version import __version__
 

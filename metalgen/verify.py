@@ -11,7 +11,7 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
-from metalgen.inputs import has_inputs
+from metalgen.inputs import Inputs, has_inputs
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
 from metalgen.schedule import Schedule
@@ -82,8 +82,7 @@ def verify(
         shapes.append((1, schedule.bk + 1))
     if config.causal or config.window_right is not None:
         shapes.append((schedule.bk + 9, schedule.bk + 1))
-    tolerance = tolerance_of(config)
-    worst, faults = 0.0, []
+    worst, tolerance, faults = 0.0, 0.0, []
     for number, (queries, keys) in enumerate(shapes):
         q, k, v, given = sample_call(
             config,
@@ -95,23 +94,48 @@ def verify(
         scale = config.head_dim**-0.5
         with marked_outputs():
             out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
-        mx.eval(out)
-        features = config_features(config) | {"inputs": given}
-        expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
-        if has_inputs(config):
-            with mx.stream(mx.cpu):  # in float32, where a GPU's products may be tf32
-                plain, _ = attention_mlx(q, k, v, scale=scale, **features)
-            tolerance = max(tolerance, _by_functions(expected, plain))
-        error = relative_error(out, expected)
-        worst = max(worst, error)
-        if not error <= tolerance:
-            unwritten = f" ({UNWRITTEN})" if is_unwritten(out) else ""
-            faults.append(f"Lq={queries} Lk={keys}: relative error {error:.2e}{unwritten}")
-        if lse is not None:
-            fault = lse_fault(lse, expected_lse, lse_tolerance(config))
-            faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []
+        error, allowed, fault = judge(config, q, k, v, given, out, lse)
+        worst, tolerance = max(worst, error), max(tolerance, allowed)
+        faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []
     shape = " and ".join(f"Lq={queries} Lk={keys}" for queries, keys in shapes)
     return Verification(not faults, worst, tolerance, shape, "; ".join(faults))
+
+
+def judge(
+    config: AttentionConfig,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    given: Inputs,
+    out: mx.array,
+    lse: mx.array | None,
+) -> tuple[float, float, str]:
+    """Compare a call's results with the float64 reference.
+
+    Args:
+        q, k, v, given: what the call was given; its scale is ``1 / sqrt(D)``.
+        out, lse: what it returned.
+
+    Returns:
+        The relative error of `out`, the largest that is allowed, and what is wrong; empty where
+        nothing is.
+    """
+    scale, tolerance = config.head_dim**-0.5, tolerance_of(config)
+    mx.eval(out)
+    features = config_features(config) | {"inputs": given}
+    expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
+    if has_inputs(config):
+        with mx.stream(mx.cpu):  # in float32, where a GPU's products may be tf32
+            plain, _ = attention_mlx(q, k, v, scale=scale, **features)
+        tolerance = max(tolerance, _by_functions(expected, plain))
+    error = relative_error(out, expected)
+    faults = []
+    if not error <= tolerance:
+        unwritten = f" ({UNWRITTEN})" if is_unwritten(out) else ""
+        faults.append(f"relative error {error:.2e}{unwritten}")
+    if lse is not None and (fault := lse_fault(lse, expected_lse, lse_tolerance(config))):
+        faults.append(fault)
+    return error, tolerance, "; ".join(faults)
 
 
 def tolerance_of(config: AttentionConfig) -> float:

@@ -28,6 +28,10 @@ COMMANDS = {
 }
 
 
+class _PipeClosed(Exception):
+    """The reader of standard output has seen enough."""
+
+
 class Commands(click.Group):
     """A group whose commands are imported when they are run."""
 
@@ -49,6 +53,12 @@ class Commands(click.Group):
                 f"command: expected one of {', '.join(COMMANDS)}, but got {args[0]!r}", ctx
             )
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would make an exit code of 1 of it
+            raise _PipeClosed from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -79,6 +89,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         )
     except click.Abort:
         return _fail("interrupted", 130)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
+        assert error.ctx is not None
+        click.echo(error.ctx.get_help())
+        return 0
     except click.UsageError as error:
         name = error.ctx.command_path if error.ctx else "metalgen"
         return _fail(f"{error.format_message()} (see {name} --help)")
@@ -86,10 +100,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message())
     except MetalgenError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _PipeClosed:
+        _drop_output()
         return 0
+    except OSError as error:  # a full disk, a file that may not be read
+        _drop_output()
+        return _fail(str(error))
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Send what standard output cannot take any more to nowhere, or Python's exit complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from metalgen.cli.options import Sizes, chip_option, config_options, json_option, print_json
-from metalgen.cli.render import change
+from metalgen.cli.options import Sizes, chip_option, described_options, json_option, print_json
+from metalgen.cli.render import FIELDS, change, starting_point
 from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
-from metalgen.schedule import APPLE, CHOICES, Limits, Schedule, default_schedule, is_valid
+from metalgen.schedule import CHOICES, Schedule, check_schedule, is_valid
 
 if TYPE_CHECKING:
+    from metalgen.devices import Device
     from metalgen.simulator import Launch, Recorder
 
 CLEAN, FINDINGS, COULD_NOT_RUN = 0, 1, 2
@@ -92,6 +93,7 @@ def _schedule_options(function: Any) -> Any:
             multiple=True,
             callback=_values,
             metavar="A[,B...]",
+            help=FIELDS[field.name],
         )(function)
     return function
 
@@ -99,7 +101,7 @@ def _schedule_options(function: Any) -> Any:
 @click.command(epilog="Exit code: 0 clean, 1 findings or wrong numbers, 2 could not run.")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@config_options
+@described_options("small and ragged", "small and ragged")
 @chip_option("Start from this chip's best schedule on record, and keep its limits.")
 @_schedule_options
 @click.option("--all", "every", is_flag=True, help="Every schedule of the space, see --limit.")
@@ -126,24 +128,27 @@ def command(
     """Execute a kernel on the simulator, check it for defects and count its work.
 
     With a Python FILE: runs it (ARGUMENTS are its own, after --), every mx.fast.metal_kernel that
-    it calls under the checker. Without one: runs our forward kernel for a config. Fields of the
-    schedule take several values; every valid combination is checked. Lengths are small and ragged
-    unless --q-len or --kv-len says otherwise.
+    it calls under the checker. Without one: runs metalgen's own kernel for a config, and compares
+    its numbers with float64. Fields of the schedule take several values; every valid combination is
+    checked. Lengths are small and ragged unless --q-len or --kv-len says otherwise; up to 64
+    queries are the decode kernel's.
     """
     if file is not None:
         subjects = [_check_file(file, arguments, seed)]
     else:
         schedules, skipped = _schedules(config, sizes, chip, every, limit, fields)
         if skipped and not as_json:
-            click.echo(f"{skipped} combinations break a rule of the schedule and are left out")
+            count = _count(skipped, "combination", "s")
+            click.echo(f"{count} against a rule of the schedule: left out")
         given = [
             ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
             for name in ("q_len", "kv_len")
         ]
         chosen = sizes if any(given) else None
+        family = sizes.problem(config).family
         subjects = []
         for schedule in schedules:
-            subjects.append(_check_schedule(config, schedule, chosen, seed))
+            subjects.append(_check_schedule(config, family, schedule, chosen, seed))
             if not as_json:
                 _print(subjects[-1], counters)
     if as_json:
@@ -163,43 +168,31 @@ def _schedules(
     fields: dict[str, tuple[Any, ...]],
 ) -> tuple[list[Schedule], int]:
     """Return the valid schedules that were asked for, and how many combinations were not valid."""
-    limits: Limits = APPLE
-    start = None
-    if chip:
-        from metalgen.chips import get_chip
-        from metalgen.database.lookup import lookup
-        from metalgen.render import template_hash
-
-        found = get_chip(chip)
-        limits = found.limits
-        if limits.target != "metal":
-            raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
-        hit = lookup(sizes.problem(config), found, template_hash("forward", limits.target))
-        start = hit.schedule if hit else None
+    start, _, limits = starting_point(config, sizes, chip)
+    if limits.target != "metal":
+        raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
+    family = sizes.problem(config).family
     if every:
         from metalgen.tuning.space import enumerate_valid
 
-        schedules = enumerate_valid(config, limits)
+        schedules = enumerate_valid(config, limits, family)
         chosen = [s for s in schedules if all(getattr(s, n) in v for n, v in fields.items() if v)]
         if not chosen:
             raise click.UsageError("--all: no valid schedule has the fields that were given")
         return chosen[:limit], 0
-    start = start or default_schedule(config, limits)
     given = {name: values for name, values in fields.items() if values}
     combinations = [
         change(config, start, dict(zip(given, values, strict=True))) if given else start
         for values in itertools.product(*given.values())
     ]
-    valid = [schedule for schedule in combinations if is_valid(config, schedule, limits)]
-    if len(combinations) == 1:
-        valid = combinations  # let its check name the rule that it breaks
+    valid = [schedule for schedule in combinations if is_valid(config, schedule, limits, family)]
     if not valid:
-        raise click.UsageError("every combination of the fields breaks a rule of the schedule")
+        check_schedule(config, combinations[0], limits, family)  # names the rule
     return valid, len(combinations) - len(valid)
 
 
 def _check_schedule(
-    config: AttentionConfig, schedule: Schedule, sizes: Sizes | None, seed: int
+    config: AttentionConfig, family: str, schedule: Schedule, sizes: Sizes | None, seed: int
 ) -> Subject:
     from metalgen.devices import get_device
     from metalgen.simulator import record
@@ -209,19 +202,22 @@ def _check_schedule(
     with record(checked=True, seed=seed) as runs:
         try:
             if sizes is None:
-                result = verify(device, config, schedule)
+                result = verify(device, config, schedule, family=family)
                 wrong = "" if result.ok else result.detail
             else:
-                _launch(config, schedule, sizes)
-                wrong = ""
+                wrong = _launch(device, config, family, schedule, sizes)
         except MetalgenError as error:
             return Subject(str(schedule), list(runs), failure=str(error))
     return Subject(str(schedule), list(runs), wrong)
 
 
-def _launch(config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> None:
-    from metalgen.devices import get_device
+def _launch(
+    device: Device, config: AttentionConfig, family: str, schedule: Schedule, sizes: Sizes
+) -> str:
+    """Run a call of these sizes; what is wrong with its numbers."""
+    from metalgen.inputs import has_inputs
     from metalgen.samples import sample_call
+    from metalgen.verify import judge
 
     q, k, v, inputs = sample_call(
         config,
@@ -231,7 +227,10 @@ def _launch(config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> None:
         kv_len=sizes.kv_len,
         ragged=False,
     )
-    get_device("simulator").build(config, schedule)(q, k, v, config.head_dim**-0.5, inputs)
+    given = (inputs,) if has_inputs(config) else ()
+    out, lse = device.build(config, schedule, family)(q, k, v, config.head_dim**-0.5, *given)
+    *_, fault = judge(config, q, k, v, inputs, out, lse)
+    return f"Lq={sizes.q_len} Lk={sizes.kv_len}: {fault}" if fault else ""
 
 
 def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
@@ -250,6 +249,8 @@ def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
                 failure = f"{file}: exit code {stop.code}"
         except MetalgenError as error:
             failure = f"{file}:{_line_in(file, error)}: {error}"
+        except SyntaxError as error:
+            failure = f"{error.filename or file}:{error.lineno or '?'}: SyntaxError: {error.msg}"
         except Exception as error:
             failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
     if not failure and not len(runs):
@@ -312,5 +313,7 @@ def _print(subject: Subject, counters: bool) -> None:
         console = Console(file=sys.stdout)
         for launch in subject.launches:
             if launch.counters is not None:
-                console.print(f"\n{launch.kernel}, grid {launch.grid}", highlight=False)
-                console.print(launch.counters)
+                click.echo(f"\n{launch.kernel}, grid {launch.grid}")
+                with console.capture() as drawn:
+                    console.print(launch.counters)
+                click.echo(drawn.get(), nl=False)

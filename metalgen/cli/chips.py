@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from metalgen.cli.options import columns, json_option, print_json
+from metalgen.cli.options import columns, echo_table, json_option, print_json
 from metalgen.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
         _list(as_json)
 
 
-@command.command()
+@command.command(short_help="Show the facts of a chip, each with its source.")
 @click.argument("name")
 @json_option
 @click.pass_obj
@@ -50,7 +50,7 @@ def show(outer: bool, name: str, as_json: bool) -> None:
     _show(get_chip(name), as_json or outer)
 
 
-@command.command()
+@command.command(short_help="Fit the chip model's coefficients to measured times.")
 @click.option("--tiles", type=TABLE, help="Tiles of metal-flash-attention by head dimension.")
 @click.option("--published", type=TABLE, help="Published times of attention.")
 @click.option(
@@ -167,8 +167,7 @@ def _show(chip: Any, as_json: bool) -> None:
         if origin and origin["estimated"]:
             source = f"estimated: {source}"
         rows.append((name, _figure(value), source))
-    for line in columns(rows):
-        click.echo("  " + line)
+    echo_table(rows, "  ")
     if missing:
         click.echo(f"  The chip model does not cover it: it lacks {', '.join(missing)}.")
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,10 +38,36 @@ def config_options(function: Function) -> Function:
 
     ``config`` is an `AttentionConfig` and ``sizes`` a `Sizes`; both are checked.
     """
+    return described_options("1024", "as many as queries")(function)
 
-    @click.option("--head-dim", type=int, default=64, show_default=True, metavar="D")
-    @click.option("--value-head-dim", type=int, metavar="DV", help="Default: the head dimension.")
-    @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", show_default=True)
+
+def described_options(q_len: str, kv_len: str) -> Callable[[Function], Function]:
+    """`config_options`, with the defaults of the lengths as this command's help calls them."""
+    return functools.partial(_config_options, q_len, kv_len)
+
+
+def _config_options(q_default: str, kv_default: str, function: Function) -> Function:
+    @click.option(
+        "--head-dim",
+        type=int,
+        default=64,
+        show_default=True,
+        metavar="D",
+        help="Width of query and key rows.",
+    )
+    @click.option(
+        "--value-head-dim",
+        type=int,
+        metavar="DV",
+        help="Width of value rows. Default: that of keys.",
+    )
+    @click.option(
+        "--dtype",
+        type=click.Choice(list(DTYPES)),
+        default="float16",
+        show_default=True,
+        help="Of queries, keys and values.",
+    )
     @click.option(
         "--heads-per-kv",
         type=int,
@@ -47,9 +76,9 @@ def config_options(function: Function) -> Function:
         metavar="N",
         help="Query heads that share one KV head.",
     )
-    @click.option("--causal", is_flag=True, help="Mask aligned at the lower right.")
-    @click.option("--window-left", type=int, metavar="N", help="Keys seen before the own one.")
-    @click.option("--window-right", type=int, metavar="N", help="Keys seen after the own one.")
+    @click.option("--causal", is_flag=True, help="Causal mask, aligned at the lower right.")
+    @click.option("--window-left", type=int, metavar="N", help="Keys seen before the query's own.")
+    @click.option("--window-right", type=int, metavar="N", help="Keys seen after the query's own.")
     @click.option("--softcap", type=float, metavar="C", help="Scores x become C tanh(x / C).")
     @click.option("--lse", is_flag=True, help="Also return the log-sum-exp.")
     @click.option(
@@ -59,10 +88,14 @@ def config_options(function: Function) -> Function:
         metavar="FIELD[=VALUE]",
         help="Any other field of AttentionConfig, such as alibi or page_size=16.",
     )
-    @click.option("--batch", type=int, default=1, show_default=True, metavar="B")
+    @click.option(
+        "--batch", type=int, default=1, show_default=True, metavar="B", help="Batch entries."
+    )
     @click.option("--heads", type=int, metavar="H", help="Query heads. Default: about 32.")
-    @click.option("--q-len", type=int, default=1024, show_default=True, metavar="LQ")
-    @click.option("--kv-len", type=int, metavar="LK", help="Default: as many keys as queries.")
+    @click.option(
+        "--q-len", type=int, default=1024, metavar="LQ", help=f"Queries. Default: {q_default}."
+    )
+    @click.option("--kv-len", type=int, metavar="LK", help=f"Keys. Default: {kv_default}.")
     @functools.wraps(function)
     def wrapper(
         *args: Any,
@@ -167,6 +200,24 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+
+
+def echo_table(rows: Sequence[tuple[str, ...]], indent: str = "") -> None:
+    """Print rows as `columns` do; a terminal that is too narrow has the last one below the others.
+
+    What goes to a file or a pipe has a line for each row, however long.
+    """
+    lines = [indent + line for line in columns(rows)]
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or all(len(line) <= width for line in lines):
+        click.echo("\n".join(lines))
+        return
+    for row, head in zip(rows, columns([row[:-1] for row in rows]), strict=True):
+        click.echo(indent + head)
+        if row[-1]:
+            inner = indent + "    "
+            room = max(20, width - len(inner))
+            click.echo("\n".join(inner + part for part in textwrap.wrap(row[-1], room)))
 
 
 def problem_cells(problem: Problem) -> tuple[str, str]:

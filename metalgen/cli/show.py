@@ -8,7 +8,7 @@ import click
 
 from metalgen.cli.options import (
     chip_option,
-    columns,
+    echo_table,
     json_option,
     milliseconds,
     print_json,
@@ -82,8 +82,7 @@ def command(chip: str | None, as_json: bool) -> None:
         for m in best
     ]
     if lines:
-        for line in columns([header, *lines]):
-            click.echo(line)
+        echo_table([header, *lines])
     else:
         click.echo("No row has passed its check, so none can be dispatched.")
 

@@ -13,8 +13,8 @@ from metalgen.cli.choosing import choosing_options
 from metalgen.cli.measuring import Measuring, measuring_options
 from metalgen.cli.options import (
     chip_option,
-    columns,
     duration,
+    echo_table,
     json_option,
     milliseconds,
     print_json,
@@ -97,7 +97,7 @@ def command(
 ) -> None:
     """Find the fastest schedules for a chip, and keep them.
 
-    Tunes a preset, or the one shape that the options from --head-dim to --kv-len describe.
+    Tunes a preset, or one shape of your own (--head-dim, --causal, --q-len and so on).
 
     On that chip its GPU's clock decides. Anywhere else the chip model predicts times, every row is
     marked as modelled, and kernels are executed on the simulator. Each winner is checked against
@@ -237,8 +237,7 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
         (*problem_cells(p), f"{n} valid schedules", ", ".join(chosen.models.get(p.key, ())))
         for p, n in valid.items()
     ]
-    for line in columns(lines):
-        click.echo("  " + line)
+    echo_table(lines, "  ")
 
 
 def _count(problems: Sized) -> str:
@@ -249,15 +248,15 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
     header = ("problem", "sizes", "best", "default", "gain", "schedule")
     rows = [(*problem_cells(o.problem), *_cells(o)) for o in report.outcomes]
     if rows:
-        for line in columns([header, *rows]):
-            click.echo(line)
+        echo_table([header, *rows])
     for outcome in report.outcomes:
         for r in outcome.rejected:
             click.echo(f"rejected for {outcome.problem}: {r.schedule}: {r.status} ({r.detail})")
     tuned = [outcome for outcome in report.outcomes if outcome.winner]
     click.echo(
         f"{_count(tuned)} {report.provenance} in {duration(report.seconds)}, {report.checks} "
-        f"kernels checked against float64 in this run. Kept in {path}"
+        f"kernel{'' if report.checks == 1 else 's'} checked against float64 in this run. "
+        f"Kept in {path}"
     )
     if report.kept:
         click.echo(f"{report.kept} rows of other templates were kept: their kernels are the same.")

@@ -130,7 +130,10 @@ def get_nearest() -> tuple[str, ...]:
         (["render", "--head-dim", "4"], "head_dim: expected an integer from 8 to 576, but got 4"),
         (["render", "--dtype", "int8"], "Invalid value for '--dtype': 'int8' is not one of"),
         (["render", "--bk", "33"], "invalid schedule (choices): bk: expected an integer of 8, 16"),
-        (["render", "--bq", "8"], "invalid schedule (bq): bq must be 8 * row_blocks * simdgroups"),
+        (
+            ["render", "--bq", "8", "--simdgroups", "4"],
+            "invalid schedule (bq): bq must be 8 * row_blocks * simdgroups",
+        ),
         (["render", "--head-dim", "256", "--bk", "256"], "invalid schedule (threadgroup memory)"),
         (["explain", "--q-len", "0"], "--q-len: expected a positive integer, but got 0"),
         (["explain", "--heads", "7", "--heads-per-kv", "2"], "--heads: expected a multiple of"),
@@ -256,7 +259,7 @@ def test_render_prints_the_source_of_the_default_schedule(
     source = render(CONFIG, default_schedule(CONFIG))
     printed = text(capsys, "render", "--causal", "--heads-per-kv", "3")
     assert printed == (
-        f"// {CONFIG}\n// schedule (default): {default_schedule(CONFIG)}\n{source.text}\n"
+        f"// {CONFIG}, forward\n// schedule (default): {default_schedule(CONFIG)}\n{source.text}\n"
     )
     found = document(capsys, "render", "--causal", "--heads-per-kv", "3")
     assert found["config"] == CONFIG.to_dict()

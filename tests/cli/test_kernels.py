@@ -1,0 +1,105 @@
+"""`metalgen render` and `metalgen check` take the kernel that a call of these sizes gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metalgen.cli.app import run
+from metalgen.config import AttentionConfig
+from metalgen.render import render
+from metalgen.schedule import Schedule, default_schedule
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No user database."""
+    monkeypatch.setenv("METALGEN_DB", str(tmp_path / "tuning.db"))
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:
+    """The JSON that a command prints."""
+    assert run([*arguments, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_few_queries_render_the_decode_kernel_and_the_one_that_joins_its_splits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = AttentionConfig(128, heads_per_kv=4)
+    schedule = default_schedule(config, family="decode")
+    sources = [render(config, schedule, "metal", name) for name in ("decode", "combine")]
+    options = "render --head-dim 128 --heads-per-kv 4 --q-len 1 --kv-len 4096".split()
+    found = document(capsys, *options)
+    assert (found["family"], found["source"]) == ("decode", sources[0].source)
+    assert found["combine"]["source"] == sources[1].source
+    assert Schedule.from_dict(found["schedule"]) == schedule
+    assert run(options) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"// {config}, decode\n// schedule (default): {schedule}\n")
+    assert printed.endswith(f"{sources[0].text}\n{sources[1].text}\n")
+
+
+def test_one_split_has_nothing_to_join(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "render", "--q-len", "64", "--splits", "1")
+    assert (found["family"], found["combine"]) == ("decode", None)
+    assert document(capsys, "render", "--q-len", "65")["family"] == "forward"
+
+
+def test_an_nvidia_chip_renders_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "render", "--head-dim", "128", "--chip", "H200")
+    assert found["target"] == "cuda"
+    assert "__device__" in found["header"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--bq 16", (16, 1, 2)),
+        ("--bq 48", (48, 3, 2)),
+        ("--bq 24", (24, 3, 1)),
+        ("--bq 32 --row-blocks 1", (32, 4, 1)),
+        ("--simdgroups 2", (32, 2, 2)),
+    ],
+)
+def test_rows_and_simdgroups_follow_from_each_other(
+    options: str, expected: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = document(capsys, "render", *options.split())["schedule"]
+    found = (schedule["bq"], schedule["simdgroups"], schedule.get("row_blocks", 1))
+    assert found == expected
+
+
+def test_shares_of_the_values_are_no_wider_than_they(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "render --head-dim 64 --value-head-dim 512 --value-parts 4 --k-source device".split()
+    schedule = document(capsys, *options, "--v-source", "device")["schedule"]
+    assert (schedule["bd"], schedule["value_parts"]) == (128, 4)
+
+
+def test_few_queries_check_the_decode_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "check --q-len 1 --kv-len 40 --heads 4 --heads-per-kv 2 --splits 1,2".split()
+    subjects = document(capsys, *options)["subjects"]
+    kernels = [[launch["kernel"] for launch in subject["launches"]] for subject in subjects]
+    assert [len(names) for names in kernels] == [1, 2]
+    assert all("metalgen_decode" in names[0] for names in kernels)
+    assert "metalgen_combine" in kernels[1][1]
+
+
+def test_numbers_at_given_sizes_are_compared_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "check --q-len 70 --kv-len 40 --heads 1".split()
+    (subject,) = document(capsys, *options)["subjects"]
+    assert (subject["wrong"], subject["exit_code"]) == ("", 0)
+    monkeypatch.setattr("metalgen.verify.tolerance_of", lambda _: 1e-9)
+    (subject,) = document(capsys, *options, code=1)["subjects"]
+    assert subject["wrong"].startswith("Lq=70 Lk=40: relative error ")
+
+
+def test_a_rule_that_every_combination_breaks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--splits", "2,4"]) == 2
+    error = capsys.readouterr().err
+    assert error == "metalgen: invalid schedule (splits): only decode shares out the keys\n"
