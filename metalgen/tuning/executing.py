@@ -37,11 +37,15 @@ class KernelFailure(MetalgenError):
         super().__init__(detail)
 
 
+class NoRoom(DeviceError):
+    """A problem whose arrays the device has no room for, whatever the kernel."""
+
+
 class Executor(abc.ABC):
     """Builds, times and checks the kernels of one device, under one policy.
 
-    Every method raises what the device raises for the kernel, or `KernelFailure`; and `DeviceError`
-    where the device fails whatever the kernel.
+    Every method raises what the device raises for the kernel, or `KernelFailure`; `DeviceError`
+    where the device fails whatever the kernel, and `NoRoom` where it is too small for the problem.
 
     Attributes:
         ahead: how many schedules are worth preparing before the first of them is measured.
@@ -204,7 +208,7 @@ class Here(Executor):
                 try:
                     self._bench = Bench(problem, self.policy, self.clock, self.beat)
                 except RuntimeError as error:  # no verdict about a kernel
-                    raise DeviceError(f"cannot make the arrays of {problem}: {error}") from error
+                    raise NoRoom(f"cannot make the arrays of {problem}: {error}") from error
             try:
                 with self._watched():
                     yield self._bench

@@ -2,8 +2,9 @@
 
 The parent sends ``(operation, *arguments)``; answers are tuples whose first member says what they
 are: ``ready``; ``waiting`` (for the device, so that no limit runs) and ``beat`` (a sign of life);
-at the end of an operation ``done`` with its value, ``failed`` with a status and a detail, or
-``cannot`` with the reason, where the failure says nothing about the kernel.
+at the end of an operation ``done`` with its value, ``failed`` with a status and a detail,
+``no room`` with the reason, where the problem is too large, or ``cannot`` with the reason, where
+the failure says nothing about the kernel either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.tuning.executing import Here, require_working
+from metalgen.tuning.executing import Here, NoRoom, require_working
 from metalgen.tuning.measure import Policy
 
 BEAT = 0.25
@@ -78,6 +79,8 @@ def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]
             config, schedule, family = arguments
             return "done", here.verify(here.device, config, schedule, family=family)
         return "done", getattr(here, operation)(*arguments)
+    except NoRoom as error:
+        return "no room", str(error)
     except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
         try:
             status = failure_status(error)

@@ -28,7 +28,7 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.executing import Executor, KernelFailure
+from metalgen.tuning.executing import Executor, KernelFailure, NoRoom
 from metalgen.tuning.helper import BEAT, serve
 from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import BudgetSpent
@@ -316,6 +316,8 @@ class Helpers(Executor):
             if helper.holds == kernel:
                 helper.holds = None
             raise KernelFailure(job.answer[1], job.answer[2])
+        if job.answer[0] == "no room":
+            raise NoRoom(job.answer[1])
         return job.answer[1]
 
     def _send(self, helper: Helper, job: Job) -> None:
@@ -395,7 +397,7 @@ class Helpers(Executor):
             helper.due = math.inf
         elif message[0] == "cannot":
             raise DeviceError(message[1])
-        elif message[0] in ("done", "failed"):
+        elif message[0] in ("done", "failed", "no room"):
             self._answered(helper, message)
             if message[:2] == ("failed", "runtime"):
                 self._replace(helper)  # nothing else would run in it

@@ -1,6 +1,7 @@
 """Tuning on the chip itself: a device's clock decides.
 
-Never run on an Apple GPU by its authors; tested with a device and a clock made for tests.
+Run on an NVIDIA H200, never on an Apple GPU by its authors; tested with devices and clocks made for
+tests.
 """
 
 from __future__ import annotations
@@ -215,8 +216,9 @@ class MeasuredSession(Session):
         """Race the best that pass their check; the quickest beyond doubt wins, or the default."""
         policy = self.policy_key
         self.show(phase="checking")
+        before = {m.schedule: m.status for m in self.rows(policy, "final")}
+        raced = set(before)
         ran = by_time(self.rows(policy))
-        raced = {m.schedule for m in self.rows(policy, "final")}
         likely = self._with_default([m.schedule for m in ran[:FINALISTS]])
         if not raced.issuperset(likely):
             self.executor.prepare_race(self.problem, likely)
@@ -234,15 +236,36 @@ class MeasuredSession(Session):
         if not finalists:
             return None, rejected, "no schedule ran and passed its check"
         self.show(phase="finals")
-        if any(m.schedule == self.default for m in ran) and self.default not in finalists:
-            self.checker.check(self.problem.config, self.default, self.problem.family)
-            finalists.append(self.default)
+        known = {*finalists, *(r.schedule for r in rejected)}
+        if any(m.schedule == self.default for m in ran) and self.default not in known:
+            check = self.checker.check(self.problem.config, self.default, self.problem.family)
+            if check.ok:
+                finalists.append(self.default)
+            else:  # wrong figures are nothing to compare with
+                rejected.append(Rejected(self.default, check.status, check.detail))
         note = ""
         if not raced.issuperset(finalists):
+            finalists = [s for s in finalists if before.get(s, "ok") == "ok"]
             note = self._race(finalists)
+            if note and (running := self._still_running(finalists)):
+                note = self._race(running)
         finals = [m for m in self.rows(policy, "final") if m.verified]
         winner = min(finals, key=lambda m: m.rank, default=None)
         return winner, rejected, "" if winner else note or "no finalist passed"
+
+    def _still_running(self, schedules: Sequence[Schedule]) -> list[Schedule]:
+        """The finalists of a race that failed that run by themselves; the others become rows."""
+        running = []
+        for schedule in schedules:
+            try:
+                self.executor.measure(self.problem, schedule)
+                running.append(schedule)
+            except (MetalgenError, RuntimeError, ValueError) as error:
+                status, detail = failure_status(error), first_line(error)
+                fields = {"phase": "final", "status": status, "detail": detail}
+                name, policy = self.device.name, self.policy_key
+                self.store.add_measurement(self.row(schedule, name, policy, **fields))
+        return running
 
     def _race(self, schedules: Sequence[Schedule]) -> str:
         """Measure finalists and MLX's own attention, interleaved, and keep the rows.

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
+from metalgen.errors import InvalidSchedule
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, default_schedule
+from metalgen.tuning.executing import NoRoom
 from metalgen.tuning.measure import Clock
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.space import Space, enumerate_valid, space
-from metalgen.tuning.verifying import Checker
+from metalgen.tuning.verifying import Checker, first_line
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -80,14 +82,26 @@ class Session(abc.ABC):
         """
         config, limits, family = problem.config, self.limits, problem.family
         self.problem = problem
+        self.progress = Progress(problem, number, problems, self.provenance == "modelled")
+        try:
+            self.default = default_schedule(config, limits, family)
+        except InvalidSchedule as error:
+            return self._too_large(error)
         self.space = space(config, limits, family, math_modes=self.math_modes)
         self.valid = enumerate_valid(config, limits, family, self.math_modes)
-        self.default = default_schedule(config, limits, family)
-        self.progress = Progress(problem, number, problems, self.provenance == "modelled")
         self.show(valid=len(self.valid), goal=self.goal())
-        outcome = self.work()
+        try:
+            outcome = self.work()
+        except NoRoom as error:
+            return self._too_large(error)
         self.show(phase="done")
         return outcome
+
+    def _too_large(self, error: Exception) -> Outcome:
+        """A problem that this chip cannot run; it does not keep others from being tuned."""
+        self.show(phase="done")
+        p = self.progress
+        return Outcome(self.problem, None, None, p.valid, p.tried, 0, note=first_line(error))
 
     def close(self) -> None:  # noqa: B027 - most sessions hold nothing
         """Let go of what the session holds beside the store."""

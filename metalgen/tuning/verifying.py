@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 from metalgen.config import AttentionConfig
@@ -10,7 +11,7 @@ from metalgen.database.store import Check, Store
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
-from metalgen.tuning.executing import KernelFailure
+from metalgen.tuning.executing import KernelFailure, NoRoom
 from metalgen.verify import Verification
 
 Verify = Callable[..., Verification]
@@ -26,9 +27,12 @@ def failure_status(error: Exception) -> str:
 
     Raises:
         CannotCheck: the failure says nothing about the kernel.
+        NoRoom: nor that, but about the problem.
     """
     from metalgen.simulator import errors as simulator
 
+    if isinstance(error, NoRoom):
+        raise error
     if isinstance(error, KernelFailure):
         return error.status
     if isinstance(error, DeviceError | simulator.MissingToolchain | simulator.MemoryLimit):
@@ -49,9 +53,22 @@ def failure_status(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line of at most 300 characters."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return "".join(c if c.isprintable() else " " for c in lines[0])[:300]
+    """What an error says, in one line of at most 300 characters: its first, and its first error.
+
+    What compilers say begins with other things, and often with warnings.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines or [type(error).__name__]
+    telling = (line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE))
+    words = "; ".join(dict.fromkeys([lines[0], next(telling, lines[0])]))
+    return "".join(c if c.isprintable() else " " for c in words)[:300]
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether the device had no room, as MLX words it on Metal and CUDA."""
+    text = str(error).lower()
+    found = ("out of memory", "insufficient memory", "unable to allocate")
+    return isinstance(error, MemoryError) or any(words in text for words in found)
 
 
 class Checker:
@@ -119,6 +136,8 @@ class Checker:
             result = self._run(config, schedule, family)
         except (MetalgenError, RuntimeError, ValueError, MemoryError) as problem:
             status, detail = failure_status(problem), first_line(problem)
+            if no_memory(problem):  # a check is small: something else took it all
+                raise CannotCheck(f"no memory to check a kernel: {detail}") from problem
         else:
             status = "ok" if result.ok else "wrong"
             error, tolerance = result.error, result.tolerance

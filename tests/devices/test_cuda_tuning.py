@@ -82,6 +82,9 @@ def test_what_does_not_compile_or_launch_is_a_row_that_says_why_and_the_search_g
     rows = by_schedule(store)
     assert list(rows) == asked
     assert [m.status for m in rows.values()] == ["ok", "compile", "runtime", "ok", "ok", "ok"]
+    assert rows[asked[1]].detail == (
+        "Failed to compile kernel: k.cu(3): warning: unused; k.cu(9): error: expected a ';'"
+    )
     assert rows[asked[2]].detail == launch
     assert all(rows[s].seconds is None for s in asked[1:3])
     winner = report.outcomes[0].winner

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
 
 from metalgen.chips import get_chip
@@ -25,19 +26,12 @@ from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.simulator import errors as simulator
 from metalgen.tuning import modelled
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.space import enumerate_valid
 from metalgen.tuning.verifying import CannotCheck, failure_status
 
-CHIP = get_chip("M3Max")
-SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
-DEFAULT = default_schedule(SMALL.config)
-POLICY = Policy(
-    warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, cold_bytes=0, rounds=2
-)
 
 
 @pytest.fixture
@@ -49,23 +43,6 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def model(store: Store, verify: FakeVerify, problems: list[Problem], **arguments: Any) -> Report:
     """A run by the chip model, with checks on a device that is never asked for anything else."""
     return tune(problems, CHIP, store, checker=get_device("reference"), verify=verify, **arguments)
-
-
-def on_gpu(
-    store: Store, gpu: FakeGpu, verify: FakeVerify, trials: int = 20, **arguments: Any
-) -> Report:
-    """A run on a fake GPU."""
-    return tune(
-        [SMALL],
-        CHIP,
-        store,
-        device=gpu,
-        trials=trials,
-        policy=POLICY,
-        clock=gpu.clock,
-        verify=verify,
-        **arguments,
-    )
 
 
 def by_prediction(problem: Problem) -> list[Schedule]:

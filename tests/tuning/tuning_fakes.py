@@ -14,6 +14,7 @@ from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.schedule import Schedule
+from metalgen.tuning.executing import NoRoom
 from metalgen.verify import Verification
 
 
@@ -160,6 +161,8 @@ class ProcessGpu(Device):
             time.sleep(1000.0)
         if what == "raise":
             raise RuntimeError("the launch failed")
+        if what == "full":
+            raise NoRoom("no room in a helper")
         if what == "refuse":
             raise RuntimeError("cannot compile this")
         if what == "defect":
