@@ -11,7 +11,17 @@ import click
 
 from metalgen.cli.options import columns, json_option, print_json
 
-PACKAGES = ("mlx", "mlx-cpu", "mlx-metal", "ziglang", "jinja2", "optuna", "sqlite-utils", "numpy")
+PACKAGES = (
+    "mlx",
+    "mlx-metal",
+    "mlx-cpu",
+    "mlx-cuda-13",
+    "ziglang",
+    "jinja2",
+    "optuna",
+    "sqlite-utils",
+    "numpy",
+)
 
 
 @click.command()
@@ -23,10 +33,10 @@ def command(as_json: bool) -> None:
         print_json(found)
         return
     click.echo(f"metalgen {found['metalgen']}, {found['python']}, {found['system']}")
-    packages = (f"{name} {version or 'missing'}" for name, version in found["packages"].items())
-    click.echo("packages: " + ", ".join(packages))
+    packages = ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v)
+    click.echo(click.wrap_text(f"packages: {packages}", 80, subsequent_indent="  "))
     click.echo(f"templates: {found['template_hash']} in {found['templates']}")
-    click.echo(f"chip: {found['chip'] or 'no known Apple GPU on this machine'}")
+    click.echo(f"chip: {found['chip'] or 'no known GPU on this machine'}")
     click.echo("devices:")
     rows = [(name, reason or "available") for name, reason in found["devices"].items()]
     for line in columns(rows):
@@ -73,7 +83,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "default_device": default_device().name,
         "database": database,
-        "next": _advice(here.name if here else None, devices, database),
+        "next": _advice(here.name if here else None, default_device().is_gpu, devices, database),
     }
 
 
@@ -115,7 +125,7 @@ def _database(current: set[str]) -> dict[str, Any]:
 
 
 def _advice(
-    chip: str | None, devices: dict[str, str | None], database: dict[str, Any]
+    chip: str | None, gpu: bool, devices: dict[str, str | None], database: dict[str, Any]
 ) -> list[str]:
     steps = []
     if not database["usable"]:
@@ -124,7 +134,7 @@ def _advice(
         steps.append("metalgen db refresh keeps rows of other templates whose kernel is the same")
     if devices["simulator"]:
         steps.append("pip install 'metalgen[simulator]' to execute Metal kernels on this CPU")
-    if chip and not devices["metal"]:
+    if chip and gpu:
         steps.append(f"metalgen tune measures on this {chip}")
     elif not database["rows"]:
         steps.append("metalgen tune --chip M3Max predicts schedules for that chip")

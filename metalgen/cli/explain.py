@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -73,7 +75,7 @@ def command(
         )
         return
     click.echo(f"Look-up of {problem} for chip {found.name if found else 'unknown'} ({how}):")
-    for step in path:
+    for step in brief(path):
         click.echo(f"  {step}")
     if hit:
         click.echo(f"  found: {hit.place}, {hit.provenance}, {milliseconds(hit.seconds)}")
@@ -81,8 +83,22 @@ def command(
     else:
         click.echo("  nothing on record: the default schedule")
     click.echo("What a call gets here:")
+    said = {f"  {step}" for step in path}
     for line in kernel.explain().splitlines():
-        click.echo(f"  {line}")
+        if line not in said:
+            click.echo(f"  {line}")
+
+
+def brief(path: Sequence[str]) -> list[str]:
+    """The steps of a look-up, places in a row that lack the same joined in one step."""
+    steps: list[str] = []
+    for missing, group in itertools.groupby(path, lambda step: step.partition(": no verified ")[2]):
+        if missing:
+            places = ", ".join(step.partition(": no verified ")[0] for step in group)
+            steps.append(f"no verified {missing}: {places}")
+        else:
+            steps += group
+    return steps
 
 
 def _chip(name: str | None) -> tuple[Chip | None, str]:

@@ -178,16 +178,17 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
             )
     if is_here and device_name != "simulator":
         return Plan(chip, gpu, gpu, is_here=True)
+    if chip.kind != "apple":
+        raise ArgumentError("chip", "an Apple chip, or to run on the GPU itself", chip.name)
     _require_model(chip)
     if device_name == "simulator":
         return Plan(chip, None, get_device("simulator"), is_here=is_here)
     devices = {device.name: device for device in all_devices()}
-    candidates = (devices["metal"], devices["simulator"]) if chip.kind == "apple" else ()
+    candidates = (devices["metal"], devices["simulator"])
     usable = [device for device in candidates if device.unavailable() is None]
     if usable:
         return Plan(chip, None, usable[0])
-    reason = devices["simulator"].unavailable() or "no device here runs its kernels"
-    return Plan(chip, None, None, reason)
+    return Plan(chip, None, None, f"device 'simulator': {devices['simulator'].unavailable()}")
 
 
 def _require_model(chip: Chip) -> None:

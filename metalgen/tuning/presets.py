@@ -192,7 +192,8 @@ def preset(name: str) -> Preset:
         return _collect(name, members, PREFILL, DECODE)
     near = difflib.get_close_matches(str(name).lower(), preset_names(), n=3, cutoff=0.4)
     hint = f"; the nearest: {', '.join(near)}" if near else ""
-    raise ArgumentError("preset", f"default, all, a family or a model{hint}", name)
+    families = ", ".join(_FAMILIES)
+    raise ArgumentError("preset", f"default, all, a family ({families}) or a model{hint}", name)
 
 
 def _collect(

@@ -16,7 +16,7 @@ from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
-from metalgen.tuning.presets import preset
+from metalgen.tuning.presets import preset, preset_names
 
 TUNE = ["tune", "--chip", "M3Max"]
 
@@ -152,3 +152,17 @@ def test_the_command_to_go_on_with_describes_the_same_shape(
     assert run(again) == 130
     config = AttentionConfig(96, causal=True, sinks=True, page_size=16)
     assert tuned == [(Problem(config, 32, 1024, 1024),)] * 2
+
+
+def test_every_preset_is_in_the_documentation() -> None:
+    written = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [name for name in preset_names() if f"`{name}`" not in written] == []
+
+
+def test_a_preset_that_is_none_is_refused_with_the_families_and_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run([*TUNE, "--preset", "qwen3-9b"]) == 2
+    error = capsys.readouterr().err
+    assert "a family (llama-3, qwen2.5, qwen3, " in error
+    assert "; the nearest: qwen3-8b, " in error
