@@ -233,14 +233,16 @@ def _measurements(
     counts.current += store.db.execute(
         f"SELECT count(*) FROM measurements WHERE {where} AND {done}", values
     ).fetchone()[0]
-    keys = {number: problem_of(key) for number, key in _keys(store, "problems")}
+    keys, known = dict(_keys(store, "problems")), dict[int, Problem | None]()
     schedules = dict(_keys(store, "schedules"))
     for number, templates, source, problem, schedule, name in store.db.execute(
         "SELECT id, template_hash, source_hash, problem, schedule, chip FROM measurements "
         f"WHERE {where} AND NOT ({done}) ORDER BY id",
         values,
     ).fetchall():
-        asked = keys.get(problem)
+        if problem not in known:
+            known[problem] = problem_of(keys.get(problem, ""))
+        asked = known[problem]
         if asked is None:
             counts.unknown += 1  # someone edited the file
             continue

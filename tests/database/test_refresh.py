@@ -14,16 +14,24 @@ import pytest
 from database_samples import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
 import metalgen.render
+from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError
 from metalgen.database.measurement import Measurement
-from metalgen.database.refresh import Refreshed, refresh_rows, refresh_store, refreshed_records
+from metalgen.database.refresh import (
+    Present,
+    Refreshed,
+    refresh_rows,
+    refresh_store,
+    refreshed_records,
+)
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.resources import templates_dir, tuning_db_dir
-from metalgen.schedule import Schedule
+from metalgen.schedule import APPLE, Limits, Schedule, default_schedule
 from metalgen.source_hash import code_of, source_hash
+from metalgen.testing.fuzz import made_up
 
 OLD = "f" * 16
 DECODE = Problem(CONFIG, 32, 1, 4096)
@@ -117,6 +125,47 @@ def test_an_edit_of_comments_or_spacing_keeps_every_row(
     found, counts = refresh_rows(rows)
     assert counts == Refreshed(kept=3)
     assert found == [dataclasses.replace(m, template_hash=template_hash()) for m in rows]
+
+
+def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alone(
+    templates: Path,
+) -> None:
+    h200 = get_chip("H200")
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    schedule = default_schedule(config, h200.limits)
+    was = template_hash("forward", "cuda")
+    measured = row(
+        *(schedule, 1e-3),
+        problem=dataclasses.replace(PROBLEM, config=config),
+        chip="H200",
+        cores=132,
+        device="cuda",
+        template_hash=was,
+        source_hash=source_hash(config, schedule, "cuda"),
+    )
+    apple = row(template_hash=template_hash(), source_hash=source_hash(CONFIG, FIRST))
+    edit(templates, "targets/cuda/header.jinja", "\n", "\n// A remark in the CUDA header.\n")
+    assert template_hash("forward", "cuda") != was
+    found, counts = refresh_rows([measured, apple])
+    assert counts == Refreshed(current=1, kept=1)
+    assert found[0].template_hash == template_hash("forward", "cuda")
+    assert found[1] == apple
+    edit(templates, "targets/cuda/header.jinja", "\n", "\nstruct another {};\n")
+    assert refresh_rows(found)[1] == Refreshed(current=1, changed=1)
+
+
+@pytest.mark.parametrize("limits", [APPLE, get_chip("H200").limits], ids=["metal", "cuda"])
+def test_a_kernel_is_the_same_when_its_config_and_schedule_are_read_back(limits: Limits) -> None:
+    seen = set()
+    for number in range(20):
+        case = made_up(number, limits)
+        digests = {
+            Present().source_hash(case.family, case.config.key, case.schedule.key, limits.target),
+            source_hash(case.config, case.schedule, limits.target, case.family),
+        }
+        assert len(digests) == 1 and None not in digests, case
+        seen |= digests
+    assert len(seen) == 20
 
 
 def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
@@ -262,9 +311,7 @@ def test_a_record_file_with_a_bad_line_is_refused_whole(tmp_path: Path) -> None:
 
 
 def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_renders_now() -> None:
-    """A row that fails here was measured of another kernel: `metalgen db refresh tuning_db/*`."""
-    from metalgen.chips import get_chip
-
+    """A row that fails here was measured of another kernel: it must not be dispatched."""
     seen = 0
     for path in sorted(tuning_db_dir().glob("*.jsonl")):
         for line in path.read_text().splitlines():
@@ -276,6 +323,14 @@ def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_render
                 seen += 1
     if not seen:
         pytest.skip("no shipped row is of the present templates")
+
+
+def test_no_shipped_row_waits_for_a_refresh() -> None:
+    """After an edit of templates: `metalgen db refresh tuning_db/*.jsonl`, in the same commit."""
+    for path in sorted(tuning_db_dir().glob("*.jsonl")):
+        text, counts = refreshed_records(path)
+        assert (path.name, counts.kept, counts.filled) == (path.name, 0, 0)
+        assert text == path.read_text()
 
 
 # The schema before
