@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from metalgen.dsl.operations import ARITY, COMMUTATIVE, COMPARISONS, EVALUATE, LOGICAL
+from metalgen.dsl.operations import (
+    ARITY,
+    BITWISE,
+    COMMUTATIVE,
+    COMPARISONS,
+    EVALUATE,
+    LOGICAL,
+    OF_FLOATS,
+)
 from metalgen.errors import ArgumentError
 
 DTYPES = {
@@ -29,6 +37,9 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 INPUTS = {"score": "float32", "b": "int32", "h": "int32", "q": "int32", "kv": "int32"}
 """Scaled score, batch entry, query head, query index, key index; a mask has all but the first."""
+
+NOT_OF = {"negative": ("bool",), **dict.fromkeys(BITWISE, FLOATS)}
+"""Types that an operation of any other type has no meaning for."""
 
 MAX_ARRAYS = 16
 """Captured arrays of a config: Metal binds 31 buffers, of which Q, K, V and the rest take 15."""
@@ -259,8 +270,8 @@ class Builder:
         return None
 
 
-_ARRAY = re.compile(r"a(\d+)=(\w+)\[([\d,]*)\]")
-_NODE = re.compile(r"(\d+)=(\w+):(\w+)\(([^()]*)\)")
+_ARRAY = re.compile(r"a(\d{1,9})=(\w+)\[((?:\d{1,10}(?:,\d{1,10})*)?)\]")
+_NODE = re.compile(r"(\d{1,9})=(\w+):(\w+)\(([^()]*)\)")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -329,7 +340,10 @@ def _node(op: str, dtype: str, inside: str) -> Node:
             return Node(op, dtype, value={"True": True, "False": False}[inside])
         return Node(op, dtype, value=float(inside) if dtype in FLOATS else int(inside))
     words = [word for word in inside.split(",") if word]
-    array = int(words.pop(0).removeprefix("a")) if op == "load" else None
+    array = None
+    if op == "load":
+        first, *words = words or [""]
+        array = int(first.removeprefix("a"))
     return Node(op, dtype, tuple(map(int, words)), array=array)
 
 
@@ -339,7 +353,7 @@ def _typed(node: Node, arrays: list[Captured], nodes: list[Node]) -> bool:
     if node.op in INPUTS:
         return not types and node.dtype == INPUTS[node.op]
     if node.op == "const":
-        return True
+        return node.dtype in FLOATS or _in_range(int(node.value or 0), node.dtype)
     if node.op == "load":
         number = cast(int, node.array)
         return (
@@ -354,7 +368,20 @@ def _typed(node: Node, arrays: list[Captured], nodes: list[Node]) -> bool:
         return True
     if node.op == "select":
         return types[0] == "bool" and types[1] == types[2] == node.dtype
-    same = len(set(types)) == 1
-    if node.op in COMPARISONS or node.op in LOGICAL:
-        return same and node.dtype == "bool"
-    return same and types[0] == node.dtype
+    if len(set(types)) > 1:
+        return False
+    if node.op in LOGICAL:
+        return node.dtype == types[0] == "bool"
+    if node.op in COMPARISONS:
+        return node.dtype == "bool"
+    if types[0] != node.dtype:
+        return False
+    if node.op in OF_FLOATS:
+        return node.dtype in FLOATS
+    return node.dtype not in NOT_OF.get(node.op, ())
+
+
+def _in_range(value: int, dtype: str) -> bool:
+    bits = 8 * DTYPES[dtype]
+    low, high = (0, 1 << bits) if dtype[0] in "bu" else (-1 << (bits - 1), 1 << (bits - 1))
+    return low <= value < high

@@ -75,6 +75,10 @@ COMMUTATIVE = frozenset(
 )
 COMPARISONS = frozenset("equal not_equal greater greater_equal less less_equal".split())
 LOGICAL = frozenset(("logical_and", "logical_or", "logical_not"))
+OF_FLOATS = frozenset(
+    (*UNARY.values(), *LOGS, "divide", "logaddexp", "arctan2", "sqrt", "rsqrt")
+) - frozenset("abs negative square sign floor ceil round logical_not".split())
+"""What MLX computes of floating-point numbers only: it converts integers before."""
 ARITY = {
     **dict.fromkeys(BINARY.values(), 2),
     **dict.fromkeys(BITWISE, 2),
@@ -108,7 +112,7 @@ def _guarded(operation: str) -> Evaluate:
     """Integer division, with 0 for a division by 0, which stops some machines."""
 
     def evaluate(xp: Any, x: Any, y: Any) -> Any:
-        if "int" not in str(x.dtype):
+        if "float" in str(x.dtype):
             return getattr(xp, operation)(x, y)
         some = xp.where(y == 0, xp.ones_like(y), y)
         return xp.where(y == 0, xp.zeros_like(x), getattr(xp, operation)(x, some))
@@ -123,9 +127,27 @@ def _power(xp: Any, x: Any, y: Any) -> Any:
     return xp.where(y < 0, xp.zeros_like(x), xp.power(x, xp.where(y < 0, xp.zeros_like(y), y)))
 
 
+def _subtract(xp: Any, x: Any, y: Any) -> Any:
+    """Of booleans too, as MLX has it and NumPy does not."""
+    return xp.not_equal(x, y) if "bool" in str(x.dtype) else xp.subtract(x, y)
+
+
+def _shift(operation: str) -> Evaluate:
+    """By a number of bits modulo the width of the type, as kernels shift."""
+
+    def evaluate(xp: Any, x: Any, y: Any) -> Any:
+        bits = 8 * (x.dtype.itemsize if hasattr(x.dtype, "itemsize") else x.dtype.size)
+        return getattr(xp, operation)(x, y & xp.array(bits - 1, dtype=y.dtype))
+
+    return evaluate
+
+
 EVALUATE: dict[str, Evaluate] = {
     **{name: _named(name) for name in (*BINARY.values(), *UNARY.values(), *LOGS, *BITWISE)},
     "sqrt": _named("sqrt"),
+    "subtract": _subtract,
+    "left_shift": _shift("left_shift"),
+    "right_shift": _shift("right_shift"),
     "floor_divide": _guarded("floor_divide"),
     "remainder": _guarded("remainder"),
     "power": _power,

@@ -94,6 +94,18 @@ def test_values_of_another_type_are_cast_in_the_end() -> None:
         "0=const:float32(__import__)",
         "0=const:bool(1)",
         "0=q:int32();1=load:int32(a-1,0)",
+        "0=load:int32()",
+        "9" * 5000 + "=score:float32()",
+        "a" + "9" * 5000 + "=float32[3];0=score:float32()",
+        "a0=float32[" + "9" * 5000 + "];0=score:float32()",
+        "0=const:int8(128)",
+        "0=const:uint32(-1)",
+        "0=q:int32();1=sin:int32(0)",
+        "0=q:int32();1=divide:int32(0,0)",
+        "0=q:int32();1=logical_not:bool(0)",
+        "0=q:int32();1=less:bool(0,0);2=negative:bool(1)",
+        "0=score:float32();1=left_shift:float32(0,0)",
+        "0=score:float32();1=bitwise_xor:float32(0,0)",
     ],
 )
 def test_bad_texts_are_refused(bad: str) -> None:

@@ -90,6 +90,20 @@ INTEGER = {
 }
 
 
+SHIFTS = {
+    f"{name} of {dtype}": lambda s, b, h, i, j, f=f, dtype=dtype: f(
+        i.astype(getattr(mx, dtype)), (j * 3 - 40).astype(getattr(mx, dtype))
+    )
+    for name, f in (("left", mx.left_shift), ("right", mx.right_shift))
+    for dtype in ("int8", "uint8", "int16", "int32", "uint32", "int64")
+}
+BOOLS = {
+    "difference": lambda s, b, h, i, j: s * ((i < j) - (h < 2)),
+    "sum": lambda s, b, h, i, j: s * ((i < j) + (h < 2)),
+    "remainder": lambda s, b, h, i, j: s * ((i < j) % (h < 2)) + ((i < j) // (h < 2)),
+}
+
+
 def checked(functions: Sequence[Callable[..., Any]]) -> list[tuple[Any, Any]]:
     """What the simulator computes for functions, and what they give for whole arrays."""
     got = run([trace(f) for f in functions])
@@ -126,6 +140,20 @@ def test_integer_functions_are_exactly_those_of_mlx() -> None:
     for name, (got, wanted) in zip(INTEGER, checked(list(INTEGER.values())), strict=True):
         np.testing.assert_array_equal(got, wanted, err_msg=name)
         assert len(np.unique(got)) > 1, name
+
+
+def test_kernels_mlx_and_numpy_evaluate_a_graph_alike_where_mlx_leaves_it_open() -> None:
+    """Shifts by more bits than there are, differences of booleans."""
+    traced = [trace(f) for f in (*SHIFTS.values(), *BOOLS.values())]
+    inputs = dict(zip(("score", "b", "h", "q", "kv"), places(), strict=True))
+    exact = {name: np.array(x) for name, x in inputs.items()}
+    for name, function, got in zip((*SHIFTS, *BOOLS), traced, run(traced), strict=True):
+        plain = function.graph.evaluate(mx, inputs, []).astype(mx.float32)
+        np.testing.assert_array_equal(got, np.array(plain), err_msg=name)
+        wanted = function.graph.evaluate(np, exact, []).astype(np.float32)
+        np.testing.assert_array_equal(got, wanted, err_msg=name)
+    value = np.array(run([trace(lambda s, b, h, i, j: mx.left_shift(i * 0 + 3, j * 0 + 33))])[0])
+    np.testing.assert_array_equal(value, 6)
 
 
 def test_gradients_are_printed_too() -> None:
