@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 TYPICAL_HEADS = 32
 TYPICAL_LENGTH = 1024
+MAX_SCALE = 1e30
+"""Scales are below this; those below its inverse are 0."""
 
 
 @dataclass(eq=False)
@@ -137,13 +140,16 @@ def get_kernel(
         DeviceError: the device is not available here.
     """
     queries = TYPICAL_LENGTH if q_len is None else q_len
+    keys = queries if kv_len is None else kv_len
+    each = TYPICAL_HEADS if heads is None else heads
     name = default_device().name if device is None else device
     try:
         key = (
             config,
-            (batch * (TYPICAL_HEADS if heads is None else heads) - 1).bit_length(),
+            (batch * each - 1).bit_length(),
             (queries - 1).bit_length(),
-            ((queries if kv_len is None else kv_len) - 1).bit_length(),
+            (keys - 1).bit_length(),
+            min(batch, each, queries, keys) > 0,  # of others no kernel is ever known
             name,
             chip,
         )
@@ -155,8 +161,7 @@ def get_kernel(
     for argument, value in (("batch", batch), ("heads", heads)):
         if value is not None and (type(value) is not int or value < 1):
             raise ArgumentError(argument, "a positive integer", value)
-    batch_heads = batch * (TYPICAL_HEADS if heads is None else heads)
-    problem = Problem(config, batch_heads, queries, queries if kv_len is None else kv_len)
+    problem = Problem(config, batch * each, queries, keys)
     kernel = _known[key] = _resolve(problem, get_device(name), chip)
     return kernel
 
@@ -173,9 +178,12 @@ def check_scale(config: AttentionConfig, scale: float | None) -> float:
     """The scale as a float, by default ``1 / sqrt(D)``; raises `ArgumentError` if it is none."""
     if scale is None:
         return float(config.head_dim**-0.5)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e30:
-        raise ArgumentError("scale", "a finite number, or None for 1 / sqrt(head_dim)", scale)
-    return float(scale)
+    number = isinstance(scale, (int, float, Real)) and not isinstance(scale, bool)
+    if not number or not abs(scale) < MAX_SCALE:
+        expected = f"a finite number below {MAX_SCALE:g}, or None for 1 / sqrt(head_dim)"
+        raise ArgumentError("scale", expected, scale)
+    # Below, a kernel's factor would be no normal float32, and masked scores no longer be lowest.
+    return float(scale) if abs(scale) >= 1 / MAX_SCALE else 0.0
 
 
 def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
@@ -318,8 +326,14 @@ def _differentiable(
 ) -> tuple[mx.array, mx.array | None]:
     """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later).
 
-    They reach the arrays that score functions capture, too.
+    They reach the arrays that score functions capture, too. (``mx.jvp`` and ``mx.vmap`` see the
+    kernel as well, and refuse it where it is lazy: MLX has no rules for custom kernels.)
     """
+
+    def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
+        features = config_features(config) | {"inputs": inputs.replaced(arrays)}
+        out, lse = attention_mlx(q, k, v, scale=scale, **features)
+        return [out, lse] if config.return_lse else [out]
 
     @mx.custom_function
     def attention(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
@@ -328,12 +342,18 @@ def _differentiable(
 
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
-            features = config_features(config) | {"inputs": inputs.replaced(arrays)}
-            out, lse = attention_mlx(q, k, v, scale=scale, **features)
-            return [out, lse] if config.return_lse else [out]
-
         return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
+
+    @attention.jvp
+    def forward(primals: Any, tangents: Any) -> Any:
+        moved = [n for n, tangent in enumerate(tangents) if tangent is not None]
+
+        def of_moved(*arrays: mx.array) -> list[mx.array]:
+            every = dict(enumerate(primals)) | dict(zip(moved, arrays, strict=True))
+            return plain(*every.values())
+
+        given = [[x[n] for n in moved] for x in (primals, tangents)]
+        return tuple(mx.jvp(of_moved, *given)[1])
 
     outputs: tuple[mx.array, ...] = attention(q, k, v, *inputs.arrays)  # type: ignore[assignment]
     return outputs[0], outputs[1] if config.return_lse else None

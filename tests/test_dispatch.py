@@ -177,6 +177,15 @@ def test_a_bad_argument_of_get_kernel_is_named(arguments: dict[str, object], mes
         metalgen.get_kernel(AttentionConfig(64), **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("size", ["batch", "heads", "q_len", "kv_len"])
+def test_a_bad_size_is_named_where_a_kernel_for_good_ones_is_known(size: str) -> None:
+    config = AttentionConfig(64)
+    good = {"batch": 1, "heads": 2, "q_len": 2, "kv_len": 2}
+    metalgen.get_kernel(config, **good)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=f"{size}: expected .*, but got 0"):
+        metalgen.get_kernel(config, **good | {size: 0})  # type: ignore[arg-type]
+
+
 def array(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     return mx.zeros(shape, dtype)
 
@@ -216,6 +225,36 @@ def test_a_scale_that_is_no_finite_number_is_refused(scale: object) -> None:
     x = array(1, 1, 2, 64)
     with pytest.raises(ArgumentError, match="scale: expected a finite number"):
         metalgen.attention(x, x, x, scale=scale)  # type: ignore[arg-type]
+
+
+def test_scales_of_any_size_and_type_are_those_of_the_definition() -> None:
+    q, k, v = (normal((1, 1, 5, 16), seed=n) for n in range(3))
+    for scale in (1e-300, -1e-45, 1e-38, 3e-31, 0, np.float32(0.25), np.int64(1)):
+        out = metalgen.attention(q, k, v, scale=scale, causal=True, device="simulator")  # type: ignore[arg-type]
+        expected, _ = attention_float64(q, k, v, scale=float(scale), causal=True)
+        np.testing.assert_allclose(np.array(out), expected, atol=2e-6, err_msg=str(scale))
+
+
+@pytest.mark.parametrize("moved", [(0, 2), (1,)])
+def test_derivatives_along_a_direction_are_those_of_the_definition(moved: tuple[int, ...]) -> None:
+    config = AttentionConfig(8, "float32", causal=True, return_lse=True)
+    kernel = metalgen.get_kernel(config, q_len=5, device="simulator")
+    given = [normal((1, 2, 5, 8), seed=n) for n in range(3)]
+    along = [normal((1, 2, 5, 8), seed=3 + n) for n in moved]
+
+    def call(*some: mx.array) -> list[mx.array]:
+        every = dict(enumerate(given)) | dict(zip(moved, some, strict=True))
+        return list(kernel(*every.values(), scale=0.4))
+
+    got = mx.jvp(call, [given[n] for n in moved], along)[1]
+    ends = []
+    for step in (1e-5, -1e-5):
+        every = [np.array(x, dtype=np.float64) for x in given]
+        for n, direction in zip(moved, along, strict=True):
+            every[n] += step * np.array(direction)
+        ends.append(attention_float64(*every, scale=0.4, causal=True))
+    for x, above, below in zip(got, *ends, strict=True):
+        np.testing.assert_allclose(np.array(x), (above - below) / 2e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])
