@@ -153,8 +153,10 @@ def create_block_mask(
         _check_size("block_size", size)
     batch = B if B is not None and "b" in mask.graph.inputs else 1
     heads = H if H is not None and "h" in mask.graph.inputs else 1
-    some, every = _computed(mask, batch, heads, Q_LEN, KV_LEN, *sizes)
-    return BlockMask(mask, Q_LEN, KV_LEN, (sizes[0], sizes[1]), some, every)
+    # A block that is larger than all there is would be padded with what is not there.
+    rows, columns = min(sizes[0], Q_LEN), min(sizes[1], KV_LEN)
+    some, every = _computed(mask, batch, heads, Q_LEN, KV_LEN, rows, columns)
+    return BlockMask(mask, Q_LEN, KV_LEN, (rows, columns), some, every)
 
 
 def _check_size(name: str, size: object, optional: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,13 @@ def test_bad_input_is_one_clear_error(message: str, change: dict[str, Any]) -> N
         ("dtype", lambda: PagedKVCache(1, 1, 8, dtype=mx.int32)),
         ("sequences", lambda: PagedKVCache(1, 1, 8).append([0], NEW["k"], NEW["v"])),
         ("sequences", lambda: PagedKVCache(1, 1, 8).remove(3)),
+        ("sequences", lambda: PagedKVCache(1, 1, 8).append(None, NEW["k"], NEW["v"])),  # type: ignore[arg-type]
+        ("sequences", lambda: PagedKVCache(1, 1, 8).tables([[0]])),  # type: ignore[list-item]
+        ("counts", lambda: PagedKVCache(1, 1, 8).append([], NEW["k"], NEW["v"], 6)),  # type: ignore[arg-type]
+        ("pages: expected at most 16777214", lambda: PagedKVCache(1 << 24, 8, 64)),
+        ("head_dim: expected an integer from 8", lambda: PagedKVCache(1, 1, 7)),
+        ("value_head_dim", lambda: PagedKVCache(1, 1, 8, value_head_dim=600)),
+        ("step", lambda: KVCache(step=1 << 40)),
     ],
 )
 def test_bad_arguments_of_a_cache_are_named(message: str, build: Any) -> None:
@@ -396,6 +404,62 @@ def test_no_rows_change_nothing(offset: Any) -> None:
     k = mx.zeros((2, 2, 0, 64), mx.float16)
     for old, new in zip(cache, append_kv(cache, k, k, offset=at, device="reference"), strict=True):
         assert mx.array_equal(old, new)  # type: ignore[arg-type]
+
+
+def test_a_copy_of_a_paged_cache_goes_its_own_way() -> None:
+    cache = PagedKVCache(4, 2, 64, page_size=8, device="reference")
+    one = cache.add()
+    cache.append([one], NEW["k"][:1], NEW["v"][:1])
+    twin = copy.copy(cache)
+    for _ in range(2):
+        twin.append([one], NEW["k"][1:], NEW["v"][1:])
+    other = cache.add()
+    cache.append([other], NEW["k"][1:], NEW["v"][1:])
+    assert (cache.length(one), twin.length(one)) == (3, 9)
+    assert (cache.free_pages, twin.free_pages) == (2, 2)
+    with pytest.raises(ArgumentError, match="what add"):
+        twin.length(other)
+    table, _ = cache.tables([one])
+    kept = cache.keys[int(table[0, 0].item())][:, :3]  # type: ignore[index, arg-type]
+    np.testing.assert_array_equal(np.array(kept), np.array(NEW["k"][0]))
+
+
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.int8, mx.int16, mx.int64])
+def test_the_offset_of_a_rope_may_be_of_any_integer_type(dtype: mx.Dtype) -> None:
+    """More rows follow than an uint8 or int8 can count."""
+    found = []
+    for offset in (mx.array([100, 3], dtype), mx.array([100, 3], mx.int32)):
+        cache = KVCache(rope=Rope(offset=offset), device="reference")
+        for _ in range(5):
+            keys, _ = cache.append(normal((2, 2, 60, 64)), normal((2, 2, 60, 64)))
+        found.append(np.array(keys))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(*found)
+
+
+WIDE = 1 << 32
+"""What is 0 in 32 bits."""
+
+
+@pytest.mark.parametrize("device", ["reference", "simulator"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_beyond_32_bits_do_not_become_valid_ones(device: str, sign: int) -> None:
+    k, v = NEW["k"][:1], NEW["v"][:1]
+    table = mx.array([[sign * WIDE, 1]], mx.int64)
+    before = _pages()
+    for at, listed in ((0, table), (sign * WIDE, mx.array([[0, 1]], mx.int64))):
+        offset = mx.array([at], mx.int64)
+        keys, _ = append_kv(before, k, v, offset=offset, block_table=listed, device=device)
+        spared = np.array(keys)[:-1]  # type: ignore[arg-type]
+        np.testing.assert_array_equal(spared, np.array(before[0])[:-1])
+        with pytest.raises(ArgumentError, match=r"(offset|block_table)\[0"):
+            append_kv(before, k, v, offset=offset, block_table=listed, check=True, device=device)
+    q = normal((1, 2, 2, 64))
+    lengths = mx.array([sign * WIDE + 2], mx.int64)
+    out = metalgen.attention(q, k, v, kv_lens=lengths, device=device)
+    expected = metalgen.attention(q, k, v, device=device) if sign == 1 else mx.zeros_like(q)
+    np.testing.assert_array_equal(np.array(out), np.array(expected))
+    with pytest.raises(ArgumentError, match=r"kv_lens\[0\]"):
+        metalgen.attention(q, k, v, kv_lens=lengths, device=device, check=True)
 
 
 def test_counts_that_do_not_fit_the_rows_are_refused() -> None:

@@ -312,6 +312,31 @@ def test_a_pieced_mask_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert mx.array_equal(whole.every, pieces.every)
 
 
+@pytest.mark.parametrize("size", [1000, 1 << 24, (8, 1 << 24)])
+def test_blocks_larger_than_all_there_is_cost_nothing(size: int | tuple[int, int]) -> None:
+    blocks = create_block_mask(window(7), None, None, 20, 30, size)
+    tall = 3 if isinstance(size, tuple) else 1
+    assert blocks.some.shape == (1, 1, tall, 1)
+    assert blocks.some.all() and not blocks.every.any()
+    q, k, v = (normal((1, 1, n, 8), seed=n) for n in (20, 30, 30))
+    out = flex_attention(q, k, v, block_mask=blocks, device="reference")
+    expected = flex_attention(q, k, v, mask_mod=window(7), device="reference")
+    np.testing.assert_array_equal(np.array(out), np.array(expected))
+
+
+def test_a_function_with_nan_in_it_goes_with_its_own_block_mask() -> None:
+    q = normal((1, 1, 5, 8))
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return i != mx.array(float("nan"))
+
+    blocks = create_block_mask(mask, None, None, 5, 5)
+    out = flex_attention(q, q, q, mask_mod=mask, block_mask=blocks, device="reference")
+    np.testing.assert_array_equal(
+        np.array(out), np.array(flex_attention(q, q, q, device="reference"))
+    )
+
+
 def test_every_target_prints_the_same_functions() -> None:
     table = mx.zeros((4, 100), mx.bfloat16)
     score = trace(lambda s, b, h, i, j: mx.tanh(s) + table[h, i - j].astype(mx.float32)).graph

@@ -11,6 +11,9 @@ from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import integers
 from metalgen.ops.rope import Rope
 
+MAX_ROWS = 1 << 31
+"""There are fewer rows in a cache: the kernel counts them in 32 bits."""
+
 
 def parts_of(cache: object) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
     """The arrays of keys and of values, one each, or three; raises `ArgumentError` otherwise."""
@@ -143,7 +146,7 @@ def check_sizes(
         ArgumentError: what there are too few or too many of.
     """
     for name, x in (("cache", cached), ("k", k)):
-        if x.shape[0] * x.shape[1] * x.shape[2] >= 1 << 31:  # the kernel counts in 32 bits
+        if x.shape[0] * x.shape[1] * x.shape[2] >= MAX_ROWS:
             raise ArgumentError(f"{name}.shape", "fewer than 2**31 rows", x.shape)
     if config.has_lengths and 0 in cached.shape:
         raise ArgumentError("cache", "slots, the last of them spare", cached.shape)

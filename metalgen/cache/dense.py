@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import mlx.core as mx
 
 from metalgen.cache.parts import Part, check_quantization, empty, rows_of, slots_of, wider
+from metalgen.config import _check_int
 from metalgen.errors import ArgumentError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
+from metalgen.problem import MAX_LENGTH
 
 
 class KVCache:
@@ -48,8 +48,7 @@ class KVCache:
         check_quantization(bits, group_size)
         if rope is not None and not isinstance(rope, Rope):
             raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
-        if type(step) is not int or step < 1:
-            raise ArgumentError("step", "a positive integer", step)
+        _check_int("step", step, 1, MAX_LENGTH)
         self.length = 0
         self._bits, self._group = bits, group_size
         self._rope, self._step, self._device = rope, step, device
@@ -72,9 +71,7 @@ class KVCache:
                 got = x.shape if isinstance(x, mx.array) else type(x).__name__
                 raise ArgumentError(name, "an mlx.core.array (B, H, T, D)", got)
         room = self._room(k, v)
-        rope = self._rope
-        if rope is not None and rope.offset is not None:
-            rope = dataclasses.replace(rope, offset=rope.offset + self.length)
+        rope = None if self._rope is None else self._rope.moved(self.length)
         self._cache = append_kv(room, k, v, offset=self.length, rope=rope, device=self._device)
         self.length += k.shape[2]
         return self.state

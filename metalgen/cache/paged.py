@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import mlx.core as mx
 
+from metalgen.cache.checks import MAX_ROWS
 from metalgen.cache.parts import check_quantization, empty
-from metalgen.config import DTYPES, MAX_PAGE, MIN_PAGE
+from metalgen.config import (
+    DTYPES,
+    MAX_HEAD_DIM,
+    MAX_PAGE,
+    MIN_HEAD_DIM,
+    MIN_PAGE,
+    _check_int,
+)
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
@@ -28,7 +35,8 @@ class PagedKVCache:
     >>> table, lengths = cache.tables([chat])
     >>> out = metalgen.attention(q, cache.keys, cache.values, block_table=table, kv_lens=lengths)
 
-    Lengths and tables are kept in Python, so nothing waits for a GPU.
+    Lengths and tables are kept in Python, so nothing waits for a GPU. ``copy.copy`` gives a cache
+    that goes its own way.
 
     Args:
         pages: pages of the pool (one more is allocated, where rows go that have no place).
@@ -59,16 +67,17 @@ class PagedKVCache:
         device: str | None = None,
     ) -> None:
         value_dim = head_dim if value_head_dim is None else value_head_dim
-        for name, value in (
-            ("pages", pages),
-            ("kv_heads", kv_heads),
-            ("head_dim", head_dim),
-            ("value_head_dim", value_dim),
-        ):
+        for name, value in (("pages", pages), ("kv_heads", kv_heads)):
             if type(value) is not int or value < 1:
                 raise ArgumentError(name, "a positive integer", value)
+        _check_int("head_dim", head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        _check_int("value_head_dim", value_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
         if type(page_size) is not int or page_size % 8 or not MIN_PAGE <= page_size <= MAX_PAGE:
             raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", page_size)
+        most = (MAX_ROWS - 1) // (kv_heads * page_size) - 1  # and the spare one
+        if pages > most:
+            expected = f"at most {most} of {page_size} rows for {kv_heads} heads"
+            raise ArgumentError("pages", expected, pages)
         if dtype not in [getattr(mx, name) for name in DTYPES]:
             raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
         check_quantization(bits, group_size)
@@ -141,7 +150,7 @@ class PagedKVCache:
             CacheFull: too few pages are free.
             ArgumentError: as `append_kv`. Either way the cache stays as it is.
         """
-        self._known(sequences)
+        sequences = self._known(sequences)
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, mx.array) or x.ndim != 4:
                 got = x.shape if isinstance(x, mx.array) else type(x).__name__
@@ -149,9 +158,11 @@ class PagedKVCache:
         many = len(sequences)
         if counts is None and k.shape[0] != many:
             raise ArgumentError("k.shape", f"a first axis of {many}, one a sequence", k.shape)
-        new = [k.shape[2]] * many if counts is None else list(counts)
-        if any(type(count) is not int or count < 0 for count in new) or len(new) != many:
-            raise ArgumentError("counts", f"{many} numbers of rows", counts)
+        new = [k.shape[2]] * many
+        if counts is not None:
+            new = list(counts) if isinstance(counts, Iterable) else []
+            if any(type(count) is not int or count < 0 for count in new) or len(new) != many:
+                raise ArgumentError("counts", f"{many} numbers of rows", counts)
         if counts is not None and sum(new) != k.shape[2]:
             raise ArgumentError("counts", f"a sum of {k.shape[2]}, the rows of k", counts)
         if not many:
@@ -160,9 +171,7 @@ class PagedKVCache:
         table = _table(pages) if needed else self._table(sequences)
         start = [self._lengths[sequence] for sequence in sequences]
         offset = mx.array(start, mx.int32)
-        rope = self._rope
-        if rope is not None and rope.offset is not None:
-            rope = dataclasses.replace(rope, offset=rope.offset + offset)
+        rope = None if self._rope is None else self._rope.moved(offset)
         ends = [0, *itertools.accumulate(new)]
         keys, values = append_kv(
             (self.keys, self.values),
@@ -188,16 +197,26 @@ class PagedKVCache:
         Returns:
             Block table ``(N, M)``, -1 where a sequence has no page, and lengths ``(N,)``; int32.
         """
-        self._known(sequences)
+        sequences = self._known(sequences)
         lengths = mx.array([self._lengths[sequence] for sequence in sequences], mx.int32)
         return self._table(sequences), lengths
 
-    def _known(self, sequences: Sequence[int]) -> None:
-        for sequence in sequences:
-            if sequence not in self._pages:
+    def __copy__(self) -> PagedKVCache:
+        twin = object.__new__(type(self))
+        twin.__dict__ |= self.__dict__
+        twin._free, twin._lengths = list(self._free), dict(self._lengths)
+        twin._pages = {sequence: list(own) for sequence, own in self._pages.items()}
+        return twin
+
+    def _known(self, sequences: Iterable[int]) -> list[int]:
+        """Sequences in a list; raises `ArgumentError` unless each is one, and there once."""
+        found = list(sequences) if isinstance(sequences, Iterable) else [sequences]
+        for sequence in found:
+            if not isinstance(sequence, Hashable) or sequence not in self._pages:
                 raise ArgumentError("sequences", "what add() returned", sequence)
-        if len(set(sequences)) < len(sequences):
-            raise ArgumentError("sequences", "each sequence once", list(sequences))
+        if len(set(found)) < len(found):
+            raise ArgumentError("sequences", "each sequence once", found)
+        return found
 
     def _with_room(self, sequences: Sequence[int], new: list[int]) -> tuple[list[list[int]], int]:
         """The pages of sequences, enough for new rows, and how many of them are from the free."""

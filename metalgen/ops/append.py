@@ -21,6 +21,7 @@ from metalgen.cache.parts import Part, part_of
 from metalgen.cache.render import AppendSchedule, inputs, outputs
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.ops.conversions import as_int32
 from metalgen.ops.options import Keys
 from metalgen.ops.rope import Rope
 
@@ -95,7 +96,7 @@ def append_kv(
         given["limit"] = plan.limit
     for name, array in (("cu_seqlens", cu_seqlens), ("table", block_table)):
         if array is not None:
-            given[name] = array if array.dtype == mx.int32 else array.astype(mx.int32)
+            given[name] = as_int32(array)
     if rope is not None:
         given["rope_freqs"] = rope.turns(config.head_dim)
         turn = offset if rope.offset is None else rope.offset

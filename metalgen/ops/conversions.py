@@ -26,7 +26,18 @@ def integers(name: str, x: object, *axes: int) -> mx.array | None:
         raise ArgumentError(
             f"{name}.shape", f"{counts} axes" if counts != "1" else "1 axis", x.shape
         )
-    return x if x.dtype == mx.int32 else x.astype(mx.int32)
+    return as_int32(x)
+
+
+def as_int32(x: mx.array) -> mx.array:
+    """Integers as int32; one that it cannot hold becomes the nearest, not some valid number."""
+    if x.dtype == mx.int32:
+        return x
+    if x.dtype in (mx.uint32, mx.uint64):
+        x = mx.minimum(x, mx.array((1 << 31) - 1, x.dtype))
+    elif x.dtype == mx.int64:
+        x = mx.clip(x, mx.array(-(1 << 31), x.dtype), mx.array((1 << 31) - 1, x.dtype))
+    return x.astype(mx.int32)
 
 
 def numbers(name: str, x: object) -> mx.array | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from metalgen.config import ROPES
 from metalgen.errors import ArgumentError
+from metalgen.ops.conversions import integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,15 @@ class Rope:
         if type(offset) is not int or not 0 <= offset < 1 << 31:
             expected = "a position from 0, an mlx.core.array of them, or None"
             raise ArgumentError("rope.offset", expected, offset)
+
+    def moved(self, by: int | mx.array) -> Rope:
+        """The same for rows that stand so many positions further on, where it has an offset."""
+        if self.offset is None:
+            return self
+        offset: Any = self.offset
+        if isinstance(offset, mx.array):  # of any width, which the sum may not fit
+            offset = integers("rope.offset", offset, 0, 1)
+        return dataclasses.replace(self, offset=offset + by)
 
     def turns(self, head_dim: int) -> mx.array:
         """Radians a position of each pair of columns, ``(dims / 2,)`` float32."""
