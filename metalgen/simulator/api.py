@@ -266,14 +266,18 @@ class MetalKernel:
     def _compile(self, generated: GeneratedSource) -> CompiledKernel:
         mode: Literal["plain", "checked"] = "checked" if current_recorder().checked else "plain"
         key = (mode, generated.text)
-        if key not in self._compiled:
+        from metalgen.simulator import sweeping
+
+        if key not in self._compiled or not sweeping.use(self._compiled[key].path):
             from metalgen.simulator.compiler import compile_metal
 
-            self._compiled[key] = compile_metal(
-                self._unit(generated),
-                generated.kernel_name,
-                mode=mode,
-                include_dirs=(mlx_include_dir(),),
+            self._compiled[key] = sweeping.kept(
+                lambda: compile_metal(
+                    self._unit(generated),
+                    generated.kernel_name,
+                    mode=mode,
+                    include_dirs=(mlx_include_dir(),),
+                )
             )
         return self._compiled[key]
 

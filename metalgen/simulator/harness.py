@@ -74,6 +74,7 @@ def run_metal(
     """
     from metalgen.simulator.api import SOURCE_NAME, mlx_include_dir
     from metalgen.simulator.compiler import compile_metal
+    from metalgen.simulator.sweeping import kept
 
     for index, value in buffers.items():
         if not isinstance(value, (mx.array, Output, InOut, Constant, bytes)):
@@ -84,12 +85,14 @@ def run_metal(
     checked = current_recorder().checked
     given = dict(constants or {})
     folders = tuple(include_dirs) if include_dirs is not None else (mlx_include_dir(),)
-    compiled = compile_metal(
-        source,
-        kernel,
-        mode="checked" if checked else "plain",
-        constants=given,
-        include_dirs=folders,
+    compiled = kept(
+        lambda: compile_metal(
+            source,
+            kernel,
+            mode="checked" if checked else "plain",
+            constants=given,
+            include_dirs=folders,
+        )
     )
     lints: tuple[Finding, ...] = ()
     if checked:
