@@ -152,6 +152,7 @@ def _merge(
         place = Path(scratch) / "empty.db" if dry_run and not target.exists() else target
         with Store.open(place) as store:
             summary = exchange.merge(store, files, dry_run=dry_run)
+            others = store.count_of_other_templates(_present_templates())
     if as_json:
         print_json({"target": str(target), "dry_run": dry_run} | _summary_fields(summary))
     else:
@@ -162,7 +163,19 @@ def _merge(
             f"{summary.refused} files refused"
         )
         _print_reasons(summary)
+        if others and not dry_run:
+            click.echo(
+                f"{others} rows in all were made by other templates: see `metalgen db refresh`"
+            )
     ctx.exit(1 if summary.rejected or summary.refused else 0)
+
+
+def _present_templates() -> set[str]:
+    from metalgen.problem import FAMILIES
+    from metalgen.render import template_hash
+    from metalgen.targets import TARGETS
+
+    return {template_hash(family, target) for family in FAMILIES for target in TARGETS}
 
 
 def _summary_fields(summary: Summary) -> dict[str, Any]:
@@ -215,16 +228,19 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     from metalgen.database.layout import user_database
     from metalgen.database.refresh import Present, refresh_store, refreshed_records
     from metalgen.database.store import Store
-    from metalgen.database.untrusted import is_database
+    from metalgen.database.untrusted import is_database, open_untrusted
 
-    present = Present()
+    present, mine = Present(), user_database()
     found: dict[Path, Refreshed] = {}
     texts: dict[Path, str] = {}
-    paths = list(dict.fromkeys(files or (user_database(),)))
+    paths = list(dict.fromkeys(files or (mine,)))
     databases = [path for path in paths if is_database(path)]
     for path in paths:  # what is refused is refused before anything is written
         if path not in databases:
             texts[path], found[path] = refreshed_records(path, present)
+        elif path != mine:
+            with open_untrusted(path):  # else a trigger of someone else's would see our updates
+                pass
     for path in databases:
         with Store.open(path) as store:
             found[path] = refresh_store(store, dry_run=dry_run, present=present)
@@ -378,13 +394,10 @@ def prune(
     """Remove rows from your database, of the kinds that you name."""
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
-    from metalgen.problem import FAMILIES
-    from metalgen.render import template_hash
-    from metalgen.targets import TARGETS
 
     if not other_templates and not modelled:
         raise click.UsageError("expected --other-templates, --modelled or both, but got neither")
-    current = {template_hash(family, target) for family in FAMILIES for target in TARGETS}
+    current = _present_templates()
     with Store.open() as store:
         count = store.prune(
             keep_templates=current if other_templates else None,

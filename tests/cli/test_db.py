@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,17 @@ def test_import_merges_into_the_users_database_and_a_dry_run_does_not(
     assert (document["new"], document["same"], document["reasons"]) == (0, 2, [])
 
 
+def test_an_import_says_when_rows_are_of_other_templates(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert db("import", records(tmp_path / "a.jsonl", row(SECOND))) == 0
+    assert "refresh" not in capsys.readouterr().out
+    assert db("import", records(tmp_path / "b.jsonl", row(SECOND, template_hash="f" * 16))) == 0
+    assert "1 rows in all were made by other templates: see `metalgen db refresh`" in (
+        capsys.readouterr().out
+    )
+
+
 def test_merge_makes_the_target_and_names_what_it_leaves_out(
     mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +185,24 @@ def test_refresh_refuses_a_bad_file_before_it_writes_any(
     assert f"{bad}: line 1: " in capsys.readouterr().err
     assert good.read_bytes() == before and held(mine)[0].source_hash == ""
     assert db("refresh", tmp_path / "none") == 2
+
+
+def test_refresh_refuses_a_database_with_a_trigger_before_it_writes_any(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.db"
+    assert db("merge", other, mine) == 0
+    assert db("refresh", "--dry-run", other) == 0
+    with contextlib.closing(sqlite3.connect(other)) as connection:
+        connection.execute(
+            "CREATE TRIGGER t AFTER UPDATE ON measurements BEGIN DELETE FROM pins; END"
+        )
+        connection.commit()
+    good = records(tmp_path / "r.jsonl", row())
+    before = good.read_bytes()
+    assert db("refresh", good, other) == 2
+    assert "has a trigger that is not ours: t" in capsys.readouterr().err
+    assert good.read_bytes() == before
 
 
 def test_diff_shows_rows_by_side(
