@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from metalgen.mlx_attention import is_fused, mlx_runner
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
-from metalgen.schedule import Schedule, default_schedule
+from metalgen.schedule import Limits, Schedule, default_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -201,24 +201,38 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
             tuple(path),
             _plain(config),
         )
-    limits = chip.limits if chip else device.limits
+    limits = _limits(device, chip)
     versions = template_hash(family, device.target)
     hit = lookup(problem, chip, versions, limits=limits, trace=path)
+    fallback = "no kernel passed its check on this device"
+    try:
+        default = [default_schedule(config, limits, family)]
+    except InvalidSchedule as error:  # a GPU with little shared memory, and wide heads
+        default, fallback = [], error.detail
     if hit:
         schedule = hit.schedule
         path.append(_describe(hit))
-    else:
-        schedule = default_schedule(config, limits, family)
+    elif default:
+        schedule = default[0]
         path.append("schedule: the default one, for nothing on record fits")
+    else:  # shown, and never built
+        schedule = default_schedule(config, replace(limits, threadgroup_bytes=1 << 30), family)
     if device.is_gpu and is_fused(config) and not (hit and hit.beats_mlx):
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
         return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
-    for candidate in dict.fromkeys((schedule, default_schedule(config, limits, family))):
+    for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
         if _passes(device, config, candidate, family, versions, path):
             run = device.build(config, candidate, family)
             return Kernel(config, device.name, "metalgen", family, candidate, tuple(path), run)
-    path.append("FALLBACK to plain MLX operations: no kernel passed its check on this device")
+    path.append(f"FALLBACK to plain MLX operations: {fallback}")
     return Kernel(config, device.name, "plain", family, schedule, tuple(path), _plain(config))
+
+
+def _limits(device: Device, chip: Chip | None) -> Limits:
+    """What kernels may use: on a GPU what it has; else what the chip has whose kernels they are."""
+    if device.is_gpu or chip is None or chip.limits.target != device.target:
+        return device.limits
+    return chip.limits
 
 
 def _chip(name: str | None, device: Device, path: list[str]) -> Chip | None:
@@ -264,7 +278,7 @@ def _passes(
     if status is not None:
         path.append(f"check on {device.name}: {status}, on record")
         return status == "ok"
-    from metalgen.verify import verify
+    from metalgen.verify import of_compiler, verify
 
     error = tolerance = None
     shape = ""
@@ -275,8 +289,8 @@ def _passes(
         return False
     except MetalgenError as problem:
         status, detail = "runtime", str(problem)
-    except (RuntimeError, ValueError) as problem:  # MLX's, from the compiler or the launch
-        status, detail = "compile", str(problem)
+    except (RuntimeError, ValueError) as problem:  # MLX's
+        status, detail = ("compile" if of_compiler(problem) else "runtime"), str(problem)
     else:
         status, detail = ("ok" if result.ok else "wrong"), result.detail
         error, tolerance, shape = result.error, result.tolerance, result.shape

@@ -330,10 +330,11 @@ def default_schedule(
             simdgroups=simdgroups,
             row_blocks=row_blocks,
             q_source=source,
-            buffers=buffers,
+            buffers=staged,
             splits=8 if decode else 1,
             value_parts=parts,
         )
+        for staged in sorted({buffers, 1}, reverse=True)  # one where two do not fit
         for simdgroups in ((1,) if decode else (4, 2, 1))
         for row_blocks in ((2, 1) if config.v_dim // parts <= roomy and not decode else (1,))
         for bk, bd in sizes

@@ -138,6 +138,12 @@ def judge(
     return error, tolerance, "; ".join(faults)
 
 
+def of_compiler(error: Exception) -> bool:
+    """Whether MLX's error is the compiler's, Metal's or NVRTC's, which name what was not made."""
+    text = str(error).lower()
+    return "compile" in text or "library" in text
+
+
 def tolerance_of(config: AttentionConfig) -> float:
     """Largest relative error of a config's output, at unit-variance inputs."""
     return TF32_TOLERANCE if config.tf32 else TOLERANCE[config.dtype]

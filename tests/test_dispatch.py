@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import metalgen
-from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, dispatch
+from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, chips, dispatch
 from metalgen.database.store import Store
-from metalgen.devices import Device, Runner, get_device
+from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.reference import attention_float64, attention_mlx
 from metalgen.render import template_hash
 from metalgen.schedule import default_schedule
@@ -27,6 +27,18 @@ def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     dispatch.forget_kernels()
     yield path
     dispatch.forget_kernels()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever GPU this machine has, these tests do not see it."""
+    for back_end in (mx.metal, mx.cuda):
+        monkeypatch.setattr(back_end, "is_available", lambda: False)
+    monkeypatch.setattr(chips, "detect", lambda: None)
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
 
 
 class FakeGpu(Device):
@@ -69,13 +81,27 @@ def test_the_same_kernel_is_handed_out_again() -> None:
     assert metalgen.get_kernel(config, q_len=700, batch=3) is not kernel
 
 
-@pytest.mark.skipif(mx.metal.is_available(), reason="an Apple GPU is here")
 def test_without_a_gpu_plain_mlx_runs_and_says_so() -> None:
     kernel = metalgen.get_kernel(AttentionConfig(64))
     assert (kernel.backend, kernel.device) == ("plain", "reference")
     assert "plain MLX operations on device 'reference'" in kernel.explain()
-    with pytest.raises(DeviceError, match="device 'metal' is not available: .*Metal back end"):
-        metalgen.get_kernel(AttentionConfig(64), device="metal")
+    for name, needed in (("metal", "Metal back end"), ("cuda", "CUDA back end")):
+        with pytest.raises(DeviceError, match=f"device '{name}' is not available: .*{needed}"):
+            metalgen.get_kernel(AttentionConfig(64), device=name)
+
+
+@pytest.mark.parametrize("name", ["metal", "cuda"])
+def test_the_gpu_on_which_mlx_computes_is_the_default_device(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    info = {"compute_capability_major": 9, "compute_capability_minor": 0}
+    monkeypatch.setattr(getattr(mx, name), "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device=None: info)
+    assert default_device().name == "reference"  # MLX computes on the CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert default_device().name == name
+    kernel = metalgen.get_kernel(AttentionConfig(64))
+    assert (kernel.device, kernel.backend) == (name, "mlx")
 
 
 def test_mlx_keeps_the_call_where_its_own_kernel_exists(monkeypatch: pytest.MonkeyPatch) -> None:

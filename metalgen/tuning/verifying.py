@@ -12,7 +12,7 @@ from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
 from metalgen.tuning.executing import KernelFailure, NoRoom
-from metalgen.verify import Verification
+from metalgen.verify import Verification, of_compiler
 
 Verify = Callable[..., Verification]
 """``verify(device, config, schedule, *, family)``, as `metalgen.verify.verify`."""
@@ -47,9 +47,7 @@ def failure_status(error: Exception) -> str:
         return "timeout"
     if isinstance(error, simulator.SimulatorError):
         return "runtime"
-    # MLX raises plain errors on a Mac: a library that does not build names itself.
-    text = str(error).lower()
-    return "compile" if "compile" in text or "library" in text else "runtime"
+    return "compile" if of_compiler(error) else "runtime"
 
 
 def first_line(error: Exception) -> str:

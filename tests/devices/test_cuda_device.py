@@ -13,16 +13,18 @@ import pytest
 from cuda_machine import CudaMachine, use_cuda
 
 import metalgen
-from metalgen import dispatch
+from metalgen import chips, dispatch
 from metalgen.cache.launch import row_maker
 from metalgen.cache.render import AppendSchedule
 from metalgen.config import AttentionConfig
-from metalgen.devices import get_device
+from metalgen.devices import cuda, get_device
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.reference import attention_float64
-from metalgen.schedule import default_schedule
+from metalgen.render import render
+from metalgen.schedule import Limits, default_schedule
+from metalgen.tuning.space import space
 from metalgen.verify import verify
 
 # MLX has no fused kernel for this width.
@@ -89,6 +91,55 @@ def test_a_schedule_that_needs_more_shared_memory_than_the_gpu_has_is_refused(
     with pytest.raises(InvalidSchedule, match=wanted):
         device.build(config, schedule)
     assert machine.launched == []
+
+
+def test_every_config_has_a_default_schedule_on_the_smallest_gpu_that_is_supported() -> None:
+    limits = Limits(99 * 1024, 1024, "cuda")
+    for dtype in ("float32", "float16", "bfloat16"):
+        for head_dim in (8, 64, 72, 128, 256, 512, 576):
+            for family in ("forward", "decode"):
+                config = AttentionConfig(head_dim, dtype)
+                default = default_schedule(config, limits, family)
+                source = render(config, default, "cuda", family)
+                assert source.shared_memory <= 99 * 1024
+                assert space(config, limits, family).point(default) is not None
+
+
+def test_where_no_schedule_fits_plain_mlx_takes_the_call_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = CudaMachine(CONFIG)
+    use_cuda(monkeypatch, machine, (8, 6))
+    monkeypatch.setattr(cuda, "OTHER_SHARED_MEMORY", 1024)
+    kernel = metalgen.get_kernel(CONFIG, q_len=100, device="cuda")
+    assert kernel.backend == "plain"
+    assert "FALLBACK to plain MLX operations: no default schedule for" in kernel.explain()
+    assert machine.launched == []
+    x = mx.random.normal((1, 1, 6, 40), key=mx.random.key(0)).astype(mx.float16)
+    expected, _ = attention_float64(x, x, x, scale=40**-0.5, causal=True)
+    np.testing.assert_allclose(np.array(kernel(x, x, x)[0]), expected, atol=2e-3)
+
+
+def test_a_kernel_keeps_to_the_gpu_that_is_here_whichever_chip_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_cuda(monkeypatch, CudaMachine(AttentionConfig(256)), (8, 6))
+    for chip in ("H200", None):
+        kernel = metalgen.get_kernel(AttentionConfig(256), q_len=100, device="cuda", chip=chip)
+        source = render(kernel.config, kernel.schedule, "cuda")
+        assert source.shared_memory <= 99 * 1024
+
+
+def test_the_simulator_runs_metals_kernels_on_a_machine_with_an_nvidia_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ziglang", reason="the simulator's compiler is not installed")
+    monkeypatch.setattr(chips, "detect", lambda: chips.get_chip("H200"))
+    config = AttentionConfig(8)
+    kernel = metalgen.get_kernel(config, q_len=100, device="simulator")
+    assert kernel.backend == "metalgen"
+    assert kernel.schedule == default_schedule(config)
+    assert "check on simulator: ok now" in kernel.explain()
 
 
 def test_what_a_kernel_is_checked_with_runs_on_the_made_up_machine(
