@@ -38,7 +38,7 @@ class Refreshed:
         current: rows of the present templates, among them those that were `filled`.
         filled: rows of the present templates that had no source hash, and have one now.
         kept: rows of other templates whose kernel is the same: they have the present hash now.
-        joined: those of them that were joined with a row of the same measurement.
+        joined: rows fewer than before, because kept ones were joined with the same measurement.
         changed: rows of other templates whose kernel is another now, or none at all.
         unknown: rows of other templates without a source hash.
         checks: checks of other templates that were kept.
@@ -134,10 +134,8 @@ def refresh_rows(
         _count(counts, verdict)
         new = dataclasses.replace(m, template_hash=templates, source_hash=source)
         key = exchange.identity(new)
-        if key in found:
-            counts.joined += verdict == "kept"
-            new = exchange.join(found[key], new)
-        found[key] = new
+        found[key] = exchange.join(found[key], new) if key in found else new
+    counts.joined = counts.rows - len(found)
     return list(found.values()), counts
 
 

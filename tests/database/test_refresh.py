@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import random
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -238,7 +239,7 @@ def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path
     )
     assert expected.samples == (1e-3, 2e-3, 3e-3, 5e-3) and expected.mlx_seconds == 3e-3
     assert dataclasses.replace(found, run="") == expected
-    assert refresh_rows([a, b, c]) == ([expected], Refreshed(current=1, kept=2, joined=1))
+    assert refresh_rows([a, b, c]) == ([expected], Refreshed(current=1, kept=2, joined=2))
 
 
 def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: Path) -> None:
@@ -286,6 +287,50 @@ def test_a_refresh_that_fails_changes_nothing(
         with pytest.raises(DatabaseError):
             refresh_store(store)
         assert store.measurements() == before
+
+
+def test_a_row_that_changed_while_kernels_were_rendered_is_left_alone(tmp_path: Path) -> None:
+    path = filled(tmp_path / "t.db", old(FIRST), old(SECOND), old(THIRD))
+
+    class Slow(Present):
+        """Another process refreshes the first row and removes the second one meanwhile."""
+
+        def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
+            with contextlib.closing(sqlite3.connect(path)) as other:
+                other.execute("UPDATE measurements SET template_hash = ? WHERE id = 1", ["a" * 16])
+                other.execute("DELETE FROM measurements WHERE id = 2")
+                other.commit()
+            return super().source_hash(family, config, schedule, target)
+
+    with Store.open(path) as store:
+        refresh_store(store, present=Slow())
+        hashes = {m.schedule: m.template_hash for m in store.measurements()}
+    assert hashes == {FIRST: "a" * 16, THIRD: template_hash()}
+
+
+def test_databases_and_record_files_come_to_the_same(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    rows = {}
+    for _ in range(60):
+        schedule = draw.choice((FIRST, SECOND, THIRD))
+        samples = tuple(draw.choice((1e-3, 2e-3, 3e-3)) for _ in range(3))
+        m = row(
+            *(schedule, sorted(samples)[1]),
+            problem=dataclasses.replace(PROBLEM, q_len=draw.choice((512, 1024))),
+            template_hash=draw.choice((OLD, "e" * 16, "d" * 16, template_hash())),
+            source_hash=draw.choice((source_hash(CONFIG, schedule), "0" * 16, "")),
+            samples=tuple(sorted(samples)),
+            verified=draw.random() < 0.5,
+            created=f"2026-11-{draw.randint(10, 21)}T08:00:00Z",
+        )
+        rows[exchange.identity(m)] = m
+    with Store.open(filled(tmp_path / "t.db", *rows.values())) as store:
+        counts = refresh_store(store)
+        lines = list(exchange.export(store))
+    found, expected = refresh_rows(rows.values())
+    assert lines == sorted(m.to_line() for m in found)
+    assert counts == expected
+    assert 0 < counts.joined < counts.kept and counts.changed and counts.unknown and counts.filled
 
 
 # Record files
