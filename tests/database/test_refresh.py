@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from database_samples import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
@@ -31,7 +32,7 @@ from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.resources import templates_dir, tuning_db_dir
 from metalgen.schedule import APPLE, Limits, Schedule, default_schedule
-from metalgen.source_hash import code_of, source_hash
+from metalgen.source_hash import _source_hash, code_of, source_hash
 from metalgen.testing.fuzz import made_up
 
 OLD = "f" * 16
@@ -97,6 +98,35 @@ def test_a_source_hash_belongs_to_one_kernel() -> None:
     seen |= {source_hash(CONFIG, SPLIT, "metal", "decode")}
     assert len(seen) == 6
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in seen)
+
+
+@pytest.mark.parametrize("part", ["forward", "combine"])
+def test_a_source_hash_covers_all_of_a_kernel_but_its_name(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Of a call's second kernel, too."""
+    rendered = metalgen.render.render
+    family, schedule = ("forward", FIRST) if part == "forward" else ("decode", SPLIT)
+    changes: dict[str, object] = {
+        "name": "another", "header": "int x;", "source": "int x;", "inputs": ("x",),
+        "outputs": ("x",), "math_mode": "fast", "threads": 7, "bq": 7, "shared_memory": 7,
+    }  # fmt: skip
+    assert changes.keys() == {f.name for f in dataclasses.fields(metalgen.render.KernelSource)}
+
+    def digest(**changed: Any) -> str:
+        def render(config: Any, schedule: Any, target: str, name: str) -> Any:
+            found = rendered(config, schedule, target, name)
+            return dataclasses.replace(found, **changed) if name == part else found
+
+        monkeypatch.setattr(metalgen.render, "render", render)
+        _source_hash.cache_clear()
+        return source_hash(CONFIG, schedule, family=family)
+
+    plain = digest()
+    found = {name: digest(**{name: value}) for name, value in changes.items()}
+    _source_hash.cache_clear()
+    assert {name for name, other in found.items() if other == plain} == {"name"}
+    assert len(set(found.values())) == len(found)
 
 
 def test_comments_names_and_spacing_are_not_code_and_texts_are() -> None:
