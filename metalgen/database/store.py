@@ -180,12 +180,18 @@ class Store:
                 if replace_predictions and m.provenance == "modelled":
                     stale.add((problem, m.template_hash, m.chip, m.cores, m.policy))
                 added += self._insert(m, problem)
-            for group in stale:
-                self.db.execute(
-                    "DELETE FROM measurements WHERE provenance = 'modelled' AND problem = ? "
-                    "AND template_hash = ? AND chip = ? AND cores = ? AND policy <> ?",
-                    group,
-                )
+            for *group, policy in stale:
+                where = "provenance = 'modelled' AND problem = ? AND template_hash = ? "
+                where += "AND chip = ? AND cores = ?"
+                found = self.db.execute(
+                    f"SELECT DISTINCT policy FROM measurements WHERE {where}", group
+                ).fetchall()
+                for (other,) in found:  # a choice of fewer schedules is no other version
+                    if _model(other) != _model(policy):
+                        self.db.execute(
+                            f"DELETE FROM measurements WHERE {where} AND policy = ?",
+                            [*group, other],
+                        )
         return added
 
     def _insert(self, m: Measurement, problem: int) -> int:
@@ -535,6 +541,14 @@ def _write_ahead(connection: sqlite3.Connection, busy: float) -> None:
             if not locked or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
+
+
+def _model(policy: str) -> object:
+    """The version of the chip model that a modelled row's policy names; if none, the policy."""
+    try:
+        return json.loads(policy)["model"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return policy
 
 
 def row_of(problem: Problem) -> dict[str, Any]:

@@ -192,6 +192,15 @@ def test_another_version_of_the_model_replaces_its_predictions(
     assert report.outcomes[0].new == len(enumerate_valid(SMALL.config))
 
 
+def test_a_run_of_fewer_trials_takes_nothing_away(store: Store) -> None:
+    best = model(store, FakeVerify(), [SMALL]).outcomes[0].winner
+    assert best is not None
+    few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0].winner
+    assert few is not None and few.schedule == DEFAULT != best.schedule
+    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    assert hit is not None and hit.schedule == best.schedule
+
+
 def test_after_eight_failures_a_problem_has_no_winner(store: Store) -> None:
     verify = FakeVerify(lambda s: True)
     report = model(store, verify, [SMALL])
