@@ -1,0 +1,8 @@
+"""Lets these tests import `emulated_cuda`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))

@@ -1,0 +1,174 @@
+"""What CUDA kernels compute, without a GPU: their sources run on this CPU (see emulator.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from emulated_cuda import EmulatedCuda
+
+from metalgen.config import AttentionConfig
+from metalgen.inputs import Inputs
+from metalgen.render import KernelSource
+from metalgen.schedule import Schedule, default_schedule
+from metalgen.testing.features import DTYPES, FEATURES, WAYS
+from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up
+
+QUANTIZED = [name for name in FEATURES if "kv_bits" in FEATURES[name]]
+ROWS = {
+    "half a chunk of scales": (32, 32, 4, {}),
+    "scales in the middle of four bytes": (96, 32, 4, {}),
+    "scales in the middle, in pages": (96, 32, 8, {"page_size": 8, "varlen": True}),
+    "one scale": (128, 128, 4, {"page_size": 64}),
+    "words of 36 chunks": (576, 64, 8, {"value_head_dim": 128}),
+    "sixteen bytes of scales": (256, 32, 4, {"kv_lens": True}),
+}
+"""Head dimension, group, bits and other fields."""
+
+
+class Changed(EmulatedCuda):
+    """The same GPU, whose kernels have one thing changed before they are compiled."""
+
+    def __init__(self, change: Callable[[str], str]) -> None:
+        super().__init__()
+        self.change = change
+
+    def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
+        text = self.change(source.source)
+        assert text != source.source, "nothing was changed"
+        return super().compile(replace(source, source=text))
+
+
+@pytest.fixture(scope="module")
+def gpu() -> EmulatedCuda:
+    device = EmulatedCuda()
+    if reason := device.unavailable():
+        pytest.skip(f"emulated CUDA: {reason}")
+    return device
+
+
+def case_of(config: AttentionConfig, family: str = "forward", **sizes: Any) -> Case:
+    """A case of the default schedule, with a schedule's fields changed."""
+    case = default_case(config, EmulatedCuda().limits, family)
+    fields = {n: sizes.pop(n) for n in list(sizes) if n in Schedule.__dataclass_fields__}
+    if "simdgroups" in fields:
+        fields["bq"] = 16 * case.schedule.row_blocks * fields["simdgroups"]
+    return replace(case, schedule=replace(case.schedule, **fields), **sizes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_features_of_quantized_keys(gpu: EmulatedCuda, name: str, way: str) -> None:
+    dtype = DTYPES[(QUANTIZED.index(name) + list(WAYS).index(way)) % len(DTYPES)]
+    config = AttentionConfig(64, dtype, heads_per_kv=2, return_lse=True, **FEATURES[name])
+    family, splits = WAYS[way]
+    case = case_of(config, family, splits=splits)
+    assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+
+
+@pytest.mark.parametrize("simdgroups", [1, 4])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_any_size(gpu: EmulatedCuda, name: str, simdgroups: int) -> None:
+    """By one warp, which makes fragments of words, and by four, which share a work tile."""
+    dim, group, bits, fields = ROWS[name]
+    config = AttentionConfig(
+        dim, "bfloat16", heads_per_kv=3, kv_bits=bits, kv_group=group, return_lse=True, **fields
+    )
+    case = case_of(config, "decode", simdgroups=simdgroups, bk=16, splits=2, buffers=3)
+    assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+
+
+@pytest.mark.parametrize("name", ["pages", "packed", "dropout", "rotary, halves"])
+def test_features_of_plain_keys(gpu: EmulatedCuda, name: str) -> None:
+    dtype = DTYPES[len(name) % len(DTYPES)]
+    config = AttentionConfig(72, dtype, heads_per_kv=2, return_lse=True, **FEATURES[name])
+    case = case_of(config, batch=3)
+    assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+
+
+@pytest.mark.parametrize("simdgroups", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_times_scale_plus_bias_are_rounded_once(
+    gpu: EmulatedCuda, dtype: str, bits: int, simdgroups: int
+) -> None:
+    """A single key has weight 1: the output is its values, to the bit."""
+    config = AttentionConfig(64, dtype, kv_bits=bits, kv_group=32)
+    choices = np.random.default_rng(bits)
+    words = mx.array(choices.integers(0, 2**32, (64, 2, 1, 64 * bits // 32), np.uint32))
+    scales, biases = (
+        mx.array(choices.normal(size=(64, 2, 1, 2)).astype(np.float32)).astype(getattr(mx, dtype))
+        for _ in range(2)
+    )
+    q = mx.ones((64, 2, 1, 64), scales.dtype)
+    zeros = mx.zeros_like(scales)
+    inputs = Inputs(k_scales=zeros, k_biases=zeros, v_scales=scales, v_biases=biases)
+    schedule = replace(
+        default_schedule(config, gpu.limits, "decode"), splits=1, simdgroups=simdgroups
+    )
+    schedule = replace(schedule, bq=16 * simdgroups)
+    out, _ = gpu.build(config, schedule, "decode")(q, words, words, 1.0, inputs)
+    levels = np.array(words)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)
+    scale, bias = (np.repeat(np.array(x.astype(mx.float32)), 32, axis=3) for x in (scales, biases))
+    exact = scale.astype(np.float64) * levels.reshape(out.shape) + bias
+    expected = mx.array(exact.astype(np.float32)).astype(out.dtype)
+    rounding = 2**-21 if dtype == "float32" else 0  # of a float that is two tf32 numbers
+    found, expected = (np.array(x.astype(mx.float32)) for x in (out, expected))
+    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("simdgroups", [1, 4])
+def test_hostile_tables_and_lengths_read_nothing_else(
+    gpu: EmulatedCuda, bits: int, simdgroups: int
+) -> None:
+    config = AttentionConfig(32, page_size=16, varlen=True, kv_bits=bits, kv_group=32)
+    case = case_of(config, "decode", simdgroups=simdgroups)
+    q, k, v, _ = case.call()
+    for seed in range(3):
+        run = gpu.build(case.config, case.schedule, case.family)
+        mx.eval(run(q, k, v, 0.25, hostile(case, seed))[0])  # raises for a read out of bounds
+
+
+FAULTS: dict[str, tuple[int, str, str]] = {
+    "a wait for one copy less": (1, "mg_wait<0>();", "mg_wait<1>();"),
+    "no barrier before a raw tile": (4, "mg_wait<0>();\n    __syncthreads();", "mg_wait<0>();"),
+    "no barrier after the work tile": (
+        4,
+        "__syncthreads();\n\n    const unsigned",
+        "const unsigned",
+    ),
+    "keys beyond the last": (1, "const bool there = index < kv_len;", "const bool there = true;"),
+    "scales of the next row": (4, "* 4)[unit", "* 4 + 4)[unit"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(gpu: EmulatedCuda, name: str) -> None:
+    """The emulator's own test: each of these is wrong, and no other test would say so."""
+    simdgroups, text, instead = FAULTS[name]
+    config = AttentionConfig(64, kv_bits=8, kv_group=32)
+    case = case_of(config, "decode", simdgroups=simdgroups, splits=1)
+    assert not fault(gpu, case)
+    try:
+        found = fault(Changed(lambda source: source.replace(text, instead)), case)
+    except RuntimeError as error:
+        found = str(error)
+    assert found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(10))
+def test_combinations_at_random(gpu: EmulatedCuda, shard: int) -> None:
+    """The first 500 with quantized keys or small enough sizes."""
+    for number in range(shard * 50, shard * 50 + 50):
+        case = made_up(number, gpu.limits)
+        config = case.config
+        work = case.batch * case.kv_heads * config.head_dim * (case.q_len + 1) * (case.kv_len + 1)
+        if config.kv_bits is None or work > 3e8:
+            continue
+        assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
