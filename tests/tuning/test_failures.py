@@ -14,6 +14,7 @@ from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, ProcessGpu
 
 from metalgen.config import AttentionConfig
+from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.problem import Problem
@@ -21,6 +22,7 @@ from metalgen.render import template_hash
 from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.tuning import executing
 from metalgen.tuning.measure import Bench
+from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.runner import tune
 from metalgen.tuning.verifying import CannotCheck
 
@@ -142,3 +144,28 @@ def test_a_check_that_finds_no_memory_leaves_no_verdict(store: Store) -> None:
         on_gpu(store, FakeGpu(Clock()), full, trials=3)  # type: ignore[arg-type]
     assert store.health()["rows"]["checks"] == 0
     assert on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=3).outcomes[0].winner is not None
+
+
+def test_whatever_ends_a_run_its_executor_and_its_session_are_closed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def ends(self: object) -> None:
+        closed.append(type(self).__name__)
+        raise RuntimeError("a defect at the end")
+
+    monkeypatch.setattr(executing.Here, "close", ends)
+    monkeypatch.setattr(MeasuredSession, "close", ends)
+    with pytest.raises(RuntimeError, match="a defect at the end"):
+        on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=2)
+    assert closed == ["MeasuredSession", "Here"]
+    closed.clear()
+
+    def refused(*arguments: object) -> None:
+        raise DatabaseError("t.db", "the disk is full")
+
+    monkeypatch.setattr(store, "begin_run", refused)
+    with pytest.raises(RuntimeError, match="a defect at the end"):
+        on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=2)
+    assert closed == ["MeasuredSession", "Here"]
