@@ -1,4 +1,4 @@
-"""Families and features are written once: what differs between targets is in their tile libraries."""
+"""Families and features are written once: targets differ in their tile libraries alone."""
 
 from __future__ import annotations
 
