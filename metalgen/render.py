@@ -127,7 +127,7 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     decide what they substitute.
     """
     root = templates_dir()
-    names = ("forward", "combine")  # forward and decode are one template
+    names = ("forward", "places", "combine")  # forward and decode are one template
     files = [root / "families" / f"{name}.jinja" for name in names]
     files += sorted((root / "features").glob("*.jinja"))
     files += sorted((root / "targets" / target).glob("*.jinja"))
