@@ -195,6 +195,10 @@ def staged_width(config: AttentionConfig, schedule: Schedule, target: Target = M
 def threadgroup_bytes(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
     """Bytes of threadgroup memory: the Q tile where it is staged, and the staging buffers."""
     item = config.itemsize
+    if target.name == "cuda" and config.kv_bits is not None:
+        from metalgen.plan_cuda import shared_bytes  # which imports this module
+
+        return shared_bytes(config, schedule)
     total = 0
     if schedule.q_source == "threadgroup" or target.name == "cuda":
         total += schedule.bq * row_bytes(config.head_dim, item, target)
