@@ -20,7 +20,7 @@ from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Limits, Schedule, default_schedule
-from metalgen.tuning import executing
+from metalgen.tuning import executing, racing
 from metalgen.tuning.measure import Bench
 from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.runner import tune
@@ -75,6 +75,19 @@ def test_a_finalist_that_fails_in_the_race_is_a_row_and_the_others_race_without_
         (again,) = on_gpu(other, gpu, FakeVerify(), trials=15).outcomes
         assert again.winner == outcome.winner
         assert gpu.built == []
+
+
+def test_where_mlxs_own_attention_has_no_room_the_others_race_without_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*call: object) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 17179869184 bytes.")
+
+    monkeypatch.setattr(racing, "mlx_baseline", lambda problem: no_room)
+    (outcome,) = on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=5).outcomes
+    assert outcome.winner is not None and outcome.winner.mlx_seconds is None
+    finals = store.measurements(SMALL, phase="final")
+    assert len(finals) == 5 and {m.status for m in finals} == {"ok"}
 
 
 def test_a_default_that_computes_wrongly_is_nothing_to_compare_with(store: Store) -> None:
