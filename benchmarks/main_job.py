@@ -26,8 +26,8 @@ from metalgen.devices import get_device
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
 from metalgen.render import template_hash
+from metalgen.testing.mlx_kernels import run_attention
 from metalgen.verify import TOLERANCE, relative_error
-from tests.simulator.test_mlx_kernels import run_attention
 
 HEADS, LENGTH = 2, 512
 

@@ -1,18 +1,24 @@
 """Every family and feature of the CUDA target once, small, for compute-sanitizer:
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize_cuda
+    MLX_USE_CUDA_GRAPHS=0 compute-sanitizer --tool memcheck --kernel-regex kns=metalgen \\
+        python -m benchmarks.sanitize_cuda
 
-The tools racecheck and synccheck likewise.
+The tools racecheck and synccheck likewise. Each kernel is compared with the reference, too; the
+exit code is 1 where one of them is wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Iterator
 
 import mlx.core as mx
 
+from metalgen.cache.launch import kernel_rows, rows_fault
+from metalgen.cache.render import AppendSchedule
 from metalgen.config import AttentionConfig
-from metalgen.devices import get_device
+from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.schedule import default_schedule
 from metalgen.verify import verify
@@ -42,22 +48,49 @@ CONFIGS = (
     AttentionConfig(576, "bfloat16", value_head_dim=512, heads_per_kv=4),
     AttentionConfig(64, "bfloat16", max_work=1 << 16, causal=True),
     AttentionConfig(64, "bfloat16", deterministic=True),
+    AttentionConfig(64, "bfloat16", window_left=9, window_right=5, return_lse=True),
+    AttentionConfig(64, "float32", tf32=True),
     AttentionConfig(64, "bfloat16", score_mod=SCORE, mask_mod=MASK),
     AttentionConfig(64, "float16", mask_mod=MASK, block_mask=True),
 )
 
+APPENDS = (
+    AttentionConfig(64, "bfloat16", rope="half"),
+    AttentionConfig(72, "float16", value_head_dim=40, kv_lens=True, rope="pairs", rope_dims=32),
+    AttentionConfig(64, "float32", kv_bits=8, rope="half"),
+    AttentionConfig(128, "bfloat16", page_size=16, kv_bits=4, kv_group=32, rope="half"),
+    AttentionConfig(64, "float16", page_size=8, varlen=True),
+    AttentionConfig(64, "bfloat16", page_size=8, varlen=True, kv_bits=8, rope="pairs"),
+)
+"""What the append family makes rows of."""
 
-def main() -> None:
-    device = get_device("cuda")
+
+def kernels(device: Device) -> Iterator[tuple[str, str]]:
+    """Run each, and say what it is and what is wrong with it."""
     for config in CONFIGS:
         for family in ("forward",) if config.block_mask else ("forward", "decode"):
             default = default_schedule(config, device.limits, family)
-            others = {"buffers": 3 if config.head_dim <= 256 else 2, "bk": 16}
-            for schedule in {default, dataclasses.replace(default, **others)}:
+            buffers = default.buffers
+            if device.target == "cuda":
+                buffers = 3 if config.head_dim <= 256 else 2
+            other = dataclasses.replace(default, bk=16, buffers=buffers)
+            for schedule in dict.fromkeys([default, other]):
                 result = verify(device, config, schedule, family=family)
-                print(config, family, schedule, "ok" if result.ok else result.detail, flush=True)
-                mx.clear_cache()
+                yield f"{config} {family} {schedule}", result.detail
+    for config in APPENDS:
+        for append in (AppendSchedule(), AppendSchedule(32, 1)):
+            rows = kernel_rows(config, device, append)
+            yield f"{config} append {append}", rows_fault(config, rows)
+
+
+def main(name: str = "cuda") -> int:
+    wrong = 0
+    for kernel, fault in kernels(get_device(name)):
+        print(kernel, fault or "ok", flush=True)
+        wrong += bool(fault)
+        mx.clear_cache()
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:]))

@@ -13,10 +13,10 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
+from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.inputs import NOTHING, Inputs, check_inputs, check_main, has_inputs
-from metalgen.mlx_attention import is_fused, mlx_runner
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from metalgen.bounds import shift_of
 from metalgen.config import AttentionConfig
 from metalgen.inputs import asked_for
 from metalgen.schedule import Schedule, share, value_width
@@ -28,6 +29,7 @@ def hooks(
     packed = family == "decode"
     names = asked_for(config)
     score = _score(config, target, feature)
+    shift = shift_of(config)
     places = {}
     if config.varlen:
         places["varlen"] = feature("varlen")
@@ -36,6 +38,8 @@ def hooks(
     pages = {"paged": feature("paged")} if config.page_size is not None else {}
     adds = {name: feature(name) for name in ("alibi", "bias") if getattr(config, name)}
     lines = list(score.pop("score_constants"))
+    if shift is not None:
+        lines.append(f"constexpr float SHIFT = {shift:.9e}f;")
     if adds or config.sinks:
         lines.append(f"constexpr float LOG2E = {1 / LN2:.9e}f;")
     if adds:
@@ -64,6 +68,7 @@ def hooks(
             )
             if used
         ],
+        "bounded": shift is not None,
         "varlen": config.varlen,
         "paged": config.page_size is not None,
         "one_page": config.page_size is not None and config.page_size % schedule.bk == 0,

@@ -127,12 +127,13 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     decide what they substitute.
     """
     root = templates_dir()
-    names = ("forward", "combine")  # forward and decode are one template
+    names = ("forward", "places", "combine")  # forward and decode are one template
     files = [root / "families" / f"{name}.jinja" for name in names]
     files += sorted((root / "features").glob("*.jinja"))
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
-    modules = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target], "hooks.py", "dsl/printer.py"
+    plan = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target]
+    modules = plan, "bounds.py", "hooks.py", "dsl/printer.py"
     here = Path(__file__)
     for path in [*files, *(here.parent / module for module in modules), here]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -34,7 +34,7 @@ def row_maker(config: AttentionConfig, device: str | None, schedule: AppendSched
         return functools.partial(plain_rows, config)
     try:
         maker = kernel_rows(config, own, schedule)
-        fault = _fault(config, maker)
+        fault = rows_fault(config, maker)
     except (MetalgenError, RuntimeError, ValueError) as error:  # from a compiler or a launch
         fault = str(error)
     if fault:
@@ -176,7 +176,7 @@ def _places(
     return ((number[:, None] * heads + head) * page + slot[:, None]).astype(mx.int32)
 
 
-def _fault(config: AttentionConfig, maker: Maker) -> str:
+def rows_fault(config: AttentionConfig, maker: Maker) -> str:
     """What is wrong with a kernel, on a small ragged call; empty where nothing is."""
     from metalgen.cache.samples import sample_rows
 

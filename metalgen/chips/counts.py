@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from metalgen.bounds import shift_of
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.schedule import (
@@ -228,6 +229,7 @@ def _counts(
     slices = (-(-k_padded // s.bd) if k_staged else 0) + (-(-v_padded // s.bd) if v_staged else 0)
     fragments = bk // FRAGMENT
     capped = config.softcap is not None and item == 2  # by an exp2 a score
+    peaks = shift_of(config) is None  # a row's maximum is found, and what came before rescaled
     return Counts(
         groups=groups,
         simdgroups=simdgroups,
@@ -242,8 +244,8 @@ def _counts(
         threadgroup_read=tg_read,
         threadgroup_written=tg_written,
         threadgroup_memory=threadgroup_bytes(config, s),
-        exponentials=live * blocks * (2 * fragments * (1 + capped) + 1) * SIMD_WIDTH,
-        shuffles=2 * blocks * (live + simdgroups),
+        exponentials=live * blocks * (2 * fragments * (1 + capped) + peaks) * SIMD_WIDTH,
+        shuffles=2 * blocks * (live * peaks + simdgroups),
         barriers=passes * slices * (1 if s.buffers == 2 else 2) * s.simdgroups,
         simdgroup_barriers=simdgroups if q_staged else 0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from metalgen.bounds import shift_of
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
 from metalgen.config import AttentionConfig
@@ -113,8 +114,9 @@ def forward_work(
     # An element of S: maximum, FMA, sum, conversion to P; exp2 is counted apart. A softcap takes a
     # reciprocal and a sum in 16-bit types, and a hyperbolic tangent in float32.
     capped = 0 if config.softcap is None else 8 if item == 2 else 20
-    per_fragment: float = spread + (8 + 2 * capped) * blocks
-    per_pass = 60.0 + blocks * (12 + 2 * v_fragments + 2 * fragments)
+    peaks = shift_of(config) is None  # maxima are found, and rows of the output rescaled
+    per_fragment: float = spread + (6 + 2 * peaks + 2 * capped) * blocks
+    per_pass = 60.0 + blocks * (2 + (10 + 2 * v_fragments) * peaks + 2 * fragments)
     loads: float = fragments * (k_loads + v_loads)
     function = function_cost(config, packed=packed)  # a lane has two scores of a row a fragment
     per_fragment += 2 * function.element * blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import runpy
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from metalgen.cli.locating import line_in
 from metalgen.cli.options import Sizes, chip_option, described_options, json_option, print_json
 from metalgen.cli.render import FIELDS, change, starting_point
 from metalgen.config import AttentionConfig
@@ -23,9 +25,10 @@ from metalgen.schedule import CHOICES, Schedule, check_schedule, is_valid
 
 if TYPE_CHECKING:
     from metalgen.devices import Device
-    from metalgen.simulator import Launch, Recorder
+    from metalgen.simulator import Finding, Launch, Recorder
 
 CLEAN, FINDINGS, COULD_NOT_RUN = 0, 1, 2
+BESIDE_A_FILE = ("file", "arguments", "seed", "time_limit", "counters", "as_json")
 
 
 @dataclasses.dataclass
@@ -38,6 +41,8 @@ class Subject:
     """How its numbers differ from the float64 reference."""
     failure: str = ""
     """Why it could not run."""
+    file: Path | None = None
+    """The Python file that was run."""
 
     @property
     def findings(self) -> int:
@@ -48,6 +53,23 @@ class Subject:
         if self.failure:
             return COULD_NOT_RUN
         return FINDINGS if self.findings or self.wrong else CLEAN
+
+    def line(self, finding: Finding, launch: Launch) -> int | None:
+        """The line of the Python file that a finding is on, where that can be told."""
+        source = launch.findings.sources.get(finding.file or "") if launch.findings else None
+        if self.file is None or source is None or not finding.line:
+            return None
+        return line_in(self._lines, source.split("\n"), finding.line)
+
+    @functools.cached_property
+    def _lines(self) -> list[str]:
+        assert self.file is not None
+        return self.file.read_text(encoding="utf-8", errors="replace").split("\n")
+
+    def place(self, launch: Launch, finding: Finding) -> str:
+        """The same as text before a finding; empty where it cannot be told."""
+        line = self.line(finding, launch)
+        return f"{self.title}:{line}: " if line else ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -60,7 +82,11 @@ class Subject:
                     "kernel": launch.kernel,
                     "grid": launch.grid,
                     "threadgroup": launch.threadgroup,
-                    "findings": [finding.as_dict() for finding in launch.findings or ()],
+                    "findings": [
+                        finding.as_dict()
+                        | ({"file_line": self.line(finding, launch)} if self.file else {})
+                        for finding in launch.findings or ()
+                    ],
                     "counters": launch.counters.as_dict() if launch.counters else None,
                 }
                 for launch in self.launches
@@ -107,6 +133,7 @@ def _schedule_options(function: Any) -> Any:
 @click.option("--all", "every", is_flag=True, help="Every schedule of the space, see --limit.")
 @click.option("--limit", type=click.IntRange(1), help="With --all: the first N schedules.")
 @click.option("--seed", type=int, default=0, help="Other than 0: shuffle the order of threads.")
+@click.option("--time-limit", type=float, metavar="SECONDS", help="Of one launch. Default: 120.")
 @click.option("--counters", is_flag=True, help="Also print what each launch did.")
 @json_option
 @click.pass_context
@@ -121,6 +148,7 @@ def command(
     every: bool,
     limit: int | None,
     seed: int,
+    time_limit: float | None,
     counters: bool,
     as_json: bool,
     **fields: tuple[Any, ...],
@@ -133,7 +161,14 @@ def command(
     checked. Lengths are small and ragged unless --q-len or --kv-len says otherwise; up to 64
     queries are the decode kernel's.
     """
+    from metalgen.simulator import limits
+
+    if time_limit is not None:
+        if not time_limit > 0:
+            raise click.UsageError(f"--time-limit: expected seconds above 0, but got {time_limit}")
+        ctx.with_resource(limits(seconds=time_limit))
     if file is not None:
+        _refuse_beside_a_file(ctx)
         subjects = [_check_file(file, arguments, seed)]
     else:
         schedules, skipped = _schedules(config, sizes, chip, every, limit, fields)
@@ -157,6 +192,14 @@ def command(
     elif file is not None:
         _print(subjects[0], counters)
     ctx.exit(max((subject.exit_code for subject in subjects), default=COULD_NOT_RUN))
+
+
+def _refuse_beside_a_file(ctx: click.Context) -> None:
+    """Raise `click.UsageError` for an option that a file's own kernels have no use for."""
+    for parameter in ctx.command.params:
+        given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name not in BESIDE_A_FILE:
+            raise click.UsageError(f"{parameter.opts[0]}: expected none beside a FILE")
 
 
 def _schedules(
@@ -255,7 +298,7 @@ def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
             failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
     if not failure and not len(runs):
         failure = f"{file}: it called no mx.fast.metal_kernel"
-    return Subject(str(file), _distinct(runs), failure=failure)
+    return Subject(str(file), _distinct(runs), failure=failure, file=file)
 
 
 @contextlib.contextmanager
@@ -303,7 +346,7 @@ def _print(subject: Subject, counters: bool) -> None:
     for launch in subject.launches:
         if launch.findings:
             click.echo(f"\n{launch.kernel}, grid {launch.grid}, threadgroup {launch.threadgroup}:")
-            click.echo(launch.findings.report())
+            click.echo(launch.findings.report(place=functools.partial(subject.place, launch)))
     for text in (subject.wrong, subject.failure):
         if text:
             click.echo(f"\n{text}", err=text is subject.failure)

@@ -28,6 +28,7 @@ def choosing_options(function: Any) -> Any:
         default="default",
         show_default=True,
         metavar="NAME",
+        shell_complete=_presets,
         help="What to tune: default, all, a family (qwen3) or a model (llama-3-8b).",
     )
     @config_options
@@ -55,6 +56,12 @@ def _chosen(name: str, config: AttentionConfig, sizes: Sizes) -> Preset:
         expected = f"none beside a shape of one's own ({', '.join(given)})"
         raise ArgumentError("preset", expected, name)
     return Preset(None, (sizes.problem(config),))
+
+
+def _presets(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from metalgen.tuning.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def _is_given(context: click.Context, name: str) -> bool:

@@ -165,7 +165,13 @@ def json_option(function: Function) -> Function:
 
 def chip_option(text: str) -> Callable[[Function], Function]:
     """``--chip NAME``: the command gets ``chip``, a name or None."""
-    return click.option("--chip", metavar="NAME", help=text)
+    return click.option("--chip", metavar="NAME", help=text, shell_complete=_chips)
+
+
+def _chips(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from metalgen.chips import all_chips
+
+    return [chip.name for chip in all_chips() if chip.name.lower().startswith(incomplete.lower())]
 
 
 def print_json(data: object) -> None:

@@ -31,22 +31,31 @@ class CudaDevice(KernelDevice):
     most_groups = 65535  # CUDA C++ Programming Guide: y- and z-dimension of a grid
 
     @property
-    def capability(self) -> tuple[int, int]:
-        """Compute capability, such as (9, 0)."""
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability, such as (9, 0); None where MLX sees no GPU.
+
+        MLX built for CUDA calls itself available on any machine.
+        """
+        if not mx.cuda.is_available():
+            return None
         info = mx.device_info(mx.Device(mx.gpu, 0))
-        return int(info["compute_capability_major"]), int(info["compute_capability_minor"])
+        major, minor = (info.get(f"compute_capability_{part}") for part in ("major", "minor"))
+        return None if major is None or minor is None else (int(major), int(minor))
 
     @property
     def limits(self) -> Limits:
         """What a block may use; raises nothing, and without a GPU is that of most GPUs."""
-        here = self.capability if mx.cuda.is_available() else (0, 0)
+        here = self.capability or (0, 0)
         return Limits(SHARED_MEMORY.get(here, OTHER_SHARED_MEMORY), 1024, "cuda")
 
     def unavailable(self) -> str | None:
         if not mx.cuda.is_available():
             return "this MLX has no CUDA back end (an NVIDIA GPU and metalgen[cuda13] are needed)"
-        if self.capability < (8, 0):
-            major, minor = self.capability
+        capability = self.capability
+        if capability is None:
+            return "MLX sees no NVIDIA GPU (its driver, or CUDA_VISIBLE_DEVICES, may be why)"
+        if capability < (8, 0):
+            major, minor = capability
             return f"its GPU has compute capability {major}.{minor}, and 8.0 is needed"
         return None
 

@@ -174,7 +174,10 @@ def _empty(
         return out, None
     if inputs.sinks is None:
         return out, mx.full(shape, -mx.inf)
-    return out, mx.broadcast_to(inputs.sinks[None, :, None], shape)
+    lse = mx.broadcast_to(inputs.sinks[None, :, None], shape)
+    if inputs.cu_q is not None:  # rows of no sequence have no sink either
+        lse = mx.where(mx.arange(shape[2]) < inputs.cu_q[-1], lse, -mx.inf)
+    return out, lse
 
 
 def _joined(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +34,10 @@ def lift(function: Callable[..., Any]) -> tuple[list[mx.array], Callable[..., An
     """The arrays that a function captures, and what makes it use others instead.
 
     Looks into closures, defaults, global variables, ``functools.partial``, bound methods, the
-    functions that are reached so, tuples, lists and dictionaries, and those attributes of objects
-    that the functions name, as in ``self.bias``. What ``mx.grad`` returns cannot be rebuilt: its
-    arrays are only scheduled for evaluation, so that the trace shows them and not their making.
+    functions that are reached so, tuples, lists and dictionaries, and those attributes of objects,
+    of their classes and of modules that the functions name, as in ``self.bias``. What ``mx.grad``
+    returns cannot be rebuilt: its arrays are only scheduled for evaluation, so that the trace shows
+    them and not their making.
 
     Returns:
         The arrays, each once, and ``rebuild(arrays)``, which returns a function like the given one
@@ -123,16 +126,32 @@ class _Rebuilding:
             return kind(self.value(each) for each in value)
         if kind is dict:
             return {name: self.value(each) for name, each in value.items()}
-        twin = copy.copy(value)
+        if kind is types.ModuleType:
+            twin = types.ModuleType(value.__name__)
+            vars(twin).update(vars(value))
+        else:
+            twin = copy.copy(value)
         self.done[id(value)] = twin
         for name, part in parts.items():
-            if isinstance(value, dict) and name in value:
-                twin[name] = self.value(part)
-            elif name in vars(value):
-                vars(twin)[name] = self.value(part)
+            self._set(twin, name, part)
         if "__call__" in parts:  # the object is called: by its own method, on the twin
             return types.MethodType(self.value(parts["__call__"]), twin)
         return twin
+
+    def _set(self, twin: Any, name: str, part: Any) -> None:
+        """Give a twin its own part, whether it was the object's or its class's."""
+        own = getattr(twin, "__dict__", {})
+        stored = inspect.getattr_static(type(twin), name, None)
+        if isinstance(twin, dict) and name in twin:
+            twin[name] = self.value(part)
+        elif name in own or isinstance(twin, types.ModuleType):
+            own[name] = self.value(part)
+        elif isinstance(stored, types.MemberDescriptorType):  # of __slots__
+            stored.__set__(twin, self.value(part))
+        elif id(part) in self.holders or isinstance(part, mx.array):
+            new = self.value(part)
+            bound = {types.FunctionType: twin, classmethod: type(twin)}.get(type(stored))
+            own[name] = new if bound is None else types.MethodType(new, bound)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
         scope = dict(function.__globals__)
@@ -186,16 +205,50 @@ def _parts(value: Any, names: set[str]) -> tuple[dict[Any, Any] | None, set[str]
     if kind in (tuple, list, dict):
         items = value.items() if kind is dict else enumerate(value)
         return (dict(items) if len(value) <= MAX_ITEMS else None), names
-    if isinstance(value, (type, types.ModuleType, str, bytes, int, float)) or value is None:
+    if isinstance(value, types.ModuleType):
+        library = value.__name__.partition(".")[0] in LIBRARIES
+        held = {} if library else vars(value)
+        return {n: held[n] for n in names if n in held} or None, names
+    if isinstance(value, (type, str, bytes, int, float)) or value is None:
         return None, names
-    found = dict(vars(value)) if hasattr(value, "__dict__") else {}
-    if isinstance(value, dict):  # a module of mlx.nn keeps its parameters so
-        found |= value
-    call = vars(kind).get("__call__")
-    if type(call) is types.FunctionType and not names:  # it is the function that was given
-        names = names_used(call.__code__)
-        return {n: each for n, each in found.items() if n in names} | {"__call__": call}, names
-    return {n: each for n, each in found.items() if n in names} or None, names
+    return _parts_of_object(value, names)
+
+
+LIBRARIES = sys.stdlib_module_names | {"metalgen", "mlx", "numpy"}
+"""Modules whose attributes are not looked at."""
+
+
+def _parts_of_object(value: Any, names: set[str]) -> tuple[dict[Any, Any] | None, set[str]]:
+    """The attributes that are used, by methods too, and the names that those methods add."""
+    call = inspect.getattr_static(type(value), "__call__", None)
+    called = type(call) is types.FunctionType
+    parts: dict[Any, Any] = {}
+    if called and not names:  # nothing else is done with it
+        parts["__call__"] = call
+    names, left = set(names), names | (names_used_by(call) if called else set())
+    own = getattr(value, "__dict__", None)
+    held = (own or {}) | (value if isinstance(value, dict) else {})  # as mlx.nn keeps parameters
+    while left:
+        name = left.pop()
+        names.add(name)
+        if name in held:
+            parts[name] = held[name]
+            continue
+        shared = inspect.getattr_static(type(value), name, None)
+        if isinstance(shared, types.MemberDescriptorType):
+            with contextlib.suppress(AttributeError):  # without a value
+                parts[name] = shared.__get__(value)
+            continue
+        function = shared.fget if isinstance(shared, property) else shared
+        function = getattr(function, "__func__", function)
+        left |= names_used_by(function) - names
+        if own is not None and not isinstance(shared, property) and isinstance(function, OF_CLASS):
+            parts[name] = function
+    return parts or None, names
+
+
+OF_CLASS = (types.FunctionType, mx.array, tuple, list, dict)
+"""What of a class a twin of one of its objects gets for itself."""
 
 
 def names_used_by(function: Any) -> set[str]:

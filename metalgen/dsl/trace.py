@@ -82,6 +82,13 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
     except ValueError as error:
         if "eval" in str(error) and "transformation" in str(error):
             raise _looked_at(function, argument) from error
+        if "uncaptured inputs" in str(error):
+            raise FunctionError(
+                argument,
+                "captured arrays that are reached in one way each",
+                "one that is also reached where it cannot be found (a property, a library)",
+                "make it a global variable, a variable of the enclosing function or a default",
+            ) from None
         if match := re.search(r"Unable to get state for primitive (\w+)", str(error)):
             raise FunctionError(
                 argument,

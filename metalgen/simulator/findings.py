@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ Position = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Access:
-    """One access to memory: ``kind`` is ``read``, ``write`` or ``atomic``."""
+    """One access to memory, such as a ``read``, or a place that a thread ``reached``."""
 
     kind: str
     file: str | None
@@ -89,13 +89,16 @@ class Findings(Sequence[Finding]):
             counts[finding.kind] = counts.get(finding.kind, 0) + 1
         return counts
 
-    def report(self, context: int = 2) -> str:
-        """Return all findings as text, each with ``context`` source lines around its line."""
+    def report(self, context: int = 2, place: Callable[[Finding], str] = lambda _: "") -> str:
+        """Return all findings as text, each with ``context`` source lines around its line.
+
+        ``place`` gives a text to put before each.
+        """
         if not self.items:
             return "no findings"
         parts = []
         for finding in self.items:
-            parts.append(str(finding))
+            parts.append(place(finding) + str(finding))
             text = self.sources.get(finding.file or "")
             if text is not None and finding.line:
                 parts.append(excerpt(text, finding.line, context))

@@ -251,7 +251,7 @@ def _memory_name(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[S
 
 def _translate(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
     file, line = _line(compiled, raw.address)
-    verb = ACCESSES.get(raw.access, "access")
+    verb = ACCESSES.get(raw.access, "reached")  # a barrier or a function is no access
     access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
     other = None
     if raw.other_address:

@@ -50,7 +50,10 @@ def _out_of_bounds(raw: RawFinding, verb: str, memory: str) -> str:
 
 
 def _wild(raw: RawFinding, verb: str, memory: str) -> str:
-    return f"{verb} of {raw.bytes} bytes at {raw.memory:#x}, which is near no buffer"
+    text = f"{verb} of {raw.bytes} bytes at {raw.memory:#x}, which is near no buffer"
+    if abs(raw.offset - (raw.bytes << 32)) < 1 << 30:  # from the start of the nearest one
+        text += "; 2^32 elements too far, as an unsigned index below zero is"
+    return text
 
 
 def _uninitialised(raw: RawFinding, verb: str, memory: str) -> str:

@@ -1,4 +1,4 @@
-"""Conformance suites: a new device is tested by inheriting one.
+"""Conformance suites: a new device is tested by inheriting one. And MLX's kernels, to compare with.
 
-These modules need pytest, which metalgen itself does not depend on.
+The suites need pytest, which metalgen itself does not depend on.
 """

@@ -7,15 +7,28 @@ from collections.abc import Iterator
 
 import pytest
 
-from metalgen.devices import Device, all_devices
+from metalgen import devices
+from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.targets import TARGETS
 
 
 class OnDevice:
-    """Tests of one device; `name` is all that a subclass must set."""
+    """Tests of one device; `name` is all that a subclass must set.
+
+    Attributes:
+        name: of a device that metalgen knows.
+        made: instead of a name, a device that it does not know; it is listed while a test runs.
+    """
 
     name: str
+    made: Device | None = None
+
+    @pytest.fixture(autouse=True)
+    def _list(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if self.made is not None:
+            self.name = self.made.name
+            monkeypatch.setitem(devices._DEVICES, self.name, self.made)
 
     @pytest.fixture(autouse=True)
     def _mark(self) -> Iterator[None]:
@@ -26,7 +39,7 @@ class OnDevice:
     @functools.cached_property
     def device(self) -> Device:
         """The device; where it is not available here, the test is skipped with the reason."""
-        device = {d.name: d for d in all_devices()}[self.name]
+        device = devices._DEVICES[self.name]
         reason = device.unavailable()
         if reason:
             pytest.skip(f"device {self.name}: {reason}")

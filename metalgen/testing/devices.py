@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from metalgen.config import AttentionConfig
+from metalgen.inputs import Inputs
 from metalgen.reference import attention_float64, config_features
 from metalgen.schedule import Schedule, default_schedule, padded
 from metalgen.targets import CUDA
@@ -234,6 +235,31 @@ class DeviceConformance(OnDevice):
         q = normal((1, 2, 45, 64), dtype, 1) * size
         k, v = (normal((1, 2, 52, 64), dtype, s) for s in (2, 3))
         self.check(config, q, k, v, scale=1.0)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("cap", [0.5, 50.0, 51.0])
+    @pytest.mark.parametrize("family", ["forward", "decode"])
+    def test_softcap_at_both_of_its_ends(self, dtype: str, cap: float, family: str) -> None:
+        """Rows of lowest scores alone, of highest, and of both: each as exact as the other."""
+        self.require(dtype)
+        config = AttentionConfig(16, dtype, softcap=cap, sinks=True, return_lse=True)
+        q = mx.array([-8.0, 8.0, 0.1, 3.0])[None, None, :, None] * mx.ones((1, 1, 4, 16))
+        k = mx.sign(mx.random.normal((1, 1, 40, 16), key=mx.random.key(1)))
+        k = mx.where(mx.arange(40)[:, None] < 20, mx.abs(k), k)
+        v = mx.random.normal((1, 1, 40, 16), key=mx.random.key(2)) * 1e4
+        q[:, :, 3] = mx.sign(mx.random.normal((16,), key=mx.random.key(3))) * 60
+        inputs = Inputs(sinks=mx.array([-cap]))
+        q, k, v = (x.astype(getattr(mx, dtype)) for x in (q, k, v))
+        schedule = default_schedule(config, self.device.limits, family)
+        run = self.device.build(config, schedule, family)
+        out, lse = run(q, k, v, 1.0, inputs)
+        exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (q, k, v)]
+        expected, expected_lse = attention_float64(
+            *exact, scale=1.0, inputs=inputs, **config_features(config)
+        )
+        for row in range(4):
+            assert relative_error(out[:, :, row], expected[:, :, row]) <= TOLERANCE[dtype]
+        np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-5, atol=1e-5)
 
     def test_tf32_has_the_error_of_11_bits_where_it_is_asked_for(self) -> None:
         config = AttentionConfig(64, "float32", causal=True, tf32=True)

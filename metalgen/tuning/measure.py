@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 
 from metalgen.devices import Runner
+from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
 from metalgen.inputs import has_inputs
-from metalgen.mlx_attention import computes, mlx_runner
 from metalgen.problem import Problem
 from metalgen.samples import Call, sample_call
 

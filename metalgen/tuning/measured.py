@@ -154,7 +154,8 @@ class MeasuredSession(Session):
         starts = list(dict.fromkeys(m.schedule for m in stale))[:FINALISTS]
         starts += borrowed_schedules(self.problem, self.chip, self.store)
         starts += [s for _, s in ranked[:MODEL_STARTS]]
-        return tuple(dict.fromkeys(s for s in starts if s in self.valid))
+        valid = set(self.valid)
+        return tuple(dict.fromkeys(s for s in starts if s in valid))
 
     def _show_search(self, search: Asks[Schedule]) -> None:
         times = {s: t for s, t in search.times.items() if t < math.inf}

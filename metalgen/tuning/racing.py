@@ -82,6 +82,15 @@ class Race:
         return lead <= NEGLIGIBLE or self.beats_default(best)
 
 
+def _runs(bench: Bench, runner: Runner) -> bool:
+    """Whether MLX's attention runs: where it has no fused kernel, its scores may need too much."""
+    try:
+        bench.run(runner)
+    except (RuntimeError, ValueError, MemoryError):
+        return False
+    return True
+
+
 def race(
     bench: Bench,
     runners: Mapping[str, Runner],
@@ -97,7 +106,7 @@ def race(
         deadline: the clock's time after which no round begins, beyond those of the policy.
     """
     own = mlx_baseline(bench.problem)
-    entries = dict(runners) | ({MLX: own} if own else {})
+    entries = dict(runners) | ({MLX: own} if own and _runs(bench, own) else {})
     if default is not None:
         entries[AGAIN] = runners[default]
 

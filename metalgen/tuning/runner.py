@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -127,28 +128,29 @@ def tune(
     else:
         session = ModelledSession(**common)
     notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
-    report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
-    report.run = store.begin_run(chip.name, seed, notes)
-    ended = "failed"
-    try:
-        for number, problem in enumerate(problems, 1):
-            report.outcomes.append(session.tune(problem, number, len(problems)))
-        ended = "finished"
-    except BudgetSpent:
-        ended = report.stopped = "budget"
-    except KeyboardInterrupt:
-        ended = report.stopped = "interrupted"
-    finally:
-        report.seconds = clock() - start
-        report.checks = session.checker.checked
-        session.close()
+    with contextlib.ExitStack() as ending:  # each of them, whatever the others raise
         if executor:
-            executor.close()
+            ending.callback(executor.close)
+        ending.callback(session.close)
+        report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
+        report.run = store.begin_run(chip.name, seed, notes)
+        ended = "failed"
         try:
-            store.end_run(report.run, ended)
-        except DatabaseError:
-            if ended != "failed":  # else it may be what failed, and is heard about already
-                raise
+            for number, problem in enumerate(problems, 1):
+                report.outcomes.append(session.tune(problem, number, len(problems)))
+            ended = "finished"
+        except BudgetSpent:
+            ended = report.stopped = "budget"
+        except KeyboardInterrupt:
+            ended = report.stopped = "interrupted"
+        finally:
+            report.seconds = clock() - start
+            report.checks = session.checker.checked
+            try:
+                store.end_run(report.run, ended)
+            except DatabaseError:
+                if ended != "failed":  # else it may be what failed, and is heard about already
+                    raise
     return report
 
 

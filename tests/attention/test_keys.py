@@ -192,3 +192,28 @@ def test_the_absorbed_form_of_multi_head_latent_attention(where: str) -> None:
     own = (x.astype(mx.float32) for x in (q, latent, latent[..., :512]))
     expected = mx.fast.scaled_dot_product_attention(*own, scale=192**-0.5, mask="causal")
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("keys", [0, 9])
+def test_a_sink_counts_in_rows_of_sequences_without_keys_and_in_no_other_row(
+    where: str, keys: int
+) -> None:
+    """Sequences of 2 and 3 rows, the first without keys; two rows that belong to none."""
+    q, kv, sinks = normal((1, 4, 7, 16)), normal((1, 2, keys, 16), seed=1), normal((4,), seed=2)
+    starts, stops = mx.array([0, 2, 5]), mx.array([0, 0, keys])
+    _, lse = attention(
+        q,
+        kv,
+        kv,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=stops,
+        sinks=sinks,
+        return_lse=True,
+        device=where,
+    )
+    rows = np.array(lse)[0]
+    np.testing.assert_allclose(rows[:, :2], np.array(sinks)[:, None].repeat(2, 1), rtol=1e-6)
+    assert (rows[:, 5:] == -np.inf).all()
+    own = q[:, :, 2:5]
+    _, alone = attention(own, kv, kv, sinks=sinks, return_lse=True, device="reference")
+    np.testing.assert_allclose(rows[:, 2:5], np.array(alone)[0], rtol=1e-5)

@@ -106,3 +106,26 @@ def test_an_mlx_without_a_back_end_says_what_to_install(tmp_path: Path) -> None:
         "ImportError: metalgen needs MLX with a back end (libmlx.so: no such file): pip install "
         "'metalgen[cpu]', or on a machine with an NVIDIA GPU 'metalgen[cuda13]'"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("metalgen tu", {"tune"}),
+        ("metalgen tune --preset qwen3-2", {"qwen3-235b-a22b"}),
+        ("metalgen explain --chip m3max", {"M3Max", "M3Max-30"}),
+    ],
+)
+def test_a_shell_completes_commands_presets_and_chips(words: str, completed: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from metalgen.cli.app import run; run([])"],
+        capture_output=True,
+        env=os.environ
+        | {
+            "_METALGEN_COMPLETE": "bash_complete",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+        },
+        text=True,
+    )
+    assert {line.removeprefix("plain,") for line in done.stdout.splitlines()} == completed

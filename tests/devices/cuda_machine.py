@@ -87,15 +87,15 @@ class CudaMachine:
 
 
 def use_cuda(
-    monkeypatch: pytest.MonkeyPatch, machine: CudaMachine, capability: tuple[int, int] = (9, 0)
+    monkeypatch: pytest.MonkeyPatch,
+    machine: CudaMachine,
+    capability: tuple[int, int] | None = (9, 0),
 ) -> None:
-    """Make MLX a CUDA one, on `machine`."""
-    info = {
-        "device_name": "NVIDIA H200",
-        "architecture": "sm_90",
-        "compute_capability_major": capability[0],
-        "compute_capability_minor": capability[1],
-    }
+    """Make MLX a CUDA one, on `machine`; with no capability on one without a GPU."""
+    info = {}
+    if capability is not None:
+        info["device_name"] = "NVIDIA H200"
+        info["compute_capability_major"], info["compute_capability_minor"] = capability
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device=None: info)
     monkeypatch.setattr(mx.fast, "cuda_kernel", machine.cuda_kernel)

@@ -17,7 +17,7 @@ from metalgen import chips, dispatch
 from metalgen.cache.launch import row_maker
 from metalgen.cache.render import AppendSchedule
 from metalgen.config import AttentionConfig
-from metalgen.devices import cuda, get_device
+from metalgen.devices import cuda, default_device, get_device
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
@@ -54,6 +54,18 @@ def test_without_a_cuda_back_end_the_device_says_what_is_needed(
     with pytest.raises(
         DeviceError, match=r"'cuda' is not available: this MLX has no CUDA back end"
     ):
+        get_device("cuda")
+    assert CudaDevice().limits.threadgroup_bytes == 101376
+
+
+def test_an_mlx_for_cuda_on_a_machine_without_a_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There `mx.cuda.is_available` is true all the same, and `mx.device_info` empty."""
+    use_cuda(monkeypatch, CudaMachine(CONFIG), None)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert default_device().name == "reference"
+    with pytest.raises(DeviceError, match="'cuda' is not available: MLX sees no NVIDIA GPU"):
         get_device("cuda")
     assert CudaDevice().limits.threadgroup_bytes == 101376
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from metalgen import and_masks
+from metalgen import and_masks, flex_attention
+from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
 
 TABLE = mx.arange(20).astype(mx.float32)
@@ -51,6 +54,57 @@ class Callable_:
         return s + self.table[i]
 
 
+class Inherited(Callable_):
+    pass
+
+
+class Indirect(nn.Module):
+    """By a method that the method calls, and a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = TABLE
+
+    @property
+    def alias(self) -> mx.array:
+        return self.table
+
+    def at(self, i: Any) -> Any:
+        return self.alias[i]
+
+    def __call__(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + self.at(i)
+
+    def captured(self) -> Callable[..., Any]:
+        return lambda s, b, h, i, j: mx.add(self.at(i), s)
+
+
+class OfClass:
+    table = TABLE
+
+    def by_self(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + self.table[i]
+
+    @staticmethod
+    def helper(i: Any) -> Any:
+        return TABLE[i]
+
+    def by_helper(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + self.helper(i)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slots:
+    table: mx.array = TABLE
+
+    def __call__(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + self.table[i]
+
+
+tables = types.ModuleType("tables")
+vars(tables)["table"] = TABLE
+
+
 def in_a_list() -> Callable[..., Any]:
     tables = {"one": [TABLE]}
     return lambda s, b, h, i, j: s + tables["one"][0][i]
@@ -65,6 +119,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "attribute": Biased().nested(),
     "callable object": Callable_(),
     "list in a dictionary": in_a_list(),
+    "inherited method": Inherited(),
+    "method of a method": Indirect(),
+    "method of a captured object": Indirect().captured(),
+    "class": OfClass().by_self,
+    "static method": OfClass().by_helper,
+    "slots": Slots(),
+    "module": lambda s, b, h, i, j: s + tables.table[i],
 }
 
 
@@ -83,11 +144,47 @@ def test_lazy_arrays_stay_lazy_and_are_captured_whole() -> None:
     assert traced.arrays[0] is lazy
 
 
+def test_gradients_reach_parameters_that_a_method_of_a_method_uses() -> None:
+    module = Indirect()
+    q = mx.random.normal((1, 1, 20, 8), key=mx.random.key(0))
+
+    def loss(parameters: Any) -> mx.array:
+        module.update(parameters)
+        out = flex_attention(q, q, q, lambda s, b, h, i, j: s * module.at(j), device="reference")
+        return (out * out).sum()
+
+    table = mx.random.normal((20,), key=mx.random.key(1))
+    gradient = np.array(mx.grad(loss)({"table": table})["table"])
+    step = mx.zeros((20,)).at[7].add(1e-2)
+    ends = [loss({"table": table + sign * step}).item() for sign in (1, -1)]
+    assert abs(gradient[7] - (ends[0] - ends[1]) / 2e-2) < 2e-3 * abs(gradient).max()
+    assert (gradient != 0).all()
+
+
+class Hidden:
+    @property
+    def table(self) -> mx.array:
+        return TABLE  # a global variable, which is not looked for in properties
+
+    def score_mod(self, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+        return s + self.table[i]
+
+
+def test_what_is_found_nowhere_is_taken_by_value_unless_it_is_found_elsewhere_too() -> None:
+    assert len(trace(Hidden().score_mod).arrays) == 1
+    hidden = Hidden()
+    with pytest.raises(FunctionError, match="reached in one way each.*make it a global variable"):
+        trace(lambda s, b, h, i, j: hidden.score_mod(s, b, h, i, j) + TABLE[j])
+
+
 def test_the_function_is_left_as_it_was() -> None:
     before = by_a_global.__globals__["TABLE"]
     module = Biased()
     trace(by_a_global)
     trace(module.score_mod)
+    trace(OfClass().by_self)
+    trace(FUNCTIONS["module"])
+    assert tables.table is TABLE and "table" not in vars(OfClass())
     assert by_a_global.__globals__["TABLE"] is before
     assert module.table is TABLE and module.inner.bias is TABLE
 

@@ -8,7 +8,9 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 MODS = Path(__file__).parents[2] / "examples" / "mods"
@@ -52,3 +54,20 @@ def test_there_is_one_for_each_that_the_documentation_names() -> None:
     page = (MODS.parents[1] / "docs" / "flex-attention.md").read_text()
     named = set(re.findall(r"examples/mods/([a-z]\w*)\.py", page))
     assert named == {p.stem for p in MODS.glob("[a-z]*.py")}
+
+
+def test_the_example_of_the_page_gives_what_plain_mlx_does() -> None:
+    page = (MODS.parents[1] / "docs" / "flex-attention.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/flex-attention.md", "exec"), names)
+    i, j = mx.arange(512)[:, None], mx.arange(512)
+    bias = -names["slopes"][:, None, None] * (i - j)
+    bias = mx.where(i >= j, bias, -mx.inf).astype(mx.float16)
+    own = mx.fast.scaled_dot_product_attention(
+        names["q"], names["k"], names["v"], scale=64**-0.5, mask=bias
+    )
+    error = mx.linalg.norm((names["out"] - own).astype(mx.float32)) / mx.linalg.norm(
+        own.astype(mx.float32)
+    )
+    assert error.item() < 2e-3

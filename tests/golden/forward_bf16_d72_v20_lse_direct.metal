@@ -83,7 +83,7 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_bf16_d72_1e672292c7(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
+// metalgen_forward_bf16_d72_579fd23fcb(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
   typedef bfloat T;
   typedef bfloat Out;
   typedef bfloat F;
@@ -251,9 +251,9 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
     }
 
     if (live) {
-      #pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++) {
-        if (!whole) {
+      if (!whole) {
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
           const int i = first + r * 8 + row;
           #pragma unroll
           for (int f = 0; f < K_FRAGMENTS; f++) {
@@ -264,6 +264,10 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
             }
           }
         }
+      }
+      #pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++) {
+        float sum = 0.0f;
         float peak = m[r];
         #pragma unroll
         for (int f = 0; f < K_FRAGMENTS; f++) {
@@ -276,7 +280,6 @@ METAL_FUNC float mg_log_sum_exp(float exponent, float sum) {
         // A row with no key yet has peak == LOWEST; without a shift its masked scores give 2^-huge = 0.
         const float shift = peak == LOWEST ? 0.0f : peak * scale2;
         const float rescale = fast::exp2((m[r] - peak) * scale2);
-        float sum = 0.0f;
         #pragma unroll
         for (int f = 0; f < K_FRAGMENTS; f++) {
           #pragma unroll

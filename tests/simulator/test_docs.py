@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from metalgen import simulator
 from metalgen.cli.app import run
 from metalgen.simulator import lints, wording
 
@@ -32,6 +33,20 @@ def test_the_second_example_prints_what_its_comments_say(
 ) -> None:
     exec(compile(blocks("python")[1], "simulator.md", "exec"), {})
     assert capsys.readouterr().out == "no findings\n256\n"
+
+
+def test_the_recipe_for_a_test_suite_raises_where_there_is_a_finding() -> None:
+    recipe = blocks("python")[2]
+    exec(compile(recipe, "simulator.md", "exec"), {})
+    own = blocks("python")[0].replace("\n", "\n    ")
+    racy = recipe.replace("pass  # call your own code here", f"{own}\n    # ")
+    with pytest.raises(simulator.CheckFailed, match="race: write of 4 bytes of threadgroup tile"):
+        exec(compile(racy, "simulator.md", "exec"), {})
+
+
+def test_the_kernel_of_a_metal_file_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[3], "simulator.md", "exec"), {})
+    assert capsys.readouterr().out == "18.0\n"
 
 
 @pytest.mark.parametrize("kind", [*wording.KINDS, *lints.KINDS])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,22 +17,12 @@ import pytest
 from metalgen import simulator
 from metalgen.simulator.api import mlx_include_dir
 from metalgen.simulator.harness import Constant, Output, run_metal
+from metalgen.testing.mlx_kernels import KERNELS, TYPES, groups, include, instantiate, run_attention
 
-KERNELS = "mlx/backend/metal/kernels"
-TYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t"}
 TOLERANCE = {mx.float32: 3e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 """Relative error, norm over norm."""
 
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=str)
-
-
-def include(*headers: str) -> str:
-    return "".join(f'#include "{KERNELS}/{header}"\n' for header in ("utils.h", *headers))
-
-
-def instantiate(name: str, function: str, *arguments: Any) -> str:
-    spelled = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in arguments)
-    return f'\ninstantiate_kernel("{name}", {function}, {spelled})\n'
 
 
 def float64(array: mx.array) -> np.ndarray:
@@ -47,12 +36,6 @@ def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
 def relative_error(got: mx.array, expected: np.ndarray) -> float:
     error = float64(got) - expected
     return float(np.linalg.norm(error) / np.linalg.norm(expected))
-
-
-def groups(counts: tuple[int, int, int], size: tuple[int, int, int]) -> dict[str, Any]:
-    """Return grid and threadgroup of a launch that MLX counts in threadgroups."""
-    x, y, z = (count * extent for count, extent in zip(counts, size, strict=True))
-    return {"grid": (x, y, z), "threadgroup": size}
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -70,50 +53,6 @@ def attention_reference(q: mx.array, k: mx.array, v: mx.array, causal: bool = Fa
         hidden = np.arange(columns)[None] > np.arange(rows)[:, None] + columns - rows
         scores = np.where(hidden, -np.inf, scores)
     return softmax(scores) @ values
-
-
-def run_attention(q: mx.array, k: mx.array, v: mx.array, causal: bool = False) -> mx.array:
-    """Launch MLX's attention kernel as MLX's host code does."""
-    batch, heads, q_len, dim = q.shape
-    kv_len = k.shape[2]
-    bq, bk = 32, 32 if dim < 128 else 16
-    tname = TYPES[q.dtype]
-    source = include("steel/attn/kernels/steel_attention.h")
-    source += instantiate("attention_test", "attention", tname, bq, bk, dim, dim, 4, 1, tname)
-    strides = [(x.shape[1] * x.shape[2] * dim, x.shape[2] * dim, dim) for x in (q, k, v, q)]
-    params = Constant(
-        "6i f 7i 0q 12q",
-        batch,
-        heads,
-        dim,
-        q_len,
-        kv_len,
-        heads // k.shape[1],
-        dim**-0.5,
-        -(-q_len // bq),
-        -(-kv_len // bk),
-        q_len // bq,
-        kv_len // bk,
-        q_len % bq,
-        kv_len % bk,
-        kv_len - q_len,
-        *(stride for each in strides for stride in each),
-    )
-    outputs = run_metal(
-        source,
-        "attention_test",
-        {0: q, 1: k, 2: v, 3: Output(q.shape, q.dtype), 4: params},
-        constants={
-            200: q_len % bq == 0,
-            201: kv_len % bk == 0,
-            300: False,
-            301: causal,
-            302: False,
-            303: False,
-        },
-        **groups((-(-q_len // bq), heads, batch), (32, 4, 1)),
-    )
-    return outputs[3]
 
 
 @every_type

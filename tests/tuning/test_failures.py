@@ -14,13 +14,15 @@ from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, ProcessGpu
 
 from metalgen.config import AttentionConfig
+from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Limits, Schedule, default_schedule
-from metalgen.tuning import executing
+from metalgen.tuning import executing, racing
 from metalgen.tuning.measure import Bench
+from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.runner import tune
 from metalgen.tuning.verifying import CannotCheck
 
@@ -73,6 +75,19 @@ def test_a_finalist_that_fails_in_the_race_is_a_row_and_the_others_race_without_
         (again,) = on_gpu(other, gpu, FakeVerify(), trials=15).outcomes
         assert again.winner == outcome.winner
         assert gpu.built == []
+
+
+def test_where_mlxs_own_attention_has_no_room_the_others_race_without_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*call: object) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 17179869184 bytes.")
+
+    monkeypatch.setattr(racing, "mlx_baseline", lambda problem: no_room)
+    (outcome,) = on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=5).outcomes
+    assert outcome.winner is not None and outcome.winner.mlx_seconds is None
+    finals = store.measurements(SMALL, phase="final")
+    assert len(finals) == 5 and {m.status for m in finals} == {"ok"}
 
 
 def test_a_default_that_computes_wrongly_is_nothing_to_compare_with(store: Store) -> None:
@@ -142,3 +157,28 @@ def test_a_check_that_finds_no_memory_leaves_no_verdict(store: Store) -> None:
         on_gpu(store, FakeGpu(Clock()), full, trials=3)  # type: ignore[arg-type]
     assert store.health()["rows"]["checks"] == 0
     assert on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=3).outcomes[0].winner is not None
+
+
+def test_whatever_ends_a_run_its_executor_and_its_session_are_closed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def ends(self: object) -> None:
+        closed.append(type(self).__name__)
+        raise RuntimeError("a defect at the end")
+
+    monkeypatch.setattr(executing.Here, "close", ends)
+    monkeypatch.setattr(MeasuredSession, "close", ends)
+    with pytest.raises(RuntimeError, match="a defect at the end"):
+        on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=2)
+    assert closed == ["MeasuredSession", "Here"]
+    closed.clear()
+
+    def refused(*arguments: object) -> None:
+        raise DatabaseError("t.db", "the disk is full")
+
+    monkeypatch.setattr(store, "begin_run", refused)
+    with pytest.raises(RuntimeError, match="a defect at the end"):
+        on_gpu(store, FakeGpu(Clock()), FakeVerify(), trials=2)
+    assert closed == ["MeasuredSession", "Here"]

@@ -1,0 +1,87 @@
+"""What NVIDIA's checkers run: every field of a config, and every kind of append."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from benchmarks.sanitize_cuda import APPENDS, CONFIGS, kernels, main
+from metalgen.cache.render import inputs, operands, outputs, render_append
+from metalgen.config import AttentionConfig
+from metalgen.devices import Runner
+from metalgen.devices.reference import ReferenceDevice
+from metalgen.render import render
+from metalgen.schedule import Limits, Schedule, check_schedule
+
+
+def test_every_field_of_a_config_is_used() -> None:
+    used = {
+        field.name
+        for field in dataclasses.fields(AttentionConfig)
+        if len({getattr(config, field.name) for config in CONFIGS}) > 1
+    }
+    assert used == {field.name for field in dataclasses.fields(AttentionConfig)}
+    assert {config.kv_bits for config in CONFIGS} == {None, 4, 8}
+    assert {config.rope for config in CONFIGS} == {None, "half", "pairs"}
+    assert {config.dtype for config in CONFIGS} == {"float32", "float16", "bfloat16"}
+
+
+def test_every_input_and_output_of_an_append_is_used() -> None:
+    assert all(operands(config) for config in APPENDS)
+    parts = {name.split("_")[1] for config in APPENDS for name in outputs(config) if "_" in name}
+    assert parts == {"rows", "words", "scales", "biases"}
+    assert {name for config in APPENDS for name in inputs(config)} == {
+        *("k", "v", "cu_seqlens", "offset", "limit", "table", "rope_freqs", "rope_offset")
+    }
+
+
+def test_a_wrong_kernel_is_said_to_be_wrong_and_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Wrong(ReferenceDevice):
+        """Its results are doubled."""
+
+        def build(
+            self, config: AttentionConfig, schedule: Schedule | None = None, family: str = ""
+        ) -> Runner:
+            run = super().build(config)
+            return lambda *call: (2 * run(*call)[0], run(*call)[1])
+
+    from benchmarks import sanitize_cuda
+
+    one = AttentionConfig(64)
+    monkeypatch.setattr(sanitize_cuda, "CONFIGS", (one,))
+    monkeypatch.setattr(sanitize_cuda, "APPENDS", ())
+    for device, code in ((ReferenceDevice(), 0), (Wrong(), 1)):
+        monkeypatch.setattr(sanitize_cuda, "get_device", lambda name, own=device: own)
+        assert main("reference") == code
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4  # two schedules of both families
+        assert all(line.endswith("ok") != bool(code) for line in lines)
+
+
+def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() -> None:
+    found = []
+
+    class Rendering(ReferenceDevice):
+        """Renders CUDA kernels, and computes by plain MLX."""
+
+        target = "cuda"
+        limits = Limits(232448, 1024, "cuda")
+
+        def build(
+            self, config: AttentionConfig, schedule: Schedule | None = None, family: str = ""
+        ) -> Runner:
+            assert schedule is not None
+            check_schedule(config, schedule, self.limits, family)
+            found.append(render(config, schedule, "cuda", family).name)
+            return super().build(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.sanitize_cuda.APPENDS", ())
+        faults = [fault for _, fault in kernels(Rendering())]
+    assert len(set(found)) == len(found) == len(faults) > 80
+    assert not any(faults)
+    for config in APPENDS:
+        assert render_append(config, target="cuda").source
