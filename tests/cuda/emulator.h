@@ -19,9 +19,22 @@ extern "C" {
 void *malloc(__SIZE_TYPE__);
 void *memcpy(void *, const void *, __SIZE_TYPE__);
 void *memset(void *, int, __SIZE_TYPE__);
-float exp2f(float), expf(float), log2f(float), logf(float), tanhf(float);
+float fmodf(float, float), erff(float), atan2f(float, float), powf(float, float), fabsf(float);
 void sincosf(float, float *, float *);
 }
+
+#define EM_FUNCTION(name)             \
+  extern "C" float name##f(float);    \
+  inline float name(float x) { return name##f(x); }
+EM_FUNCTION(asin) EM_FUNCTION(acos) EM_FUNCTION(atan) EM_FUNCTION(asinh) EM_FUNCTION(acosh) EM_FUNCTION(atanh)
+EM_FUNCTION(rint) EM_FUNCTION(exp) EM_FUNCTION(exp2) EM_FUNCTION(log) EM_FUNCTION(log2) EM_FUNCTION(log10)
+EM_FUNCTION(sin) EM_FUNCTION(cos) EM_FUNCTION(tan) EM_FUNCTION(sinh) EM_FUNCTION(cosh) EM_FUNCTION(tanh)
+EM_FUNCTION(floor) EM_FUNCTION(ceil) EM_FUNCTION(sqrt)
+inline float fabs(float x) { return fabsf(x); }
+inline float atan2(float x, float y) { return atan2f(x, y); }
+inline float pow(float x, float y) { return powf(x, y); }
+inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
+inline int abs(int x) { return x < 0 ? -x : x; }
 
 // Threads ------------------------------------------------------------------------------------------
 
@@ -229,7 +242,6 @@ template <typename A, typename B> auto max(A a, B b) { return a > b ? a : b; }
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float fmaxf(float a, float b) { return a > b || b != b ? a : b; }
-inline float fabsf(float x) { return x < 0 ? -x : x; }
 inline float mg_exp2(float x) { return exp2f(x); }
 inline float mg_reciprocal(float x) { return 1.0f / x; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
