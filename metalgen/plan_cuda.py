@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
@@ -74,6 +75,7 @@ class CudaPlan:
         steps: K, then V.
         k_chunks, v_chunks: chunks of 16 bytes in a row of Q and K, and of V.
         copies: how ``"q"``, ``"k"`` and ``"v"`` are copied into tiles.
+        page_rows: keys of a pass that are certain to lie in one page.
         raw: how quantized ``"k"`` and ``"v"`` lie in the ring; empty for others.
         direct: whether fragments are made of raw tiles at once, not of a work tile.
         blocks: where `direct`, the columns of K, and of V, that are shared out among lanes at once.
@@ -85,6 +87,7 @@ class CudaPlan:
     k_chunks: int
     v_chunks: int
     copies: dict[str, CudaCopy]
+    page_rows: int
     raw: dict[str, CudaRaw]
     direct: bool
     blocks: dict[str, int]
@@ -110,6 +113,7 @@ def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
         k_chunks=k.chunks,
         v_chunks=v.chunks,
         copies={"q": q, "k": k, "v": v},
+        page_rows=math.gcd(config.page_size or schedule.bk, schedule.bk),
         raw=raw,
         direct=direct,
         blocks={
