@@ -150,11 +150,11 @@ def translation(source: KernelSource, inputs: tuple[str, ...], outputs: tuple[st
         parameters.append(f"{kind}* {name}")
         arguments.append(f"static_cast<{kind}*>(pointers[{n}])")
     small = re.search(r"fma\.rn\.(b?f16)x2", source.header)
-    element = {"f16": "__half", "bf16": "__nv_bfloat16"}[small[1]] if small else ""
+    elements = {"f16": "#define EM_T __half\n#define EM_HALF", "bf16": "#define EM_T __nv_bfloat16"}
     body = re.sub(r"extern __shared__[^\n]*\n", "", source.source)
     return "\n".join(
         (
-            f"#define EM_T {element}" if element else "",
+            elements[small[1]] if small else "",
             '#include "emulator.h"',
             FUNCTION.sub(portable, source.header),
             f"static void body({', '.join(parameters)}) {{",

@@ -344,9 +344,9 @@ inline unsigned mg_fma_2(unsigned a, unsigned b, unsigned c) {
   }
   return found;
 }
-inline unsigned mg_bits_of(unsigned x, unsigned mask) {
-  return (x & mask) | (EM_T(1024.0).bits == 0x6400 ? 0x64006400u : 0x43004300u);
-}
+#ifdef EM_HALF
+inline unsigned mg_bits_of(unsigned x, unsigned mask) { return (x & mask) | 0x64006400u; }
+#endif
 #endif
 
 // A launch -----------------------------------------------------------------------------------------
