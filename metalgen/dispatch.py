@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
-from metalgen.database.lookup import Hit, checked, last_chip, lookup
+from metalgen.database.lookup import Hit, brief, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
@@ -73,7 +73,8 @@ class Kernel:
             "plain": "plain MLX operations",
         }
         head = f"{self.config}: {names[self.backend]} on device {self.device!r}"
-        return "\n".join([head, f"  schedule: {self.schedule}", *(f"  {p}" for p in self.path)])
+        steps = (f"  {step}" for step in brief(self.path))
+        return "\n".join([head, f"  schedule: {self.schedule}", *steps])
 
     def __call__(
         self,
