@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.reference import attention_float64, attention_mlx
 from metalgen.render import template_hash
 from metalgen.schedule import default_schedule
+from metalgen.simulator.errors import LaunchError
 from metalgen.testing.devices import normal
 
 
@@ -327,6 +329,25 @@ def test_calls_take_part_in_compile_and_stay_lazy(monkeypatch: pytest.MonkeyPatc
     compiled = mx.compile(lambda x: kernel(x, x, x) * 2)
     expected, _ = attention_float64(x, x, x, scale=40**-0.5)
     np.testing.assert_allclose(np.array(compiled(x)), 2 * expected, atol=4e-3)
+
+
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap])
+def test_the_simulator_says_that_it_has_no_place_in_a_lazy_transformation(transform: Any) -> None:
+    x = normal((3, 1, 2, 5, 16))
+    cache = mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 8, 16))
+    if transform is mx.compile:
+        x = x[0]
+
+    def attend(x: mx.array) -> mx.array:
+        return metalgen.attention(x, x, x, device="simulator")
+
+    def append(x: mx.array) -> mx.array:
+        rope = metalgen.Rope()
+        return metalgen.append_kv(cache, x, x, offset=0, rope=rope, device="simulator")[0]
+
+    for function in (attend, append):
+        with pytest.raises(LaunchError, match="at once; call it outside of mx.compile"):
+            transform(function)(x)
 
 
 def test_importing_metalgen_brings_nothing_but_mlx() -> None:
