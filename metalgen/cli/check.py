@@ -172,6 +172,8 @@ def command(
         if not time_limit > 0:
             raise click.UsageError(f"--time-limit: expected seconds above 0, but got {time_limit}")
         ctx.with_resource(limits(seconds=time_limit))
+    if limit is not None and not every:
+        raise click.UsageError(f"--limit: expected with --all, but got {limit} without it")
     if file is not None:
         _refuse_beside_a_file(ctx)
         subjects = [_check_file(file, arguments, seed)]
