@@ -163,11 +163,16 @@ def get_kernel(
         if value is not None and (type(value) is not int or value < 1):
             raise ArgumentError(argument, "a positive integer", value)
     problem = Problem(config, batch * each, queries, keys)
-    kernel = _known[key] = _resolve(problem, get_device(name), chip)
+    kernel = _resolve(problem, get_device(name), chip)
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = kernel
     return kernel
 
 
 _known: dict[Any, Kernel] = {}
+MOST_KNOWN = 4096
+"""Kernels that are kept: functions with numbers that change make a new one each time."""
 
 
 def forget_kernels() -> None:

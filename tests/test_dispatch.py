@@ -214,6 +214,13 @@ def test_a_bad_size_is_named_where_a_kernel_for_good_ones_is_known(size: str) ->
         metalgen.get_kernel(config, **good | {size: 0})  # type: ignore[arg-type]
 
 
+def test_kernels_of_ever_new_configs_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MOST_KNOWN", 3)
+    made = [metalgen.get_kernel(AttentionConfig(8 + n), device="reference") for n in range(5)]
+    assert len(dispatch._known) <= 3
+    assert metalgen.get_kernel(AttentionConfig(12), device="reference") is made[-1]
+
+
 def array(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     return mx.zeros(shape, dtype)
 
