@@ -53,6 +53,10 @@ class Kernel:
     path: tuple[str, ...]
     _run: Runner = field(repr=False)
 
+    def __repr__(self) -> str:
+        """Short, for a prompt; `explain` says more."""
+        return f"<Kernel {self.config}: {self.backend} on {self.device}, {self.schedule}>"
+
     @functools.cached_property
     def _asks(self) -> bool:
         return has_inputs(self.config)

@@ -387,3 +387,8 @@ def test_the_reference_can_be_forced() -> None:
     np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-6)
     assert get_device("reference").target is None
     assert kernel.schedule == default_schedule(config)
+
+
+def test_a_kernel_says_in_a_line_what_it_is() -> None:
+    kernel = metalgen.get_kernel(AttentionConfig(64, causal=True), q_len=200, device="reference")
+    assert repr(kernel) == f"<Kernel D64 float16 causal: plain on reference, {kernel.schedule}>"
