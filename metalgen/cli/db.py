@@ -106,13 +106,11 @@ def _contribute(folder: Path, filters: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ArgumentError("FILE", f"a file to write ({error.strerror})", str(path)) from error
+    """The whole file or nothing of it, and over no other file than one of records."""
+    from metalgen.report.writing import RECORDS, check_target, write_whole
+
+    check_target(path, RECORDS)
+    write_whole(path, text.encode(), RECORDS)
 
 
 @command.command("import")
