@@ -41,7 +41,7 @@ def command() -> None:
     """
 
 
-@command.command("export")
+@command.command("export", short_help="Write your rows as canonical JSON lines.")
 @click.argument("file", required=False, type=FILE)
 @chip_option("Only this chip's rows.")
 @click.option("--measured", is_flag=True, help="Only rows that a device's clock gave.")
@@ -106,13 +106,11 @@ def _contribute(folder: Path, filters: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole file or nothing of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ArgumentError("FILE", f"a file to write ({error.strerror})", str(path)) from error
+    """The whole file or nothing of it, and over no other file than one of records."""
+    from metalgen.report.writing import RECORDS, check_target, write_whole
+
+    check_target(path, RECORDS)
+    write_whole(path, text.encode(), RECORDS)
 
 
 @command.command("import")
@@ -214,7 +212,7 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
     ctx.exit(1 if summary.rejected or summary.refused else 0)
 
 
-@command.command("refresh")
+@command.command("refresh", short_help="Keep rows whose kernel an edit of templates left the same.")
 @click.argument("files", nargs=-1, type=FILE)
 @click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
 @json_option
@@ -313,7 +311,7 @@ def _cells(m: Measurement) -> str:
     )
 
 
-@command.command("study")
+@command.command("study", short_help="Write rows as studies that Optuna's dashboard opens.")
 @click.argument("files", nargs=-1, type=FILE)
 @click.option(
     "-o",
@@ -353,7 +351,7 @@ def study(
     ctx.exit(1 if left_out else 0)
 
 
-@command.command("stats")
+@command.command("stats", short_help="Count your rows by table, kind and chip, and check the file.")
 @json_option
 def stats(as_json: bool) -> None:
     """Say what your database holds, by table, kind and chip, and whether it is whole."""

@@ -5,42 +5,54 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from metalgen.errors import ArgumentError
 
-HEAD = b"<!doctype html>"
-"""How every page begins."""
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: how each begins, what it is called, and the argument that names one."""
+
+    head: bytes
+    words: str
+    argument: str = "--output"
 
 
-def check_target(path: Path, *, new: bool = False) -> None:
-    """Whether a file may be written: a new one or, unless it must be `new`, an earlier page.
+PAGE = Kind(b"<!doctype html>", "page")
+RECORDS = Kind(b'{"', "file of records", "FILE")
+
+
+def check_target(path: Path, kind: Kind = PAGE, *, new: bool = False) -> None:
+    """Whether a file may be written: a new one or, unless it must be `new`, an earlier one.
 
     Raises:
-        ArgumentError: a folder, a missing folder, or someone's file.
+        ArgumentError: a folder, a missing folder, someone's file, or none at all, as a device.
     """
+    name = kind.argument
     try:
         if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ArgumentError("--output", "a file in a folder that exists", str(path))
+            raise ArgumentError(name, "a file in a folder that exists", str(path))
         if path.exists():
             if new or not path.is_file():  # a pipe would be waited for
-                raise ArgumentError("--output", "a new file", str(path))
+                raise ArgumentError(name, "a new file", str(path))
             with path.open("rb") as file:
-                head = file.read(len(HEAD)).lower()
-            if head and head != HEAD:
-                raise ArgumentError("--output", "a new file, or an earlier page", str(path))
+                head = file.read(len(kind.head)).lower()
+            if head and head != kind.head:
+                raise ArgumentError(name, f"a new file, or an earlier {kind.words}", str(path))
     except OSError as error:
-        raise ArgumentError("--output", f"a file to write ({error.strerror})", str(path)) from error
+        raise ArgumentError(name, f"a file to write ({error.strerror})", str(path)) from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, kind: Kind = PAGE) -> None:
     """Write a file, all of it or nothing; raises `ArgumentError` where that cannot be."""
-    with replacing(path) as part:
+    with replacing(path, kind) as part:
         part.write_bytes(data)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, kind: Kind = PAGE) -> Iterator[Path]:
     """A new file beside `path` that takes its place at the end, unless something was raised."""
     try:
         with tempfile.TemporaryDirectory(prefix=".metalgen-", dir=path.absolute().parent) as place:
@@ -48,4 +60,5 @@ def replacing(path: Path) -> Iterator[Path]:
             yield part
             part.replace(path)
     except OSError as error:
-        raise ArgumentError("--output", f"a file to write ({error.strerror})", str(path)) from error
+        expected = f"a file to write ({error.strerror})"
+        raise ArgumentError(kind.argument, expected, str(path)) from error
