@@ -151,7 +151,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="SmolLM2 on metalgen's attention")
     parser.add_argument("question", nargs="?", default="What is the capital of France?")
     parser.add_argument("--tokens", type=int, default=8, help="how many to generate (default: 8)")
-    parser.add_argument("--device", default="simulator", help="simulator (default) or metal")
+    parser.add_argument(
+        "--device",
+        choices=("simulator", "metal", "cuda"),
+        default="simulator",
+        help="what executes metalgen's kernels (default: simulator)",
+    )
     arguments = parser.parse_args()
 
     weights, metadata = load(model_file(), mx.float16)
@@ -162,7 +167,10 @@ def main() -> int:
     )
 
     config = metalgen.AttentionConfig(head_dim=64, dtype="float16", heads_per_kv=3, causal=True)
-    kernel = metalgen.get_kernel(config, heads=9, q_len=len(prompt), device=arguments.device)
+    try:
+        kernel = metalgen.get_kernel(config, heads=9, q_len=len(prompt), device=arguments.device)
+    except metalgen.DeviceError as error:
+        sys.exit(str(error))
     print(kernel.explain())
     if kernel.backend != "metalgen":
         sys.exit("There is nothing to compare: metalgen's kernel does not run here, see above.")

@@ -108,12 +108,15 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        if self.value_head_dim == self.head_dim:  # one problem, one spelling, one key
-            object.__setattr__(self, "value_head_dim", None)
         _check_int("head_dim", self.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
         if self.value_head_dim is not None:
             _check_int("value_head_dim", self.value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        if self.value_head_dim == self.head_dim:  # one problem, one spelling, one key
+            object.__setattr__(self, "value_head_dim", None)
         _check_int("heads_per_kv", self.heads_per_kv, 1, MAX_HEADS_PER_KV)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(name, "True or False", getattr(self, name))
         for name in ("window_left", "window_right"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_WINDOW)
@@ -124,9 +127,6 @@ class AttentionConfig:
             object.__setattr__(self, "softcap", float(self.softcap))
         if self.score_mod is not None or self.mask_mod is not None or self.block_mask:
             self._check_functions()
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(name, "True or False", getattr(self, name))
         self._check_keys()
         self._check_others()
         self._check_together()
@@ -156,12 +156,12 @@ class AttentionConfig:
             object.__setattr__(self, "rope_dims", None)
         else:
             _check_one_of("rope", self.rope, (None, *ROPES))
-            if self.rope_dims == self.head_dim:
-                object.__setattr__(self, "rope_dims", None)
             dims = self.turned
             if type(dims) is not int or not 2 <= dims <= self.head_dim or dims % 2:
                 name = "head_dim" if self.rope_dims is None else "rope_dims"
                 raise ArgumentError(name, f"an even number from 2 to {self.head_dim}", dims)
+            if dims == self.head_dim:
+                object.__setattr__(self, "rope_dims", None)
         if self.max_work is not None:
             _check_int("max_work", self.max_work, MIN_WORK, 1 << 62)
 

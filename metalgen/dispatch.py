@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.config import AttentionConfig
-from metalgen.database.lookup import Hit, checked, last_chip, lookup
+from metalgen.database.lookup import Hit, brief, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
@@ -53,6 +53,10 @@ class Kernel:
     path: tuple[str, ...]
     _run: Runner = field(repr=False)
 
+    def __repr__(self) -> str:
+        """Short, for a prompt; `explain` says more."""
+        return f"<Kernel {self.config}: {self.backend} on {self.device}, {self.schedule}>"
+
     @functools.cached_property
     def _asks(self) -> bool:
         return has_inputs(self.config)
@@ -73,7 +77,8 @@ class Kernel:
             "plain": "plain MLX operations",
         }
         head = f"{self.config}: {names[self.backend]} on device {self.device!r}"
-        return "\n".join([head, f"  schedule: {self.schedule}", *(f"  {p}" for p in self.path)])
+        steps = (f"  {step}" for step in brief(self.path))
+        return "\n".join([head, f"  schedule: {self.schedule}", *steps])
 
     def __call__(
         self,
@@ -162,11 +167,16 @@ def get_kernel(
         if value is not None and (type(value) is not int or value < 1):
             raise ArgumentError(argument, "a positive integer", value)
     problem = Problem(config, batch * each, queries, keys)
-    kernel = _known[key] = _resolve(problem, get_device(name), chip)
+    kernel = _resolve(problem, get_device(name), chip)
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[key] = kernel
     return kernel
 
 
 _known: dict[Any, Kernel] = {}
+MOST_KNOWN = 4096
+"""Kernels that are kept: functions with numbers that change make a new one each time."""
 
 
 def forget_kernels() -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen.block_mask import BlockMask
 from metalgen.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from metalgen.block_mask import BlockMask
     from metalgen.config import AttentionConfig
 
 
@@ -135,6 +135,8 @@ def check_inputs(
     config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, inputs: Inputs
 ) -> None:
     """The same for what a call brings beside q, k and v."""
+    if not isinstance(inputs, Inputs):
+        raise ArgumentError("inputs", "a metalgen.inputs.Inputs", type(inputs).__name__)
     _check_functions(config, inputs, q, k)
     entries = q.shape[0]
     for name, asks in ASKED_FOR.items():
@@ -234,13 +236,15 @@ def _check_functions(config: AttentionConfig, inputs: Inputs, q: mx.array, k: mx
         ("score_mod", config.score_mod, inputs.score),
         ("mask_mod", config.mask_mod, inputs.mask),
     ):
+        if not isinstance(arrays, tuple) or not all(isinstance(a, mx.array) for a in arrays):
+            raise ArgumentError(name, "a tuple of captured arrays", type(arrays).__name__)
         expected = parse(text).arrays if text is not None else ()
         found = [(str(a.dtype).removeprefix("mlx.core.").rstrip("_"), a.shape) for a in arrays]
         if found != [(a.dtype, a.shape) for a in expected]:
             wanted = ", ".join(f"{a.dtype}{list(a.shape)}" for a in expected) or "none"
             raise ArgumentError(name, f"these captured arrays: {wanted}", found)
     blocks = inputs.blocks
-    if config.block_mask != (blocks is not None):
+    if config.block_mask != (blocks is not None) or not isinstance(blocks, BlockMask | None):
         expected_blocks = "a BlockMask" if config.block_mask else "None"
         raise ArgumentError("block_mask", f"{expected_blocks}, as the config says", blocks)
     if blocks is None:

@@ -481,3 +481,15 @@ def test_the_examples_of_the_documentation_run() -> None:
         exec(block, scope)
     assert scope["out"].shape == (2, 8, 1, 64)
     assert bool(mx.any(scope["pages"][0][7, :, 5] != 0))
+
+
+def test_caches_say_how_full_they_are_in_a_line() -> None:
+    cache = metalgen.KVCache(bits=8)
+    cache.append(mx.zeros((1, 2, 3, 64)), mx.zeros((1, 2, 3, 64)))
+    assert repr(cache) == "<KVCache of 3 rows, 8 bits>"
+    assert repr(metalgen.KVCache()) == "<KVCache of 0 rows>"
+    paged = metalgen.PagedKVCache(pages=4, kv_heads=2, head_dim=64, page_size=16)
+    rows = mx.zeros((1, 2, 20, 64), mx.float16)
+    paged.append([paged.add()], rows, rows)
+    paged.add()
+    assert repr(paged) == "<PagedKVCache of 20 rows of 2 sequences, 2 pages of 16 free>"

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+import pickle
+import random
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metalgen import ArgumentError, AttentionConfig
+from metalgen import ArgumentError, AttentionConfig, Rope
 from metalgen.problem import Problem, bucket
 
 configs = st.builds(
@@ -70,6 +76,44 @@ def test_a_bad_field_is_named(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         AttentionConfig.from_dict(fields)
     assert str(caught.value) == message
+
+
+ODD: tuple[Any, ...] = (None, True, 0, -1, 8, 16, 64, 577, 0.5, float("nan"), 10**400, "half", "x")
+ODD += (b"x", (), [], {}, [64], np.int64(64), np.array([1, 2]), mx.array(3), mx.float16, object())
+ODD += ("0=score:float32()", "0=q:int32();1=kv:int32();2=less:bool(0,1)")
+
+
+def test_any_value_of_any_field_is_kept_or_refused_by_name() -> None:
+    names = [field.name for field in dataclasses.fields(AttentionConfig)]
+    kept = 0
+    for seed in range(3000):
+        choices = random.Random(seed)
+        fields = {"head_dim": choices.choice([32, 64, 72])}
+        for _ in range(choices.randint(1, 3)):
+            fields[choices.choice(names)] = choices.choice(ODD)
+        try:
+            config = AttentionConfig.from_dict(fields)
+        except ArgumentError as error:
+            assert error.argument in names, fields
+            continue
+        kept += 1
+        assert AttentionConfig.from_json(config.key) == config == dataclasses.replace(config)
+        assert pickle.loads(pickle.dumps(config)) == config and str(config)
+    assert kept > 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dims": 1 << 40}, "rope.dims: expected an integer from 2 to 576, or None"),
+        ({"dims": 7}, "rope.dims: expected an even number"),
+        ({"scale": 10**400}, "rope.scale: expected a finite number above 0"),
+        ({"base": mx.array(2.0)}, "rope.base: expected a finite number above 0"),
+    ],
+)
+def test_a_bad_field_of_a_rope_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        Rope(**fields)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"head_dim":64,"evil":1}', "[" * 100000])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.reference import attention_float64, attention_mlx
 from metalgen.render import template_hash
 from metalgen.schedule import default_schedule
+from metalgen.simulator.errors import LaunchError
 from metalgen.testing.devices import normal
 
 
@@ -212,6 +214,13 @@ def test_a_bad_size_is_named_where_a_kernel_for_good_ones_is_known(size: str) ->
         metalgen.get_kernel(config, **good | {size: 0})  # type: ignore[arg-type]
 
 
+def test_kernels_of_ever_new_configs_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MOST_KNOWN", 3)
+    made = [metalgen.get_kernel(AttentionConfig(8 + n), device="reference") for n in range(5)]
+    assert len(dispatch._known) <= 3
+    assert metalgen.get_kernel(AttentionConfig(12), device="reference") is made[-1]
+
+
 def array(*shape: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     return mx.zeros(shape, dtype)
 
@@ -329,6 +338,25 @@ def test_calls_take_part_in_compile_and_stay_lazy(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(np.array(compiled(x)), 2 * expected, atol=4e-3)
 
 
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap])
+def test_the_simulator_says_that_it_has_no_place_in_a_lazy_transformation(transform: Any) -> None:
+    x = normal((3, 1, 2, 5, 16))
+    cache = mx.zeros((1, 2, 8, 16)), mx.zeros((1, 2, 8, 16))
+    if transform is mx.compile:
+        x = x[0]
+
+    def attend(x: mx.array) -> mx.array:
+        return metalgen.attention(x, x, x, device="simulator")
+
+    def append(x: mx.array) -> mx.array:
+        rope = metalgen.Rope()
+        return metalgen.append_kv(cache, x, x, offset=0, rope=rope, device="simulator")[0]
+
+    for function in (attend, append):
+        with pytest.raises(LaunchError, match="at once; call it outside of mx.compile"):
+            transform(function)(x)
+
+
 def test_importing_metalgen_brings_nothing_but_mlx() -> None:
     code = (
         "import sys, mlx.core; before = set(sys.modules); import metalgen, json;"
@@ -359,3 +387,8 @@ def test_the_reference_can_be_forced() -> None:
     np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-6)
     assert get_device("reference").target is None
     assert kernel.schedule == default_schedule(config)
+
+
+def test_a_kernel_says_in_a_line_what_it_is() -> None:
+    kernel = metalgen.get_kernel(AttentionConfig(64, causal=True), q_len=200, device="reference")
+    assert repr(kernel) == f"<Kernel D64 float16 causal: plain on reference, {kernel.schedule}>"

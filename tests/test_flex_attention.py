@@ -298,6 +298,20 @@ def test_inputs_that_do_not_fit_the_config() -> None:
     wrong = Inputs(score=(mx.zeros((4, 99)),))
     with pytest.raises(ArgumentError, match="score_mod: expected these captured arrays"):
         kernel(q, k, v, inputs=wrong)
+    for wrong in (Inputs(score=None), Inputs(score=(3,))):  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="score_mod: expected a tuple of captured arrays"):
+            kernel(q, k, v, inputs=wrong)
+    with pytest.raises(ArgumentError, match="inputs: expected a metalgen.inputs.Inputs"):
+        kernel(q, k, v, inputs=(table,))  # type: ignore[arg-type]
+    masked = AttentionConfig(
+        32,
+        "float32",
+        heads_per_kv=2,
+        mask_mod=trace(causal, "mask_mod").graph.text,
+        block_mask=True,
+    )
+    with pytest.raises(ArgumentError, match="block_mask: expected a BlockMask"):
+        get_kernel(masked, device="reference")(q, k, v, inputs=Inputs(blocks=5))  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="block_mask: expected None, as the config says"):
         blocks = create_block_mask(causal, None, None, 70, 90)
         kernel(q, k, v, inputs=Inputs(score=(table,), blocks=blocks))

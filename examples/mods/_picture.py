@@ -34,6 +34,8 @@ def save(
 ) -> None:
     """Write the picture to the first argument of the command line, or beside where it is run."""
     path = Path(sys.argv[1] if len(sys.argv) > 1 else f"{Path(script).stem}.png")
+    if path.suffix != ".png":
+        sys.exit(f"picture: expected the name of a .png file, but got {str(path)!r}")
     i, j = mx.arange(length)[:, None], mx.arange(length)
     start = mx.ones((length, length)) if raw is None else raw
     scores, masks = [], []

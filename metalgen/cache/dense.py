@@ -54,6 +54,10 @@ class KVCache:
         self._rope, self._step, self._device = rope, step, device
         self._cache: tuple[Part, Part] | None = None
 
+    def __repr__(self) -> str:
+        kept = "" if self._bits is None else f", {self._bits} bits"
+        return f"<KVCache of {self.length} rows{kept}>"
+
     def append(self, k: mx.array, v: mx.array) -> tuple[Part, Part]:
         """All keys and values, the new ones at the end.
 

@@ -96,6 +96,10 @@ class PagedKVCache:
         self._next = 0
         self._last: tuple[tuple[int, ...], mx.array] | None = None
 
+    def __repr__(self) -> str:
+        rows = f"{sum(self._lengths.values())} rows of {len(self._lengths)} sequences"
+        return f"<PagedKVCache of {rows}, {self.free_pages} pages of {self.page_size} free>"
+
     @property
     def free_pages(self) -> int:
         """Pages that no sequence has."""

@@ -137,7 +137,7 @@ class Chip:
     def product(self) -> str:
         """The vendor's name: ``"Apple M3 Max"``."""
         if self.kind != "apple":
-            return f"NVIDIA {self.name}"
+            return f"NVIDIA {self.family}"
         return f"Apple {self.generation} {self.tier}".rstrip()
 
     def require(self, *fields: str) -> None:
@@ -159,8 +159,11 @@ def all_chips() -> tuple[Chip, ...]:
             name = generation + tier + ("" if cores == counts[0] else f"-{cores}")
             figures = facts.GENERATIONS[generation] | own | facts.BINNED.get(name, {})
             chips.append(_chip(name, "apple", generation, tier, cores, counts[0], figures))
-    for name, (generation, cores, figures) in facts.NVIDIA_CHIPS.items():
-        chips.append(_chip(name, "nvidia", generation, "", cores, cores, figures))
+    for family, (generation, capability, counts, own) in facts.NVIDIA_CHIPS.items():
+        for cores in counts:
+            name = family + ("" if cores == counts[0] else f"-{cores}")
+            figures = facts.CAPABILITIES[capability] | own | facts.BINNED.get(name, {})
+            chips.append(_chip(name, "nvidia", generation, "", cores, counts[0], figures))
     return tuple(chips)
 
 

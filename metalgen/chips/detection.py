@@ -16,6 +16,8 @@ from metalgen.chips.chip import Chip, UnknownChip, all_chips, get_chip
 BRAND = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
 ACCELERATOR = ("/usr/sbin/ioreg", "-r", "-d", "1", "-c", "AGXAccelerator")
 SECONDS = 5.0
+NVIDIA_WORDS = r"NVIDIA|GeForce|Tesla|PCIe|NVL|SXM\d?|HBM\w*|\d+GB"
+"""Words of a product's name that say nothing of the GPU in it (but for the H100's)."""
 
 
 @functools.cache
@@ -30,11 +32,14 @@ def detect() -> Chip | None:
 def identify_nvidia(device_name: str) -> Chip | None:
     """The chip of an NVIDIA product's name, such as ``"NVIDIA H100 80GB HBM3"``; None if unknown.
 
-    The model is a word of it: a GH200 is no H200.
+    What is left beside vendor, form and memory is the model: a GH200 is no H200, a part of a GPU
+    (MIG) no whole one, and a laptop's RTX 4090 not the desktop's.
     """
-    words = device_name.split()
-    known = (c for c in all_chips() if c.kind == "nvidia" and c.name in words)
-    return next(known, None)
+    words = re.split(r"[\s-]+", device_name.strip())
+    model = "".join(word for word in words if not re.fullmatch(NVIDIA_WORDS, word, re.IGNORECASE))
+    if model == "H100" and "pcie" in map(str.lower, words):
+        model = "H100-114"
+    return next((c for c in all_chips() if c.kind == "nvidia" and c.name == model), None)
 
 
 def _cuda_device() -> str:

@@ -25,7 +25,8 @@ SOURCES = {
     "m5-dvfs": "feedback-assistant/reports issue 830: 1620 MHz in powermetrics of an M5 Max",
     "mlx": "ml-explore/mlx: the tiles of its attention kernels, by generation",
     "mlx-m5": "ml-explore/mlx PR 3211: 58 to 60 TFLOP/s in float16 matrix products on an M5 Max",
-    "nvidia": "NVIDIA: Hopper tuning guide, H100 and H200 data sheets",
+    "nvidia": "NVIDIA: data sheets of these GPUs, Hopper tuning guide",
+    "cuda": "NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability",
 }
 
 KIB, MIB = 1024, 1024 * 1024
@@ -258,30 +259,57 @@ BINNED: dict[str, dict[str, Figure]] = {
     "M3Max-30": {"dram_gbs": (300, "apple")},
     "M4Max-32": {"dram_gbs": (410, "apple")},
     "M5Max-32": {"dram_gbs": (460, "apple"), "neural_tflops": (46, "mlx-m5?")},
+    # The PCIe card, slower in all.
+    "H100-114": {"clock_ghz": (1.755, "nvidia"), "dram_gbs": (2000, "nvidia")},
 }
 
-NVIDIA_CHIPS: dict[str, tuple[str, int, dict[str, Figure]]] = {
-    # name: (generation, streaming multiprocessors, figures). Limits and peaks only: the model
-    # does not cover these chips.
-    name: (
-        "Hopper",
-        132,
-        {
-            "clock_ghz": (clock, "nvidia"),
-            "lanes": (128, "nvidia"),
-            "schedulers": (4, "nvidia"),
-            "resident_threads": (2048, "nvidia"),
-            "register_bytes": (256 * KIB, "nvidia"),
-            "core_threadgroup_bytes": (228 * KIB, "nvidia"),
-            "threadgroup_bytes": (227 * KIB, "nvidia"),
-            "threads": (1024, "nvidia"),
-            "l2_bytes": (50 * MIB, "nvidia"),
-            "dram_gbs": (dram, "nvidia"),
-            "neural_accelerators": (0, "nvidia"),
-            "dynamic_registers": (0, "nvidia"),
-            "parallel_issue": (0, "nvidia"),
-            "direct_reads": (0, "nvidia"),
-        },
+CAPABILITIES: dict[str, dict[str, Figure]] = {
+    # Of a streaming multiprocessor and a block, by compute capability: the same table as
+    # `metalgen.devices.cuda.SHARED_MEMORY`. In 8.0 the lanes are 64, elsewhere 128.
+    capability: {
+        "lanes": (lanes, "cuda"),
+        "schedulers": (4, "cuda"),
+        "resident_threads": (resident, "cuda"),
+        "register_bytes": (256 * KIB, "cuda"),
+        "core_threadgroup_bytes": ((shared + 1) * KIB, "cuda"),
+        "threadgroup_bytes": (shared * KIB, "cuda"),
+        "threads": (1024, "cuda"),
+        "neural_accelerators": (0, "cuda"),
+        "dynamic_registers": (0, "cuda"),
+        "parallel_issue": (0, "cuda"),
+        "direct_reads": (0, "cuda"),
+    }
+    for capability, lanes, resident, shared in (
+        ("8.0", 64, 2048, 163),
+        ("8.6", 128, 1536, 99),
+        ("8.9", 128, 1536, 99),
+        ("9.0", 128, 2048, 227),
+        ("12.0", 128, 1536, 99),
     )
-    for name, clock, dram in (("H100", 1.98, 3350), ("H200", 1.98, 4800))
+}
+
+NVIDIA_CHIPS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Figure]]] = {
+    # name: (generation, compute capability, streaming multiprocessors as sold, the full chip
+    # first, figures of its own). Limits and peaks only: the model does not cover these chips.
+    "A100": ("Ampere", "8.0", (108,), {"clock_ghz": (1.41, "nvidia")}),
+    "A40": ("Ampere GA10x", "8.6", (84,), {"dram_gbs": (696, "nvidia")}),
+    "RTXA6000": ("Ampere GA10x", "8.6", (84,), {"dram_gbs": (768, "nvidia")}),
+    "A10": ("Ampere GA10x", "8.6", (72,), {"dram_gbs": (600, "nvidia")}),
+    "RTX3090": ("Ampere GA10x", "8.6", (82,), {"dram_gbs": (936, "nvidia")}),
+    "L40S": ("Ada", "8.9", (142,), {"dram_gbs": (864, "nvidia")}),
+    "L40": ("Ada", "8.9", (142,), {"dram_gbs": (864, "nvidia")}),
+    "L4": ("Ada", "8.9", (58,), {"dram_gbs": (300, "nvidia")}),
+    "RTX4090": ("Ada", "8.9", (128,), {"dram_gbs": (1008, "nvidia")}),
+    **{
+        name: (
+            *("Hopper", "9.0", counts),
+            {
+                "clock_ghz": (1.98, "nvidia"),
+                "l2_bytes": (50 * MIB, "nvidia"),
+                "dram_gbs": (dram, "nvidia"),
+            },
+        )
+        for name, counts, dram in (("H100", (132, 114), 3350), ("H200", (132,), 4800))
+    },
+    "RTX5090": ("Blackwell", "12.0", (170,), {"dram_gbs": (1792, "nvidia")}),
 }

@@ -41,8 +41,8 @@ class Subject:
     """How its numbers differ from the float64 reference."""
     failure: str = ""
     """Why it could not run."""
-    file: Path | None = None
-    """The Python file that was run."""
+    files: tuple[Path, ...] = ()
+    """The Python file that was run, and those that it imported."""
 
     @property
     def findings(self) -> int:
@@ -54,22 +54,28 @@ class Subject:
             return COULD_NOT_RUN
         return FINDINGS if self.findings or self.wrong else CLEAN
 
-    def line(self, finding: Finding, launch: Launch) -> int | None:
-        """The line of the Python file that a finding is on, where that can be told."""
+    def place(self, launch: Launch, finding: Finding) -> tuple[Path, int] | None:
+        """The Python file and its line that a finding is on, where that can be told."""
         source = launch.findings.sources.get(finding.file or "") if launch.findings else None
-        if self.file is None or source is None or not finding.line:
+        if source is None or not finding.line:
             return None
-        return line_in(self._lines, source.split("\n"), finding.line)
+        program = source.split("\n")
+        for file in self.files:
+            if line := line_in(_lines(file), program, finding.line):
+                return file, line
+        return None
 
-    @functools.cached_property
-    def _lines(self) -> list[str]:
-        assert self.file is not None
-        return self.file.read_text(encoding="utf-8", errors="replace").split("\n")
+    def before(self, launch: Launch, finding: Finding) -> str:
+        """The same as text that stands before a finding."""
+        place = self.place(launch, finding)
+        return f"{place[0]}:{place[1]}: " if place else ""
 
-    def place(self, launch: Launch, finding: Finding) -> str:
-        """The same as text before a finding; empty where it cannot be told."""
-        line = self.line(finding, launch)
-        return f"{self.title}:{line}: " if line else ""
+    def written(self, launch: Launch, finding: Finding) -> dict[str, Any]:
+        """The same for JSON, of a file that was run."""
+        if not self.files:
+            return {}
+        place = self.place(launch, finding)
+        return {"written": {"file": str(place[0]), "line": place[1]} if place else None}
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -83,8 +89,7 @@ class Subject:
                     "grid": launch.grid,
                     "threadgroup": launch.threadgroup,
                     "findings": [
-                        finding.as_dict()
-                        | ({"file_line": self.line(finding, launch)} if self.file else {})
+                        finding.as_dict() | self.written(launch, finding)
                         for finding in launch.findings or ()
                     ],
                     "counters": launch.counters.as_dict() if launch.counters else None,
@@ -167,6 +172,8 @@ def command(
         if not time_limit > 0:
             raise click.UsageError(f"--time-limit: expected seconds above 0, but got {time_limit}")
         ctx.with_resource(limits(seconds=time_limit))
+    if limit is not None and not every:
+        raise click.UsageError(f"--limit: expected with --all, but got {limit} without it")
     if file is not None:
         _refuse_beside_a_file(ctx)
         subjects = [_check_file(file, arguments, seed)]
@@ -281,7 +288,7 @@ def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
 
     if not file.is_file():
         raise click.UsageError(f"FILE: expected a Python file, but {str(file)!r} is none")
-    failure = ""
+    failure, known = "", set(sys.modules)
     with record(checked=True, seed=seed) as runs, install(), _as_main(file, arguments):
         try:
             # What the file prints goes beside the report, so that --json stays one document.
@@ -298,7 +305,25 @@ def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
             failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
     if not failure and not len(runs):
         failure = f"{file}: it called no mx.fast.metal_kernel"
-    return Subject(str(file), _distinct(runs), failure=failure, file=file)
+    imported = (getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - known)
+    files = [
+        file,
+        *sorted(_shown(Path(path)) for path in imported if path and path.endswith(".py")),
+    ]
+    return Subject(str(file), _distinct(runs), failure=failure, files=tuple(files))
+
+
+def _shown(path: Path) -> Path:
+    """A path from here where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@functools.cache
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:  # removed meanwhile
+        return []
 
 
 @contextlib.contextmanager
@@ -346,7 +371,7 @@ def _print(subject: Subject, counters: bool) -> None:
     for launch in subject.launches:
         if launch.findings:
             click.echo(f"\n{launch.kernel}, grid {launch.grid}, threadgroup {launch.threadgroup}:")
-            click.echo(launch.findings.report(place=functools.partial(subject.place, launch)))
+            click.echo(launch.findings.report(place=functools.partial(subject.before, launch)))
     for text in (subject.wrong, subject.failure):
         if text:
             click.echo(f"\n{text}", err=text is subject.failure)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,7 +38,7 @@ def command(
 
     A kernel that was never checked on the device is checked now, as a first call would do.
     """
-    from metalgen.database.lookup import lookup
+    from metalgen.database.lookup import brief, lookup
     from metalgen.dispatch import get_kernel
     from metalgen.render import template_hash
 
@@ -83,22 +81,10 @@ def command(
     else:
         click.echo("  nothing on record: the default schedule")
     click.echo("What a call gets here:")
-    said = {f"  {step}" for step in path}
+    said = {f"  {step}" for step in brief(path)}
     for line in kernel.explain().splitlines():
         if line not in said:
             click.echo(f"  {line}")
-
-
-def brief(path: Sequence[str]) -> list[str]:
-    """The steps of a look-up, places in a row that lack the same joined in one step."""
-    steps: list[str] = []
-    for missing, group in itertools.groupby(path, lambda step: step.partition(": no verified ")[2]):
-        if missing:
-            places = ", ".join(step.partition(": no verified ")[0] for step in group)
-            steps.append(f"no verified {missing}: {places}")
-        else:
-            steps += group
-    return steps
 
 
 def _chip(name: str | None) -> tuple[Chip | None, str]:

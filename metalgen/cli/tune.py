@@ -162,11 +162,11 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
     here, gpu = local_gpu()
     chip = chips.get_chip(chip_name) if chip_name else here
     if chip is None:
+        why = "this machine has no known GPU"
+        if gpu is not None:  # nothing is known of it that its records could be filed under
+            why = "this machine's GPU is not on record (CONTRIBUTING.md says how one is added)"
         raise ArgumentError(
-            "chip",
-            "--chip NAME (such as M3Max; `metalgen chips` lists all), because this machine has no "
-            "known GPU",
-            None,
+            "chip", f"--chip NAME (such as M3Max; `metalgen chips` lists all), because {why}", None
         )
     is_here = here is not None and gpu is not None and here.name == chip.name
     if device_name in ("metal", "cuda"):

@@ -15,6 +15,7 @@ that were checked against the reference, and that the current templates made, ma
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import sqlite3
@@ -40,6 +41,8 @@ NEAREST_BUCKETS = 8
 """Neighbouring buckets that are tried."""
 ROWS_TRIED = 16
 """Rows that are read before a place counts as a miss because its rows are bad."""
+_MISSING = ": no verified "
+"""Between a place and what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,18 @@ class Hit:
             and self.mlx_seconds is not None
             and self.seconds < self.mlx_seconds
         )
+
+
+def brief(path: Sequence[str]) -> list[str]:
+    """The steps of a path; places one after the other that lack the same are one step."""
+    steps: list[str] = []
+    for missing, group in itertools.groupby(path, lambda step: step.partition(_MISSING)[2]):
+        if missing:
+            places = ", ".join(step.partition(_MISSING)[0] for step in group)
+            steps.append(f"no verified {missing}: {places}")
+        else:
+            steps += group
+    return steps
 
 
 def lookup(
@@ -249,7 +264,7 @@ class _Search:
                     if hit:
                         return hit
                 if names:
-                    self.path.append(f"{label}: no verified {provenance} row")
+                    self.path.append(f"{label}{_MISSING}{provenance} row")
             if near is None:
                 near = self._near_buckets([chip, *same, *others])
             for name in [chip, *same, *others]:
@@ -262,7 +277,7 @@ class _Search:
                     hit = self._at(bucket, name, provenance, place, False)
                     if hit:
                         return hit
-            self.path.append(f"neighbouring buckets: no verified {provenance} row")
+            self.path.append(f"neighbouring buckets{_MISSING}{provenance} row")
         return None
 
     def _at(

@@ -211,8 +211,12 @@ def varlen_attention(
     paged = options.get("block_table") is not None
     if integers("cu_seqlens_q", cu_seqlens_q, 1) is None:
         raise ArgumentError("cu_seqlens_q", "an mlx.core.array of integers", None)
-    if paged and options.get("kv_lens") is None and isinstance(cu_seqlens_k, mx.array):
-        options["kv_lens"], cu_seqlens_k = cu_seqlens_k[1:] - cu_seqlens_k[:-1], None
+    stops = integers("cu_seqlens_k", cu_seqlens_k, 1)
+    if stops is not None and stops.shape != cu_seqlens_q.shape:
+        expected = f"{cu_seqlens_q.shape}, as cu_seqlens_q has"
+        raise ArgumentError("cu_seqlens_k.shape", expected, stops.shape)
+    if paged and options.get("kv_lens") is None and stops is not None:
+        options["kv_lens"], cu_seqlens_k = stops[1:] - stops[:-1], None
     result = call(
         "varlen_attention",
         _heads_first("q", q, paged=False),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from metalgen.config import ROPES
+from metalgen.config import MAX_HEAD_DIM, ROPES
 from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import integers
 
@@ -47,13 +47,16 @@ class Rope:
     offset: int | mx.array | None = None
 
     def __post_init__(self) -> None:
-        if self.dims is not None and (type(self.dims) is not int or self.dims < 2 or self.dims % 2):
-            raise ArgumentError("rope.dims", "an even number of columns, or None", self.dims)
+        dims = self.dims
+        if dims is not None and not (type(dims) is int and 2 <= dims <= MAX_HEAD_DIM):
+            raise ArgumentError("rope.dims", f"an integer from 2 to {MAX_HEAD_DIM}, or None", dims)
+        if dims is not None and dims % 2:
+            raise ArgumentError("rope.dims", "an even number of columns, or None", dims)
         if not isinstance(self.style, str) or self.style not in ROPES:
             raise ArgumentError("rope.style", f"one of {', '.join(ROPES)}", self.style)
         for name, value in (("base", self.base), ("scale", self.scale)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+            if not number or not 0 < value <= sys.float_info.max:
                 raise ArgumentError(f"rope.{name}", "a finite number above 0", value)
         freqs: object = self.freqs
         if isinstance(freqs, mx.array):

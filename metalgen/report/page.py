@@ -6,6 +6,7 @@ Whatever comes from a row is text: Jinja escapes it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ def render(
     kinds = []
     place = 0
     shown = found[:MOST_RESULTS]
+    alike = Counter(map(_looks, shown))
     for name in ("measured", "modelled"):
         mine = [r for r in shown if r.provenance == name]
         axis = charts.speed_axis(
@@ -95,7 +97,7 @@ def render(
         views = []
         for r in mine:
             place += 1
-            views.append(_view(r, place, axis))
+            views.append(_view(r, place, axis, alike[_looks(r)] > 1))
             if tick:
                 tick(place, len(shown))
         kinds.append({"name": name, "views": views, "axis": axis, "unfold": len(mine) <= OPEN})
@@ -118,6 +120,7 @@ class View:
     title: str
     sizes: str
     family: str
+    made: str
     state: str
     fields: list[tuple[str, str, str]]
     speed: float | None
@@ -129,14 +132,22 @@ class View:
     facts: list[tuple[str, str]]
 
 
-def _view(r: Result, place: int, axis: charts.Axis) -> View:
+def _looks(r: Result) -> tuple[object, ...]:
+    """What a summary says of a result, apart from what came out."""
+    return r.problem, r.chip, r.provenance
+
+
+def _view(r: Result, place: int, axis: charts.Axis, dated: bool) -> View:
+    """A result; `dated` where another one looks the same, but for its policy or templates."""
     p = r.problem
+    newest = max(m.created for m in r.rows)
     return View(
         id=f"result-{place}",
         result=r,
         title=str(p.config),
         sizes=f"{p.batch_heads} batch x heads, {p.q_len} queries, {p.kv_len} keys",
         family=p.family,
+        made=newest.replace("T", " ")[:16] if dated else "",
         state=_state(r),
         fields=_fields(r),
         speed=axis(r.gain) if r.gain else None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from metalgen.simulator.api import MetalKernel, metal_kernel
     from metalgen.simulator.counters import BufferTraffic, Counters
     from metalgen.simulator.errors import (
+        CacheError,
         CheckFailed,
         CompileError,
         ExecutionError,
@@ -40,6 +41,7 @@ _HOMES = {
     "api": ("MetalKernel", "metal_kernel"),
     "counters": ("BufferTraffic", "Counters"),
     "errors": (
+        "CacheError",
         "CheckFailed",
         "CompileError",
         "ExecutionError",
@@ -62,6 +64,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Access",
     "BufferTraffic",
+    "CacheError",
     "CheckFailed",
     "CompileError",
     "Constant",

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalgen.simulator.errors import LaunchError
 from metalgen.simulator.generator import METAL_TYPES
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
@@ -41,7 +42,15 @@ def storage(array: mx.array) -> Storage:
     """Locate an array's bytes without copying it; evaluates it first."""
     item = METAL_TYPES[array.dtype][1]
     bits = array.view(_UNSIGNED[item])  # keeps strides; NumPy knows neither bfloat16 nor 'Zf'
-    mx.eval(bits)
+    try:
+        mx.eval(bits)
+    except ValueError as error:
+        if "transformation" not in str(error):
+            raise
+        message = (
+            "the simulator executes kernels at once; call it outside of mx.compile and mx.vmap"
+        )
+        raise LaunchError(f"{message}, where arrays have no contents yet") from None
     view = np.array(bits, copy=False)
     origin = view.__array_interface__["data"][0]
     strides = tuple(stride // item for stride in view.strides)

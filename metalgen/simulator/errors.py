@@ -18,6 +18,10 @@ class MissingToolchain(SimulatorError, RuntimeError):
     """The compiler (the PyPI package ``ziglang``) is not installed, or does not run here."""
 
 
+class CacheError(SimulatorError, OSError):
+    """The folder of compiled kernels cannot be made or written."""
+
+
 class CompileError(SimulatorError, RuntimeError):
     """The Metal source does not compile. ``line`` counts in the user's own text, from 1."""
 

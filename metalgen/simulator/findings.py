@@ -51,7 +51,8 @@ class Finding:
         return asdict(self)
 
     def __str__(self) -> str:
-        place = f"{self.file or self.kernel}:{self.line or '?'}"
+        place = self.file or self.kernel
+        place += f":{self.line}" if self.line else ""
         times = f" ({self.count:,} times)" if self.count > 1 else ""
         text = f"{place}: {self.kind}: {self.message}{times}"
         if self.access is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from metalgen.simulator import errors
 from metalgen.simulator.counters import BufferTraffic, Counters
 from metalgen.simulator.findings import Access, Finding, Findings
-from metalgen.simulator.wording import ACCESSES, describe
+from metalgen.simulator.wording import ACCESSES, THREADGROUP, describe
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
@@ -239,7 +239,7 @@ def _place(finding: Finding, raw: RawFinding) -> tuple[Any, ...]:
 
 
 def _memory_name(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
-    if raw.space == 2:
+    if raw.space == THREADGROUP:
         if raw.buffer < len(compiled.variables):
             return f"threadgroup {compiled.variables[raw.buffer]}"
         return "threadgroup memory"
@@ -251,9 +251,10 @@ def _memory_name(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[S
 
 def _translate(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> Finding:
     file, line = _line(compiled, raw.address)
-    verb = ACCESSES.get(raw.access, "reached")  # a barrier or a function is no access
-    access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
-    other = None
+    access = other = None
+    if raw.address:  # of a whole launch's finding there is none
+        verb = ACCESSES.get(raw.access, "reached")  # a barrier or a function is no access
+        access = Access(verb, file, line, _position(raw.thread), _position(raw.threadgroup))
     if raw.other_address:
         other_file, other_line = _line(compiled, raw.other_address)
         other = Access(

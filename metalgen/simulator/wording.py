@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from metalgen.simulator.report import RawFinding
 
 ACCESSES = {1: "read", 2: "write", 3: "atomic read", 4: "atomic write", 5: "atomic update"}
+THREADGROUP = 2
+"""A finding's space, where it is threadgroup memory."""
 _UNDEFINED = {
     1: "signed integer overflow",
     2: "shift by an amount outside of the type",
@@ -19,9 +21,10 @@ _UNDEFINED = {
 
 def _race(raw: RawFinding, verb: str, memory: str) -> str:
     other = ACCESSES.get(raw.other_access, "access")
+    flag = "mem_threadgroup" if raw.space == THREADGROUP else "mem_device"
     return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, and no barrier orders it "
-        f"after a {other} by another thread"
+        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, and no barrier with {flag} "
+        f"orders it after a {other} by another thread"
     )
 
 

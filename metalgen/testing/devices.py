@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 
 from metalgen.config import AttentionConfig
+from metalgen.devices.kernel import KernelDevice
+from metalgen.errors import InvalidSchedule
 from metalgen.inputs import Inputs
 from metalgen.reference import attention_float64, config_features
+from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule, padded
 from metalgen.targets import CUDA
 from metalgen.testing.base import OnDevice
+from metalgen.tuning.verifying import failure_status, first_line
 from metalgen.verify import TOLERANCE, relative_error, verify
 
 
@@ -281,6 +285,50 @@ class DeviceConformance(OnDevice):
         result = verify(self.device, config, default_schedule(config, self.device.limits))
         assert result.ok, result.detail
         assert 0 < result.error <= result.tolerance
+
+    @pytest.mark.parametrize(
+        ("rule", "changes"),
+        [
+            ("choices", {"bk": 9}),
+            ("bq", {"bq": 1024}),
+            ("bd", {"bd": 288}),
+            ("splits", {"splits": 2}),
+            ("threadgroup memory", {"bk": 256}),
+        ],
+    )
+    def test_a_schedule_that_breaks_a_rule_is_refused_when_it_is_built(
+        self, rule: str, changes: dict[str, Any]
+    ) -> None:
+        if self.device.target is None:
+            pytest.skip(f"{self.name} runs no kernels")
+        config = AttentionConfig(256, "float32")
+        schedule = replace(default_schedule(config, self.device.limits), **changes)
+        with pytest.raises(InvalidSchedule) as caught:
+            self.device.build(config, schedule)
+        assert caught.value.rule == rule
+
+    def test_a_source_that_does_not_compile_is_a_failure_of_the_compiler(self) -> None:
+        if not isinstance(self.device, KernelDevice):
+            pytest.skip(f"{self.name} compiles nothing")
+        config = AttentionConfig(16)
+        schedule = default_schedule(config, self.device.limits)
+        source = render(config, schedule, self.device.target)
+        broken = replace(source, name=f"{source.name}_broken", source="  this is no statement;\n")
+        kernel = self.device.compile(broken)
+        with pytest.raises(RuntimeError) as caught:
+            mx.eval(
+                kernel(
+                    inputs=[mx.zeros((64,), mx.uint8) for _ in source.inputs],
+                    output_shapes=[(64,)],
+                    output_dtypes=[mx.float16],
+                    grid=(32, 1, 1),
+                    threadgroup=(32, 1, 1),
+                )
+            )
+        assert failure_status(caught.value) == "compile"
+        assert "error" in first_line(caught.value)
+        x = normal((1, 1, 9, 16), "float16")
+        self.check(config, x, x, x)  # the next kernel runs all the same
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("splits", [1, 2, 8])

@@ -142,8 +142,8 @@ class SharedStudy:
         self._own: dict[str, int] = {}  # ids of this worker's running trials
         self._beats: dict[int, tuple[object, float]] = {}
         self._study = self._open()
+        self.refresh()  # may raise: nothing beats for a worker that never joined
         self._heart = Heart(storage, share.beat)
-        self.refresh()
 
     def _open(self) -> int:
         from optuna.exceptions import DuplicatedStudyError
@@ -160,7 +160,11 @@ class SharedStudy:
                 study = self.storage.get_study_id_from_name(name)
             if "metalgen" not in self.storage.get_study_user_attrs(study):
                 self.storage.set_study_user_attr(study, "metalgen", json.dumps(mine))
-            theirs = json.loads(self.storage.get_study_user_attrs(study)["metalgen"])
+            text = self.storage.get_study_user_attrs(study)["metalgen"]
+        try:
+            theirs = parse_object(text)
+        except FAULTS as error:
+            raise self._foreign(error) from None
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise StorageError(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import mlx.core as mx
 
 from metalgen.devices import Runner
+from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
 from metalgen.inputs import has_inputs
@@ -171,6 +172,21 @@ class Bench:
         mx.eval(outputs)
         return (self.clock() - start) / launches
 
+    def try_out(self, runner: Runner) -> None:
+        """Run it once, which may compile it.
+
+        Raises:
+            RuntimeError: the device launched nothing, and said nothing.
+        """
+        self.beat()
+        q, k, v, inputs = self.sets[self._next % len(self.sets)]
+        self._next += 1
+        with marked_outputs():
+            out = runner(q, k, v, self.scale, *(() if self._bare else (inputs,)))[0]
+        mx.eval(out)
+        if is_unwritten(out):
+            raise RuntimeError(f"its first output: {UNWRITTEN}")
+
     def warm_up(self, runner: Runner) -> None:
         """Keep the device at work until its clock rate is up."""
         deadline = self.clock() + self.policy.warmup_seconds
@@ -185,11 +201,11 @@ class Bench:
         return max(1, min(wanted, MAX_LAUNCHES, MAX_OUTPUT_BYTES // output))
 
     def measure(self, runner: Runner, *, give_up: float = math.inf) -> Timing:
-        """Samples until the median is certain, after one that compiles and one that warms.
+        """Samples until the median is certain, after `try_out` and one that warms.
 
         One only, if that takes longer than `give_up`.
         """
-        self.run(runner)
+        self.try_out(runner)
         first = self.run(runner)
         if first > give_up:
             return Timing((first,))
@@ -216,7 +232,7 @@ class Bench:
         """
         launches = {}
         for name, runner in runners.items():
-            self.run(runner)
+            self.try_out(runner)
             launches[name] = self.launches(self.run(runner))
         samples: dict[str, list[float]] = {name: [] for name in runners}
         for done in range(1, max(self.policy.rounds, self.policy.most_rounds) + 1):

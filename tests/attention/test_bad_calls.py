@@ -390,3 +390,23 @@ def test_errors_are_of_the_family() -> None:
         attention(Q, K, K, kv_lens=[1])  # type: ignore[call-overload]
     assert isinstance(caught.value, ValueError)
     assert caught.value.argument == "kv_lens"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("stops", "message"),
+    [
+        ([0, 9, 13], r"^cu_seqlens_k: expected an mlx.core.array of integers"),
+        (mx.array([0.0, 9.0, 13.0]), r"^cu_seqlens_k.dtype: expected int32"),
+        (mx.array([[0, 9, 13]]), r"^cu_seqlens_k.shape: expected 1 axis"),
+        (mx.array([0, 13]), r"^cu_seqlens_k.shape: expected \(3,\), as cu_seqlens_q has, but got"),
+    ],
+)
+@pytest.mark.parametrize("paged", [False, True])
+def test_ends_of_packed_keys_are_named_where_they_say_lengths_of_pages(
+    stops: Any, message: str, paged: bool
+) -> None:
+    q = PACKED[0][0].swapaxes(0, 1)
+    kv = PAGES.swapaxes(1, 2) if paged else PACKED[1][0].swapaxes(0, 1)
+    options: dict[str, Any] = {"block_table": TABLE} if paged else {}
+    with pytest.raises(ArgumentError, match=message):
+        packed_attention(q, kv, kv, CU, stops, **options)

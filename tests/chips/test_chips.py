@@ -9,6 +9,8 @@ import pytest
 from metalgen.chips import Chip, IncompleteChip, UnknownChip, all_chips, facts, get_chip, neighbours
 from metalgen.chips import detect as detect_this_machine
 from metalgen.chips.detection import identify
+from metalgen.chips.facts import NVIDIA_CHIPS
+from metalgen.devices.cuda import CudaDevice
 from metalgen.schedule import Limits
 
 # Core counts as Apple sells them: the full chip first.
@@ -173,6 +175,23 @@ def test_limits_are_those_of_the_api() -> None:
     assert get_chip("H200").limits == Limits(232448, 1024, "cuda")
 
 
+def test_an_nvidia_chip_allows_what_its_device_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx.core.cuda.is_available", lambda: True)
+    for name, (_, capability, _, _) in NVIDIA_CHIPS.items():
+        major, minor = capability.split(".")
+        info = {"compute_capability_major": major, "compute_capability_minor": minor}
+        monkeypatch.setattr("mlx.core.device_info", lambda device, info=info: info)
+        device = CudaDevice()
+        assert device.unavailable() is None
+        assert get_chip(name).limits == device.limits
+
+
+def test_peaks_of_nvidia_chips_are_those_of_their_data_sheets() -> None:
+    assert get_chip("A100").fp32_tflops == pytest.approx(19.5, rel=0.01)
+    assert get_chip("H100").fp32_tflops == pytest.approx(67, rel=0.01)
+    assert get_chip("H100-114").fp32_tflops == pytest.approx(51, rel=0.01)
+
+
 def test_a_chip_without_the_figures_that_are_needed_names_all_that_are_missing() -> None:
     chip = Chip("M9", "apple", "M9", "", 10, 10, clock_ghz=2.0)
     with pytest.raises(IncompleteChip) as raised:
@@ -192,7 +211,9 @@ def test_neighbours_are_the_same_chip_first_and_then_its_generation() -> None:
         "M3Ultra-60",
         "M3Ultra",
     )
-    assert neighbours(get_chip("H200")) == ("H100",)
+    assert neighbours(get_chip("H200")) == ("H100", "H100-114")
+    assert neighbours(get_chip("A100")) == ()
+    assert neighbours(get_chip("L4")) == ("RTX4090", "L40S", "L40")
 
 
 def test_a_mac_is_known_by_what_sysctl_and_ioreg_print() -> None:
@@ -238,8 +259,20 @@ def test_detection_is_silent_where_neither_macos_nor_cuda_is(
     [
         ("NVIDIA H200", "H200"),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-114"),
+        ("NVIDIA H100 NVL", "H100"),
+        ("NVIDIA H200 MIG 1g.18gb", None),
         ("NVIDIA GH200 480GB", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A6000", "RTXA6000"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("", None),
     ],
 )

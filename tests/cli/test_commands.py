@@ -18,6 +18,7 @@ from metalgen.chips import get_chip
 from metalgen.cli.app import COMMANDS, run
 from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
+from metalgen.errors import ArgumentError
 from metalgen.render import render, template_hash
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.presets import preset
@@ -490,3 +491,6 @@ def test_an_nvidia_machine_tunes_itself_without_being_told_its_chip(
     plan = make_plan(None, None)
     assert (plan.chip.name, plan.device, plan.checker) == ("H200", cuda, cuda)
     assert plan.headline.endswith("measured on this machine's GPU.")
+    monkeypatch.setattr("metalgen.chips.detect", lambda: None)
+    with pytest.raises(ArgumentError, match="because this machine's GPU is not on record"):
+        make_plan(None, None)

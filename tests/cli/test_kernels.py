@@ -103,3 +103,10 @@ def test_a_rule_that_every_combination_breaks_is_named(capsys: pytest.CaptureFix
     assert run(["check", "--splits", "2,4"]) == 2
     error = capsys.readouterr().err
     assert error == "metalgen: invalid schedule (splits): only decode shares out the keys\n"
+
+
+def test_a_limit_is_for_all_schedules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "--limit", "3"]) == 2
+    assert "--limit: expected with --all, but got 3 without it" in capsys.readouterr().err
+    subjects = document(capsys, "check", "--all", "--limit", "2", "--head-dim", "16")["subjects"]
+    assert [subject["exit_code"] for subject in subjects] == [0, 0]

@@ -73,7 +73,18 @@ def test_a_finding_starts_with_the_file_and_its_line(
     assert run(["check", file, "--json"]) == 1
     (subject,) = json.loads(capsys.readouterr().out)["subjects"]
     (finding,) = subject["launches"][0]["findings"]
-    assert (finding["line"], finding["file_line"]) == (7, 9)
+    assert (finding["line"], finding["written"]) == (7, {"file": file, "line": 9})
+
+
+def test_a_kernel_of_an_imported_file_is_found_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernels_of_this_test.py").write_text(FILE)
+    (tmp_path / "main.py").write_text("import kernels_of_this_test")
+    monkeypatch.chdir(tmp_path)
+    assert run(["check", "main.py"]) == 1
+    printed = capsys.readouterr().out
+    assert "\nkernels_of_this_test.py:9: program.metal:7: wild access" in printed
 
 
 @pytest.mark.parametrize("option", [["--bk", "16"], ["--all"], ["--causal"], ["--q-len", "3"]])

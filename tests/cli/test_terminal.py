@@ -129,3 +129,19 @@ def test_a_shell_completes_commands_presets_and_chips(words: str, completed: set
         text=True,
     )
     assert {line.removeprefix("plain,") for line in done.stdout.splitlines()} == completed
+
+
+def test_a_compile_cache_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("METALGEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("METALGEN_DB", str(tmp_path / "tuning.db"))
+    expected = (
+        f"compile cache {tmp_path / 'file' / 'simulator'}: Not a directory; set METALGEN_CACHE to "
+        "a folder that you may write"
+    )
+    assert run(["check", "--head-dim", "24", "--bk", "8"]) == 2
+    assert capsys.readouterr().err == f"\n{expected}\n"
+    assert run(["explain", "--head-dim", "24", "--q-len", "9", "--device", "simulator"]) == 0
+    assert f"check on simulator: runtime now ({expected})" in capsys.readouterr().out

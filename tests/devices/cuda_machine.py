@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from metalgen import chips
 from metalgen.cache.launch import plain_rows
 from metalgen.config import AttentionConfig
 from metalgen.reference import attention_mlx, config_features
@@ -96,6 +97,7 @@ def use_cuda(
     if capability is not None:
         info["device_name"] = "NVIDIA H200"
         info["compute_capability_major"], info["compute_capability_minor"] = capability
+    monkeypatch.setattr(chips, "detect", lambda: None)  # it would be remembered
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device=None: info)
     monkeypatch.setattr(mx.fast, "cuda_kernel", machine.cuda_kernel)

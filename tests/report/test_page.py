@@ -316,3 +316,13 @@ def test_a_file_whose_name_is_no_text_is_named_all_the_same(tmp_path: Path):
     except OSError:
         pytest.skip("this file system takes no such name")
     assert "r?.jsonl" in page_of(tmp_path, path).text()
+
+
+def test_results_that_would_look_the_same_say_when_they_were_made(tmp_path: Path):
+    later = {"policy": '{"repetitions":9,"timer":"wall"}', "created": "2026-11-21T13:28:59Z"}
+    other = dataclasses.replace(PROBLEM, q_len=2048)
+    rows = [final(OTHER, 1e-3), final(OTHER, 2e-3, **later), final(OTHER, 1e-3, problem=other)]
+    text = page_of(tmp_path, records(tmp_path / "a.jsonl", rows)).text("measured")
+    assert len(re.findall(r"forward, M3Max, 2026-11-21 08:00\b", text)) == 1
+    assert len(re.findall(r"forward, M3Max, 2026-11-21 13:28\b", text)) == 1
+    assert len(re.findall(r"forward, M3Max(?!,)", text)) == 1

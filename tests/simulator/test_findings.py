@@ -86,6 +86,8 @@ def test_a_barrier_with_the_wrong_flag_does_not_order_threadgroup_memory(flag: s
         + "out[i] = tile[63 - t];"
     )
     assert launch.findings is not None and "race" in launch.findings.kinds()
+    race = next(f for f in launch.findings if f.kind == "race")
+    assert "and no barrier with mem_threadgroup orders it after a " in race.message
 
 
 def test_a_barrier_with_the_wrong_flag_does_not_order_device_memory() -> None:
@@ -94,6 +96,7 @@ def test_a_barrier_with_the_wrong_flag_does_not_order_device_memory() -> None:
     wrong = check(source.replace("BARRIER", FENCE), **changes)
     finding = only(wrong, "race")
     assert finding.memory == "out"
+    assert "and no barrier with mem_device orders it after a " in finding.message
     right = check(
         source.replace("BARRIER", FENCE.replace("mem_threadgroup", "mem_device")), **changes
     )
@@ -253,7 +256,10 @@ def test_wrapping_unsigned_arithmetic_is_no_finding() -> None:
 def test_too_much_threadgroup_memory_is_found_when_checked_and_refused_when_not() -> None:
     source = HEAD + "threadgroup float tile[8200];\ntile[t] = x[i];\nout[i] = tile[t];"
     finding = only(check(source), "too much threadgroup memory")
-    assert "32800 bytes" in finding.message
+    assert str(finding) == (
+        f"{finding.kernel}: too much threadgroup memory: 32800 bytes of threadgroup memory, and a "
+        "threadgroup has 32768"
+    )
     kernel = simulator.metal_kernel(
         name="k", input_names=["x"], output_names=["out"], source=source
     )

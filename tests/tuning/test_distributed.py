@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -516,6 +517,21 @@ def test_trials_that_no_worker_made_are_refused(team: Team) -> None:
     worker.storage.set_trial_user_attr(worker._own[schedule.key], "rows", "{}")
     with pytest.raises(StorageError, match="a trial without its row"):
         team.join()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"chip": NaN}', "3"])
+def test_a_study_that_no_worker_made_is_refused_and_nothing_is_left_running(
+    team: Team, text: str
+) -> None:
+    worker = team.join()
+    worker.storage.set_study_user_attr(worker._study, "metalgen", text)
+    threads = threading.active_count()
+    with pytest.raises(StorageError, match="study 'metalgen' holds what is not a worker's"):
+        team.join()
+    worker.storage.set_study_user_attr(worker._study, "metalgen", json.dumps({"chip": "M1"}))
+    with pytest.raises(StorageError, match="is of workers with problem None, and this one has"):
+        team.join()
+    assert threading.active_count() == threads
 
 
 def test_a_spent_budget_ends_a_worker_and_frees_its_schedules(

@@ -13,6 +13,7 @@ from tuning_fakes import Clock
 
 from metalgen.config import AttentionConfig
 from metalgen.devices import Runner, get_device
+from metalgen.devices.marking import marking
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
@@ -261,3 +262,17 @@ def test_an_uncertain_median_gets_more_samples_and_a_certain_one_does_not() -> N
 
     assert len(bench.measure(steady).samples) == 5
     assert len(bench.measure(shaky).samples) == 31
+
+
+def test_what_is_never_launched_has_no_time() -> None:
+    """A device that says nothing of it, as MLX's CUDA back end does."""
+
+    def silent(*_: object) -> tuple[mx.array, None]:
+        kernel = marking(lambda init_value=0.0: [mx.full((4,), init_value)])
+        return kernel()[0], None
+
+    bench = Bench(PROBLEM, POLICY, Clock())
+    for attempt in (bench.measure, lambda run: bench.compare({"a": run})):
+        with pytest.raises(RuntimeError, match="its first output: all of it is NaN, as where"):
+            attempt(silent)  # type: ignore[operator]
+    assert bench.run(silent) > 0.0  # later launches are not looked at

@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import CacheError
 from . import toolchain
 
 
 def directory() -> Path:
-    """Where compiled kernels are kept: $METALGEN_CACHE, or the user's cache directory."""
+    """Where compiled kernels are kept: $METALGEN_CACHE, or the user's cache directory.
+
+    Raises ``CacheError`` where that cannot be made.
+    """
     chosen = os.environ.get("METALGEN_CACHE")
     if chosen:
         base = Path(chosen)
@@ -22,8 +26,17 @@ def directory() -> Path:
 
         base = Path(platformdirs.user_cache_dir("metalgen"))
     path = base / "simulator"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(path, error) from None
     return path
+
+
+def _unusable(path: Path, error: OSError) -> CacheError:
+    return CacheError(
+        f"compile cache {path}: {error.strerror}; set METALGEN_CACHE to a folder that you may write"
+    )
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
@@ -46,8 +59,14 @@ def own_sources() -> str:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Writes `path` at once: a reader finds the old file, or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    """Writes `path` at once: a reader finds the old file, or the whole new one.
+
+    Raises ``CacheError`` where nothing can be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    except OSError as error:
+        raise _unusable(path.parent, error) from None
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
