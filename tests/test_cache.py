@@ -13,6 +13,8 @@ import pytest
 
 import metalgen
 from metalgen import ArgumentError, CacheFull, KVCache, PagedKVCache, Rope, append_kv
+from metalgen.devices import get_device
+from metalgen.ops import append
 from metalgen.verify import TOLERANCE
 
 
@@ -310,6 +312,8 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("too few periods", "rope.freqs.shape: expected .32,.", {"rope": Rope(freqs=mx.ones((8,)))}),
     ("too many positions", "rope.offset.shape", {"rope": Rope(offset=mx.array([1, 2, 3]))}),
     ("a device that is none", "device: expected one of", {"rope": Rope(), "device": "gpu"}),
+    ("a list of devices", "device: expected one of", {"rope": Rope(), "device": ["gpu"]}),
+    ("a number for a schedule", "schedule: expected an AppendSchedule", {"schedule": 3}),
     (
         "checked: a slot beyond",
         r"offset\[1\]: expected a number from 0 to 6",
@@ -460,6 +464,21 @@ def test_integers_beyond_32_bits_do_not_become_valid_ones(device: str, sign: int
     np.testing.assert_array_equal(np.array(out), np.array(expected))
     with pytest.raises(ArgumentError, match=r"kv_lens\[0\]"):
         metalgen.attention(q, k, v, kv_lens=lengths, device=device, check=True)
+
+
+def test_the_default_device_is_the_one_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = append.row_maker
+
+    def row_maker(config: Any, device: str, schedule: Any) -> Any:
+        asked.append(device)
+        return real(config, device, schedule)
+
+    monkeypatch.setattr(append, "row_maker", row_maker)
+    for name in ("simulator", "reference"):
+        monkeypatch.setattr(append, "default_device", lambda name=name: get_device(name))
+        append_kv(_dense(), **NEW, offset=0, rope=Rope())
+    assert asked == ["simulator", "reference"]
 
 
 def test_counts_that_do_not_fit_the_rows_are_refused() -> None:

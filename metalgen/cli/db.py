@@ -41,7 +41,7 @@ def command() -> None:
     """
 
 
-@command.command("export")
+@command.command("export", short_help="Write your rows as canonical JSON lines.")
 @click.argument("file", required=False, type=FILE)
 @chip_option("Only this chip's rows.")
 @click.option("--measured", is_flag=True, help="Only rows that a device's clock gave.")
@@ -214,7 +214,7 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
     ctx.exit(1 if summary.rejected or summary.refused else 0)
 
 
-@command.command("refresh")
+@command.command("refresh", short_help="Keep rows whose kernel an edit of templates left the same.")
 @click.argument("files", nargs=-1, type=FILE)
 @click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
 @json_option
@@ -313,7 +313,7 @@ def _cells(m: Measurement) -> str:
     )
 
 
-@command.command("study")
+@command.command("study", short_help="Write rows as studies that Optuna's dashboard opens.")
 @click.argument("files", nargs=-1, type=FILE)
 @click.option(
     "-o",
@@ -353,7 +353,7 @@ def study(
     ctx.exit(1 if left_out else 0)
 
 
-@command.command("stats")
+@command.command("stats", short_help="Count your rows by table, kind and chip, and check the file.")
 @json_option
 def stats(as_json: bool) -> None:
     """Say what your database holds, by table, kind and chip, and whether it is whole."""

@@ -47,8 +47,8 @@ def run_in_pieces(
     """
     if config.score_mod or config.mask_mod or config.dropout:
         wanted = (
-            f"at most {most_entries} batch entries and {most_kv_heads} KV heads on this device, "
-            "beside score or mask functions and dropout"
+            f"at most {most_entries} batch entries and {most_kv_heads} KV heads on this device "
+            "beside score or mask functions and dropout, or max_work"
         )
         raise ArgumentError("q.shape", wanted, q.shape)
     entries = range(0, q.shape[0], most_entries)

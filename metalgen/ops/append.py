@@ -20,6 +20,7 @@ from metalgen.cache.launch import row_maker, store_places, store_slice
 from metalgen.cache.parts import Part, part_of
 from metalgen.cache.render import AppendSchedule, inputs, outputs
 from metalgen.config import AttentionConfig
+from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import as_int32
 from metalgen.ops.options import Keys
@@ -76,6 +77,8 @@ def append_kv(
         DeviceError: the device is not available here.
     """
     key, value = parts_of(cache)
+    if schedule is not None and not isinstance(schedule, AppendSchedule):
+        raise ArgumentError("schedule", "an AppendSchedule, or None", schedule)
     try:
         form = _form((*key, *value, k, v), (offset, block_table, cu_seqlens), rope)
         plan = _known.get(form)
@@ -105,7 +108,7 @@ def append_kv(
         check_contents(config, given, plan.slots, k.shape[2])
     if k.size == 0:
         return part_of(key), part_of(value)
-    maker = row_maker(config, device, schedule or _SCHEDULE)
+    maker = row_maker(config, _device_name(device), _SCHEDULE if schedule is None else schedule)
     made = maker({name: given[name] for name in plan.inputs})
     stored = []
     for parts, new, names in ((key, k, plan.key_rows), (value, v, plan.value_rows)):
@@ -117,6 +120,13 @@ def append_kv(
             found = [store_slice(x, y, int(offset)) for x, y in zip(parts, rows, strict=True)]
         stored.append(part_of(found))
     return stored[0], stored[1]
+
+
+def _device_name(device: str | None) -> str:
+    """The name of a device; of MLX's default one, which may change, where none is named."""
+    if device is None:
+        return default_device().name
+    return device if isinstance(device, str) else get_device(device).name
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,17 @@ def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[
     assert "  merge " in printed
 
 
+@pytest.mark.parametrize("group", [["db"], ["chips", "--help"], ["--help"]])
+def test_every_command_of_a_list_is_told_in_whole_words(
+    group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(group) == 0
+    printed = capsys.readouterr().out.split("Commands:")[1]
+    assert "..." not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("options", [["render"], ["chips", "--json"], ["--help"]])
 def test_a_full_disk_is_one_line_and_exit_code_2(options: list[str]) -> None:

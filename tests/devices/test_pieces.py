@@ -12,6 +12,7 @@ from metalgen import simulator
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.devices.simulator import SimulatorDevice
+from metalgen.dsl.trace import trace
 from metalgen.samples import sample_call
 from metalgen.schedule import default_schedule
 
@@ -19,6 +20,9 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None,
     reason="the simulator's compiler (ziglang) is not installed",
 )
+
+
+BY_PLACE = trace(lambda s, b, h, i, j: s + 0.1 * b - 0.2 * h, "score_mod").graph.text
 
 
 class Narrow(SimulatorDevice):
@@ -39,6 +43,7 @@ class Narrow(SimulatorDevice):
         AttentionConfig(16, varlen=True, alibi=True, causal=True, return_lse=True),
         AttentionConfig(16, max_work=1 << 16, heads_per_kv=2, return_lse=True),
         AttentionConfig(16, max_work=1 << 16, dropout=0.3),
+        AttentionConfig(16, max_work=1 << 16, score_mod=BY_PLACE),
     ],
     ids=str,
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from metalgen.cli.app import run
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -33,6 +35,15 @@ def test_every_command_that_the_readme_names_exists(command):
         [sys.executable, "-m", "metalgen", command, "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_rows_that_the_readme_shows_are_what_tune_prints(head_dim, capsys):
+    shape = f"--head-dim {head_dim} --causal --heads-per-kv 4 --heads 32 --q-len 1024"
+    assert run(["tune", "--chip", "M3Max", "--device", "simulator", *shape.split()]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("D")]
+    shown = [" ".join(line.split()) for line in README.splitlines()]
+    assert " ".join(row.split()) in shown
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
