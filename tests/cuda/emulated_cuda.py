@@ -84,8 +84,13 @@ class EmulatedCuda(KernelDevice):
                 shapes[n, : x.ndim] = x.shape
                 strides[n, : x.ndim] = [step // x.itemsize for step in x.strides]
             # Of scales 4 bytes are copied at once, at a multiple of that.
-            first = np.array([x.ctypes.data // 4 * 4 for x in views], np.uint64)
-            past = np.array([-(-_past(x) // 4) * 4 for x in views], np.uint64)
+            spans = [_span(x) for x in views]
+            first = np.array(
+                [(x.ctypes.data + a) // 4 * 4 for x, (a, _) in zip(views, spans, strict=True)]
+            )
+            past = np.array(
+                [-(-(x.ctypes.data + b) // 4) * 4 for x, (_, b) in zip(views, spans, strict=True)]
+            )
             blocks = np.array([grid[0] // threadgroup[0], *grid[1:]], np.uint32)
             wrong = _library(source, *types).em_launch(
                 blocks.ctypes,
@@ -111,19 +116,21 @@ def _view(x: mx.array, offset: int) -> Any:
         return np.zeros(x.shape, np.uint8)
     mx.eval(x)
     given = np.asarray(memoryview(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x))
-    size = _past(given) - given.ctypes.data
-    memory = np.full(size + 512, 0xFF, np.uint8)
+    low, high = _span(given)
+    memory = np.full(high - low + 512, 0xFF, np.uint8)
     start = -memory.ctypes.data % 256 + offset
-    own = memory[start : start + size].view(given.dtype)
+    own = memory[start : start + high - low].view(given.dtype)[-low // given.itemsize :]
     strided = np.lib.stride_tricks.as_strided(own, given.shape, given.strides)
     strided[...] = given
     return strided
 
 
-def _past(x: Any) -> int:
-    """The address after the last byte of an array."""
-    steps = sum((size - 1) * step for size, step in zip(x.shape, x.strides, strict=True))
-    return int(x.ctypes.data + (steps + x.itemsize if x.size else 0))
+def _span(x: Any) -> tuple[int, int]:
+    """Where the memory of an array begins and ends, in bytes from its first element."""
+    steps = [(size - 1) * step for size, step in zip(x.shape, x.strides, strict=True)]
+    if not x.size:
+        return 0, 0
+    return sum(n for n in steps if n < 0), sum(n for n in steps if n > 0) + x.itemsize
 
 
 def _type(dtype: mx.Dtype) -> str:
