@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -15,4 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     from metalgen.cli.app import run
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called: >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
     sys.exit(run(arguments))

@@ -156,3 +156,20 @@ def test_a_compile_cache_that_cannot_be_made_is_one_line(
     assert capsys.readouterr().err == f"\n{expected}\n"
     assert run(["explain", "--head-dim", "24", "--q-len", "9", "--device", "simulator"]) == 0
     assert f"check on simulator: runtime now ({expected})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stream", ["1", "2"])
+@pytest.mark.parametrize(
+    "words",
+    ["chips M3Max", "db export", "tune --chip M3Max --trials 1 --head-dim 16 --device simulator"],
+)
+def test_a_closed_stream_is_no_error(words: str, stream: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m metalgen {words} {stream}>&-"],
+        capture_output=True,
+        env=os.environ | {"METALGEN_DB": str(tmp_path / "tuning.db")},
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    missing = words == "db export"  # there is no database yet
+    assert done.returncode == (2 if missing else 0), done.stderr
