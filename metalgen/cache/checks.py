@@ -121,6 +121,13 @@ def _check_cache(
     slots = (*key[0].shape[:3],)
     if slots[1] != k.shape[1]:
         raise ArgumentError("k.shape", f"{slots[1]} heads, as the cache has", k.shape)
+    if key[-1].dtype != k.dtype and mx.issubdtype(key[-1].dtype, mx.floating):
+        raise ArgumentError("k.dtype", f"{key[-1].dtype}, as the cache has", str(k.dtype))
+    if config.kv_bits is None:
+        for name, rows, part in (("k", k, key[0]), ("v", v, value[0])):
+            if rows.shape[3] != part.shape[3]:
+                expected = f"a last axis of {part.shape[3]}, as the cache has"
+                raise ArgumentError(f"{name}.shape", expected, rows.shape)
     for name, parts, width in (("keys", key, config.head_dim), ("values", value, config.v_dim)):
         forms = [(own, width)]
         if config.kv_bits is not None:
