@@ -82,11 +82,12 @@ def test_rows_of_any_size(gpu: EmulatedCuda, name: str, simdgroups: int) -> None
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
-@pytest.mark.parametrize("name", ["pages", "packed", "dropout", "rotary, halves"])
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in QUANTIZED])
 def test_features_of_plain_keys(gpu: EmulatedCuda, name: str) -> None:
-    dtype = DTYPES[len(name) % len(DTYPES)]
+    turn = list(FEATURES).index(name)
+    dtype, family = DTYPES[turn % 3], ("forward", "decode")[turn % 2]
     config = AttentionConfig(72, dtype, heads_per_kv=2, return_lse=True, **FEATURES[name])
-    case = case_of(config, batch=3)
+    case = case_of(config, family, batch=3)
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
@@ -159,6 +160,14 @@ def test_faults_are_found(gpu: EmulatedCuda, name: str) -> None:
     except RuntimeError as error:
         found = str(error)
     assert found
+
+
+@pytest.mark.parametrize("shard", range(4))
+def test_small_combinations_at_random(gpu: EmulatedCuda, shard: int) -> None:
+    """The first 40, of any features."""
+    for number in range(shard * 10, shard * 10 + 10):
+        case = made_up(number, gpu.limits, small=True)
+        assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
 @pytest.mark.slow
