@@ -115,7 +115,7 @@ def _write(path: Path, text: str) -> None:
 
 @command.command("import")
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change no row.")
 @json_option
 @click.pass_context
 def import_(ctx: click.Context, files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
@@ -128,7 +128,7 @@ def import_(ctx: click.Context, files: tuple[Path, ...], dry_run: bool, as_json:
 @command.command("merge")
 @click.argument("target", type=FILE)
 @click.argument("files", nargs=-1, required=True, type=FILE)
-@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change no row.")
 @json_option
 @click.pass_context
 def merge(
@@ -214,7 +214,7 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
 
 @command.command("refresh", short_help="Keep rows whose kernel an edit of templates left the same.")
 @click.argument("files", nargs=-1, type=FILE)
-@click.option("--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would change; change no row.")
 @json_option
 def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     """Keep rows of FILES, or of your database, whose kernel an edit of templates left the same.
