@@ -11,8 +11,6 @@ from metalgen.chips import facts
 from metalgen.errors import ArgumentError
 from metalgen.schedule import Limits
 
-TIERS = ("", "Pro", "Max", "Ultra")
-
 
 class UnknownChip(ArgumentError):
     """A chip name that is not known; ``nearest`` holds the names that come closest."""
@@ -135,7 +133,7 @@ class Chip:
 
     @property
     def product(self) -> str:
-        """The vendor's name: ``"Apple M3 Max"``."""
+        """The vendor and the chip: ``"Apple M3 Max"``, ``"NVIDIA RTX4090"``."""
         if self.kind != "apple":
             return f"NVIDIA {self.family}"
         return f"Apple {self.generation} {self.tier}".rstrip()

@@ -179,7 +179,6 @@ class _Reader:
         self.builder = Builder()
         self.arrays: list[mx.array] = []
         self.known: dict[str, int | View] = {}
-        self.literals: set[str] = set()
 
     def read(self, records: list[dict[str, Any]]) -> Traced:
         output = ""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from metalgen.simulator.memory import Segment
 
 VERSION = 1
-LINE_BYTES = 128
 
 
 class RawFinding(ctypes.Structure):
