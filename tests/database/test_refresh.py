@@ -88,9 +88,8 @@ def edit(templates: Path, name: str, old_text: str, new_text: str) -> None:
 
 def test_a_source_hash_belongs_to_one_kernel() -> None:
     seen = {
-        source_hash(CONFIG, schedule, target)
+        source_hash(CONFIG, schedule)
         for schedule in (FIRST, SECOND, dataclasses.replace(FIRST, math_mode="fast"))
-        for target in ("metal",)
     }
     seen |= {
         source_hash(dataclasses.replace(CONFIG, softcap=cap), FIRST) for cap in (None, 30.0, 50.0)
