@@ -70,16 +70,21 @@ def test_features_of_quantized_keys(gpu: EmulatedCuda, name: str, way: str) -> N
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
+@pytest.mark.parametrize("offset", [0, 4, 8])
 @pytest.mark.parametrize("simdgroups", [1, 4])
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_of_any_size(gpu: EmulatedCuda, name: str, simdgroups: int) -> None:
-    """By one warp, which makes fragments of words, and by four, which share a work tile."""
+def test_rows_of_any_size(gpu: EmulatedCuda, name: str, simdgroups: int, offset: int) -> None:
+    """By one warp, which makes fragments of words, and by four, which share a work tile.
+
+    With an offset arrays start where no 16 bytes can be copied at once.
+    """
+    other = EmulatedCuda(offset, seed=offset) if offset else gpu
     dim, group, bits, fields = ROWS[name]
     config = AttentionConfig(
         dim, "bfloat16", heads_per_kv=3, kv_bits=bits, kv_group=group, return_lse=True, **fields
     )
     case = case_of(config, "decode", simdgroups=simdgroups, bk=16, splits=2, buffers=3)
-    assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+    assert not (wrong := fault(other, case)), f"{wrong}\n{case}"
 
 
 @pytest.mark.parametrize("name", [name for name in FEATURES if name not in QUANTIZED])
@@ -173,7 +178,7 @@ def test_small_combinations_at_random(gpu: EmulatedCuda, shard: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(10))
 def test_combinations_at_random(gpu: EmulatedCuda, shard: int) -> None:
-    """The first 500 with quantized keys or small enough sizes."""
+    """Of the first 500 those with quantized keys, unless they are too large."""
     for number in range(shard * 50, shard * 50 + 50):
         case = made_up(number, gpu.limits)
         config = case.config
