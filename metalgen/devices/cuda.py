@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
+from metalgen.devices.compact import compact
 from metalgen.devices.kernel import KernelDevice, arguments
 from metalgen.devices.marking import Launcher, marking
 from metalgen.schedule import Limits
@@ -60,5 +61,6 @@ class CudaDevice(KernelDevice):
         return None
 
     def compile(self, source: KernelSource) -> Launcher:
-        kernel: Any = mx.fast.cuda_kernel(**arguments(source), shared_memory=source.shared_memory)
+        short = arguments(compact(source))
+        kernel: Any = mx.fast.cuda_kernel(**short, shared_memory=source.shared_memory)
         return marking(cast(Launcher, kernel))
