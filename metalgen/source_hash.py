@@ -49,10 +49,11 @@ def _source_hash(
     return digest.hexdigest()[:16]
 
 
-_SKIPPED = re.compile(
+TEXT_OR_COMMENT = re.compile(
     r"""(?P<text>"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*') | //[^\n]* | /\*.*?\*/""",
     re.DOTALL | re.VERBOSE,
 )
+"""Of C++: the group ``text`` is a string or a character; a comment has none."""
 
 
 def code_of(source: str) -> str:
@@ -62,5 +63,5 @@ def code_of(source: str) -> str:
         text = match["text"]
         return " " if text is None else re.sub(r"\s", lambda m: f"\\u{ord(m[0]):04x}", text)
 
-    lines = (" ".join(line.split()) for line in _SKIPPED.sub(kept, source).splitlines())
+    lines = (" ".join(line.split()) for line in TEXT_OR_COMMENT.sub(kept, source).splitlines())
     return "\n".join(line for line in lines if line)

@@ -11,12 +11,11 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING
 
+from metalgen.source_hash import TEXT_OR_COMMENT
+
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
 
-_COMMENT = re.compile(
-    r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|//[^\n]*|/\*.*?\*/""", re.DOTALL
-)
 _FUNCTION = re.compile(
     r"^(?:template <[^\n]*>\n)?__device__ __forceinline__[^\n(]*?(\w+)\([^\n]*\{\n"
     r"(?:[^\n]*\n)*?\}\n",
@@ -47,5 +46,5 @@ def _called(header: str, body: str) -> str:
 
 
 def _lines(text: str) -> str:
-    text = _COMMENT.sub(lambda match: match[1] or " ", text)
+    text = TEXT_OR_COMMENT.sub(lambda match: match["text"] or " ", text)
     return "".join(f"{line}\n" for line in map(str.strip, text.splitlines()) if line)
