@@ -130,8 +130,9 @@ def create_block_mask(
         mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen.
         B, H: batch entries and query heads; None where the mask does not depend on them.
         Q_LEN, KV_LEN: lengths.
-        block_size: queries and keys of a block, or both in one number. Any serves any schedule;
-            tiles of the kernel that are not made of whole blocks are skipped less often.
+        block_size: queries and keys of a block, or both in one number; at most the lengths. Any
+            serves any schedule; tiles of the kernel that are not made of whole blocks are skipped
+            less often.
 
     Raises:
         ArgumentError: a size below 1, or None for B or H although the mask depends on it.
