@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalgen.devices.kernel import KernelDevice
+from metalgen.devices.simulator import SimulatorDevice
 from metalgen.render import KernelSource
 from metalgen.schedule import Limits
 from metalgen.simulator.compiler import toolchain
@@ -61,7 +62,7 @@ class EmulatedCuda(KernelDevice):
         machine = platform.machine().lower()
         if machine not in ("x86_64", "amd64") or platform.system() != "Linux":
             return f"its threads are switched on x86-64 Linux, not on {machine}"
-        return None
+        return SimulatorDevice().unavailable()  # whose compiler this is, too
 
     def compile(self, source: KernelSource) -> Callable[..., list[mx.array]]:
         def run(
