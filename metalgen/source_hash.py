@@ -14,6 +14,15 @@ from metalgen.config import AttentionConfig
 from metalgen.schedule import Schedule
 
 
+def present_templates() -> set[str]:
+    """The template hashes of all families and targets; rows of any other do not count."""
+    from metalgen.problem import FAMILIES
+    from metalgen.render import template_hash
+    from metalgen.targets import TARGETS
+
+    return {template_hash(family, target) for family in FAMILIES for target in TARGETS}
+
+
 def source_hash(
     config: AttentionConfig, schedule: Schedule, target: str = "metal", family: str = "forward"
 ) -> str:

@@ -145,12 +145,13 @@ def _merge(
 
     from metalgen.database import exchange
     from metalgen.database.store import Store
+    from metalgen.source_hash import present_templates
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "empty.db" if dry_run and not target.exists() else target
         with Store.open(place) as store:
             summary = exchange.merge(store, files, dry_run=dry_run)
-            others = store.count_of_other_templates(_present_templates())
+            others = store.count_of_other_templates(present_templates())
     if as_json:
         print_json({"target": str(target), "dry_run": dry_run} | _summary_fields(summary))
     else:
@@ -166,14 +167,6 @@ def _merge(
                 f"{others} rows in all were made by other templates: see `metalgen db refresh`"
             )
     ctx.exit(1 if summary.rejected or summary.refused else 0)
-
-
-def _present_templates() -> set[str]:
-    from metalgen.problem import FAMILIES
-    from metalgen.render import template_hash
-    from metalgen.targets import TARGETS
-
-    return {template_hash(family, target) for family in FAMILIES for target in TARGETS}
 
 
 def _summary_fields(summary: Summary) -> dict[str, Any]:
@@ -392,10 +385,11 @@ def prune(
     """Remove rows from your database, of the kinds that you name."""
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
+    from metalgen.source_hash import present_templates
 
     if not other_templates and not modelled:
         raise click.UsageError("expected --other-templates, --modelled or both, but got neither")
-    current = _present_templates()
+    current = present_templates()
     with Store.open() as store:
         count = store.prune(
             keep_templates=current if other_templates else None,

@@ -62,11 +62,11 @@ def examine() -> dict[str, Any]:
     from metalgen.errors import MetalgenError
     from metalgen.render import template_hash
     from metalgen.resources import templates_dir
-    from metalgen.targets import TARGETS
+    from metalgen.source_hash import present_templates
 
     try:
         templates, current = str(templates_dir()), template_hash()
-        hashes = {template_hash("forward", target) for target in TARGETS}
+        hashes = present_templates()
     except MetalgenError as error:
         templates, current, hashes = str(error), "missing", set()
     here = chips.detect()

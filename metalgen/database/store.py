@@ -464,13 +464,13 @@ class Store:
                 self.db.execute(f"DELETE FROM measurements WHERE {condition}", values)
         return int(count)
 
-    def count_of_other_templates(self, keep_templates: set[str]) -> int:
-        """How many measurements other templates made than those of some hashes."""
+    def count_of_other_templates(self, present: set[str]) -> int:
+        """How many measurements have a template hash that is none of these."""
         with explained(self.path):
             rows = self.db.execute(
                 "SELECT template_hash, count(*) FROM measurements GROUP BY 1"
             ).fetchall()
-        return sum(count for templates, count in rows if templates not in keep_templates)
+        return sum(count for templates, count in rows if templates not in present)
 
     def health(self) -> dict[str, Any]:
         """What `metalgen doctor` says: rows by kind, unreadable rows, and SQLite's own check."""

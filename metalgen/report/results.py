@@ -15,6 +15,7 @@ from metalgen.errors import MetalgenError
 from metalgen.problem import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
 from metalgen.schedule import CHOICES, Schedule, default_schedule
+from metalgen.source_hash import present_templates
 
 LEAST_ROWS = 20
 """Times below which no parameter is called important."""
@@ -173,7 +174,7 @@ def results(sources: Sources) -> list[Result]:
     for m in sources.rows:
         key = (m.provenance, m.chip, m.cores, m.problem.key, m.device, m.template_hash, m.policy)
         groups.setdefault(key, []).append(m)
-    current = _current()
+    current = present_templates()
     found = []
     for rows in groups.values():
         first = rows[0]
@@ -198,14 +199,6 @@ def _place(r: Result) -> tuple[object, ...]:
     p = r.problem
     sizes = (p.config.head_dim, p.config.key, p.batch_heads, p.q_len, p.kv_len)
     return (r.provenance, not r.current, r.chip, p.family != "forward", *sizes, r.policy, r.cores)
-
-
-def _current() -> set[str]:
-    from metalgen.problem import FAMILIES
-    from metalgen.render import template_hash
-    from metalgen.targets import TARGETS
-
-    return {template_hash(family, target) for family in FAMILIES for target in TARGETS}
 
 
 # Progress
