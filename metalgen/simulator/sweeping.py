@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from metalgen.errors import ArgumentError
 from metalgen.simulator.compiler import build, cache, toolchain
+from metalgen.simulator.errors import CacheError
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
@@ -65,10 +66,15 @@ def limit() -> int:
 
 
 def kept(compile_it: Callable[[], CompiledKernel]) -> CompiledKernel:
-    """What `compile_it` finds or makes, safe from sweeps for a while; sweeps where that is due."""
+    """What `compile_it` finds or makes, safe from sweeps for a while; sweeps where that is due.
+
+    Raises:
+        CacheError: what is made cannot be written.
+    """
     most, begun = limit(), time.time()
     for _ in range(ATTEMPTS):
-        compiled = compile_it()
+        with _named():
+            compiled = compile_it()
         with contextlib.suppress(OSError):
             status = compiled.path.stat()
             if status.st_mtime >= begun and _count(status.st_size) > most * SHARE:
@@ -76,6 +82,18 @@ def kept(compile_it: Callable[[], CompiledKernel]) -> CompiledKernel:
         if use(compiled.path):
             break
     return compiled
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Say of an error in the cache's folder which folder that is."""
+    try:
+        yield
+    except OSError as error:
+        folder = cache.directory()
+        if isinstance(error, CacheError) or not str(error.filename).startswith(str(folder)):
+            raise
+        raise cache._unusable(folder, error) from None
 
 
 def use(path: Path) -> bool:

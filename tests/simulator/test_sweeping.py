@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -181,3 +183,23 @@ def test_what_is_about_to_be_removed_is_not_handed_out(
     sweeper.join()
     assert not found
     assert names(folder) == set()
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("METALGEN_CACHE", str(tmp_path / "file"))
+    with pytest.raises(simulator.CacheError, match="file/simulator: Not a directory; set METAL"):
+        run(tmp_path, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(suffix: str, prefix: str, dir: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir / prefix))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with pytest.raises(simulator.CacheError, match="simulator: Permission denied; set METAL"):
+        run(folder, 1)
