@@ -3,8 +3,9 @@
 // One fibre a thread; what a warp does together (shuffles, ldmatrix, mma) and barriers wait for the
 // others. Copies in the background arrive as late as they may: when the thread that asked for them
 // waits; until then their place holds 0xFF bytes, which are NaN in every type. So a missing wait or
-// barrier shows in the result. Reads of inputs outside of their arrays, and addresses that the
-// hardware would refuse, are reported. x86-64 only: see em_switch.
+// barrier shows in the result. Copies and reads by __ldg from outside of the inputs, and addresses
+// that the hardware would refuse there, are reported; an index into a plain pointer is not looked at.
+// x86-64 only: see em_switch.
 #pragma once
 #define __device__
 #define __forceinline__ inline
