@@ -184,7 +184,7 @@ def _library(
     include = str(Path(__file__).parent)
     done = toolchain.run([*FLAGS, "-I", include, "-o", f"{stem}.so", f"{stem}.cpp"], folder)
     if done.returncode:
-        raise RuntimeError(done.stderr[:4000])
+        raise RuntimeError(f"{source.name} does not compile: {done.stderr[:4000]}")
     library = ctypes.CDLL(str(folder / f"{stem}.so"))
     library.em_launch.restype = ctypes.c_char_p
     return library
