@@ -71,7 +71,7 @@ def verify(
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
     """
-    if seed is None:  # nor is what an earlier kernel left in memory ever right for this one
+    if seed is None:  # for each kernel its own: what another one left is not right for it either
         seed = zlib.crc32(f"{family} {schedule.key}".encode())
     run = device.build(config, schedule, family)
     q_len, kv_len = schedule.bq + 5, 2 * schedule.bk + 3
