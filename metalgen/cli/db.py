@@ -58,6 +58,7 @@ def export(
     from metalgen.chips import get_chip
     from metalgen.database import exchange
     from metalgen.database.store import Store
+    from metalgen.report.writing import RECORDS, check_target, write_whole
 
     filters: dict[str, Any] = {"chip": get_chip(chip).name if chip else None}
     if measured or contribute:
@@ -74,7 +75,8 @@ def export(
     if file is None:
         sys.stdout.write(text)
         return
-    _write(file, text)
+    check_target(file, RECORDS)
+    write_whole(file, text.encode(), RECORDS)
     click.echo(f"{len(lines)} rows in {file}")
 
 
@@ -83,6 +85,7 @@ def _contribute(folder: Path, filters: dict[str, Any]) -> None:
     from metalgen.database.measurement import Measurement
     from metalgen.database.records import record_file
     from metalgen.database.store import Store
+    from metalgen.report.writing import RECORDS, write_whole
 
     if not folder.is_dir():
         raise ArgumentError("FILE", "a folder, such as tuning_db of a checkout", str(folder))
@@ -101,16 +104,9 @@ def _contribute(folder: Path, filters: dict[str, Any]) -> None:
             merged[key] = exchange.join(m, merged[key]) if key in merged else m
         if summary.rejected or summary.refused:
             raise ArgumentError(str(path), "records without faults", summary.reasons[0][2])
-        _write(path, "".join(line + "\n" for line in sorted(m.to_line() for m in merged.values())))
+        text = "".join(line + "\n" for line in sorted(m.to_line() for m in merged.values()))
+        write_whole(path, text.encode(), RECORDS)
         click.echo(f"{count} rows of yours, {len(merged)} in all, in {path}")
-
-
-def _write(path: Path, text: str) -> None:
-    """The whole file or nothing of it, and over no other file than one of records."""
-    from metalgen.report.writing import RECORDS, check_target, write_whole
-
-    check_target(path, RECORDS)
-    write_whole(path, text.encode(), RECORDS)
 
 
 @command.command("import")
@@ -220,6 +216,7 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     from metalgen.database.refresh import Present, refresh_store, refreshed_records
     from metalgen.database.store import Store
     from metalgen.database.untrusted import is_database, open_untrusted
+    from metalgen.report.writing import RECORDS, write_whole
 
     present, mine = Present(), user_database()
     found: dict[Path, Refreshed] = {}
@@ -237,7 +234,7 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
             found[path] = refresh_store(store, dry_run=dry_run, present=present)
     for path, text in texts.items():
         if not dry_run and path.read_bytes() != text.encode():
-            _write(path, text)
+            write_whole(path, text.encode(), RECORDS)
     if as_json:
         files_found = [{"file": str(path)} | found[path].to_dict() for path in paths]
         print_json({"dry_run": dry_run, "files": files_found})

@@ -21,7 +21,7 @@ class Kind:
 
 
 PAGE = Kind(b"<!doctype html>", "page")
-RECORDS = Kind(b'{"', "file of records", "FILE")
+RECORDS = Kind(b'{"batch_heads":', "file of records", "FILE")  # in canonical form
 
 
 def check_target(path: Path, kind: Kind = PAGE, *, new: bool = False) -> None:

@@ -145,6 +145,14 @@ def test_every_shipped_record_is_valid_and_canonical() -> None:
         assert db("verify", "--canonical", path) == 0, path
 
 
+def test_refresh_brings_a_file_of_records_into_canonical_form(tmp_path: Path) -> None:
+    line = row(SECOND).to_line()
+    file = tmp_path / "r.jsonl"
+    file.write_text("\n" + json.dumps(dict(reversed(json.loads(line).items()))) + "\n")
+    assert db("refresh", file) == 0
+    assert db("verify", "--canonical", file) == 0
+
+
 def test_refresh_keeps_rows_of_the_same_kernel_in_databases_and_files(
     mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,16 +29,18 @@ def complaint(capsys: pytest.CaptureFixture[str], target: Path | str) -> str:
 def test_what_is_no_file_of_records_is_not_written_over(
     tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, pipe = tmp_path / "thesis.txt", tmp_path / "pipe"
+    text, pipe, other = (tmp_path / name for name in ("thesis.txt", "pipe", "package.json"))
     text.write_text("years of work")
+    other.write_text('{"name":"app"}')
     os.mkfifo(pipe)
     before = database.read_bytes()
-    for target in (text, database):
+    for target in (text, database, other):
         expected = "FILE: expected a new file, or an earlier file of records, but got "
         assert complaint(capsys, target) == f"metalgen: {expected}{str(target)!r}\n"
     assert complaint(capsys, pipe).startswith("metalgen: FILE: expected a new file, but got ")
     assert pipe.is_fifo()
     assert text.read_text() == "years of work"
+    assert other.read_text() == '{"name":"app"}'
     assert database.read_bytes() == before
 
 
@@ -56,7 +58,7 @@ def test_an_earlier_file_of_records_is_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     assert run(["db", "export", str(target)]) == 0
     first = target.read_bytes()
-    assert first.startswith(b'{"')
+    assert first.startswith(b'{"batch_heads":')
     assert run(["db", "export", "--measured", str(target)]) == 0
     assert target.read_bytes() == b""
     assert run(["db", "export", str(target)]) == 0
