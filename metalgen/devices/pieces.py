@@ -13,13 +13,13 @@ from metalgen.errors import ArgumentError
 from metalgen.inputs import NOTHING, Inputs
 
 BY_ENTRY = ("kv_lens", "rope_offset", "block_table")
-"""Inputs with one row for each batch entry,"""
+"""Inputs with a row for each batch entry."""
 BY_HEAD = ("alibi_slopes", "sinks")
-"""one for each query head,"""
+"""Inputs with a number for each query head."""
 BY_BOTH = ("bias", "array_mask")
-"""one for each of both, or 1 for all,"""
+"""Inputs whose first axes are batch entries and query heads, or 1 for all."""
 BY_KEYS = ("k_scales", "k_biases", "v_scales", "v_biases")
-"""and those that are cut as the keys are."""
+"""Inputs that are cut as the keys are."""
 
 
 def run_in_pieces(
