@@ -54,10 +54,10 @@ class Executor(abc.ABC):
     ahead: int = 1
 
     def prepare(self, problem: Problem, schedules: Sequence[Schedule]) -> None:  # noqa: B027
-        """These will be measured soon, in this order. (Here nothing is done about it.)"""
+        """These will be measured soon, in this order; does nothing unless overridden."""
 
     def prepare_race(self, problem: Problem, schedules: Sequence[Schedule]) -> None:  # noqa: B027
-        """These, if any, will race soon, as far as is known. (The same.)"""
+        """These, if any, will race soon, as far as is known; does nothing unless overridden."""
 
     @abc.abstractmethod
     def warm_up(self, problem: Problem, schedule: Schedule) -> None:
