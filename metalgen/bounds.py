@@ -9,7 +9,8 @@ from metalgen.config import AttentionConfig
 LN2 = math.log(2)
 TOP, BOTTOM = 36, -109
 """Exponents of 2 that a probability may have where its row's maximum is not known: 2^40 of the
-largest, times values of 2^40, sum to a float32 number, and the smallest keeps all of its bits."""
+largest, times values of 2^40, sum to a float32 number, and the smallest keeps all of its bits. In a
+row whose every score is near the low end, products with values below 2^-17 may be subnormal."""
 
 
 def shift_of(config: AttentionConfig) -> float | None:

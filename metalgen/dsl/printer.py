@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 from metalgen.dsl.graph import DTYPES, FLOATS, INPUTS, Graph, Node
 
-LEVELS = ("group", "row", "element")
-"""Where a value is computed: once a kernel, once a query row, or for each score."""
-
 TYPES = {
     "metal": {
         "bool": "bool",
