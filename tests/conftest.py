@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background jobs ignore Ctrl-C, which tests send, and so would their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     name = config.getoption("--device")
     if name != "simulator":
         from metalgen.devices import all_devices
