@@ -1,8 +1,8 @@
 """Sources without what a compiler does not read.
 
 MLX copies and hashes a kernel's whole text at every call (mlx/backend/cuda/custom_kernel.cpp), on
-the thread that prepares launches: some microseconds for each 16 KiB, and a short decoding step is
-bound by that thread.
+the thread that prepares launches: some microseconds for each 16 KiB, of which a short decoding step
+has few.
 """
 
 from __future__ import annotations

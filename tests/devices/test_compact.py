@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from metalgen.cache.render import render_append
 from metalgen.config import AttentionConfig
 from metalgen.devices.compact import compact
 from metalgen.render import KernelSource, render
@@ -53,6 +54,14 @@ def test_every_helper_that_is_called_is_there_and_no_other(
     assert set(re.findall(r"\bmg_\w+", text)) == defined | structs
     for name in defined:
         assert len(re.findall(rf"\b{name}\b", text)) > 1, name
+
+
+def test_the_append_kernel_keeps_all_of_its_code() -> None:
+    source = render_append(AttentionConfig(64, kv_bits=8, rope="half"), target="cuda")
+    short = compact(source)
+    assert len(short.source) < len(source.source)
+    assert code_of(short.source) == code_of(source.source)
+    assert code_of(short.header) == code_of(source.header)
 
 
 def test_what_looks_like_a_comment_in_a_text_stays() -> None:
