@@ -42,8 +42,7 @@ def _opened(path: Path, timeout: float) -> sqlite3.Connection:
             raise UnreadableDatabase(path, "is a folder, not a file")
         if not path.is_file():
             raise MissingDatabase(path, "does not exist yet")
-        log = path.with_name(path.name + "-wal")
-        mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+        mode = "mode=ro" if _log_bytes(path) else "mode=ro&immutable=1"
     except OSError as error:
         raise UnreadableDatabase(path, f"cannot be opened ({error.strerror})") from error
     connection = None
@@ -63,6 +62,14 @@ def _opened(path: Path, timeout: float) -> sqlite3.Connection:
             connection.close()
         raise
     return connection
+
+
+def _log_bytes(path: Path) -> int:
+    """Bytes of the write-ahead log; a writer that closes removes it, at any moment."""
+    try:
+        return path.with_name(path.name + "-wal").stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: bool = False) -> None:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from metalgen.database.connect import open_for_reading
 from metalgen.database.errors import DatabaseError, MissingDatabase
 from metalgen.database.store import Store
@@ -46,3 +48,13 @@ def test_a_database_that_is_being_made_is_never_taken_for_another_programs(tmp_p
             reader.join(timeout=30)
             assert reader.exitcode == 0
     assert complaints.empty(), complaints.get()
+
+
+def test_a_log_that_goes_between_two_looks_is_no_fault_of_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that closes removes its log: it was there, and then had no size."""
+    path = tmp_path / "tuning.db"
+    Store.open(path).close()
+    monkeypatch.setattr(Path, "exists", lambda self, **_: True)
+    open_for_reading(path).close()
