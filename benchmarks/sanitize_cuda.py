@@ -1,17 +1,20 @@
 """Every family and feature of the CUDA target once, small, for compute-sanitizer:
 
     MLX_USE_CUDA_GRAPHS=0 compute-sanitizer --tool memcheck --kernel-regex kns=metalgen \\
-        python -m benchmarks.sanitize_cuda
+        python -m benchmarks.sanitize_cuda [--part N/M]
 
 The tools racecheck and synccheck likewise. Each kernel is compared with the reference, too; the
-exit code is 1 where one of them is wrong.
+exit code is 1 where one of them is wrong. With --part every M-th kernel is run, from the N-th on: a
+checked process keeps one CPU core busy and hardly any GPU, so M of them take about an M-th of the
+time.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
@@ -65,8 +68,8 @@ APPENDS = (
 """What the append family makes rows of."""
 
 
-def kernels(device: Device) -> Iterator[tuple[str, str]]:
-    """Run each, and say what it is and what is wrong with it."""
+def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What each is, and what runs it and says what is wrong with it."""
     for config in CONFIGS:
         for family in ("forward",) if config.block_mask else ("forward", "decode"):
             default = default_schedule(config, device.limits, family)
@@ -75,22 +78,43 @@ def kernels(device: Device) -> Iterator[tuple[str, str]]:
                 buffers = 3 if config.head_dim <= 256 else 2
             other = dataclasses.replace(default, bk=16, buffers=buffers)
             for schedule in dict.fromkeys([default, other]):
-                result = verify(device, config, schedule, family=family)
-                yield f"{config} {family} {schedule}", result.detail
+                yield (
+                    f"{config} {family} {schedule}",
+                    lambda c=config, s=schedule, f=family: verify(device, c, s, family=f).detail,
+                )
     for config in APPENDS:
         for append in (AppendSchedule(), AppendSchedule(32, 1)):
-            rows = kernel_rows(config, device, append)
-            yield f"{config} append {append}", rows_fault(config, rows)
+            yield (
+                f"{config} append {append}",
+                lambda c=config, a=append: rows_fault(c, kernel_rows(c, device, a)),
+            )
 
 
-def main(name: str = "cuda") -> int:
-    wrong = 0
-    for kernel, fault in kernels(get_device(name)):
+def part_of(text: str) -> slice:
+    """Every M-th from the N-th on, of ``N/M``."""
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected N/M with 1 <= N <= M, got {text!r}")
+    return slice(int(first) - 1, None, int(count))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part", type=part_of, default=slice(None), metavar="N/M")
+    options = parser.parse_args(arguments)
+    ran = wrong = 0
+    for kernel, fault_of in list(kernels(get_device(options.device)))[options.part]:
+        fault = fault_of()
         print(kernel, fault or "ok", flush=True)
+        ran += 1
         wrong += bool(fault)
         mx.clear_cache()
+    print(f"{ran} kernels, {wrong} wrong")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

@@ -55,10 +55,30 @@ def test_a_wrong_kernel_is_said_to_be_wrong_and_is_the_exit_code(
     monkeypatch.setattr(sanitize_cuda, "APPENDS", ())
     for device, code in ((ReferenceDevice(), 0), (Wrong(), 1)):
         monkeypatch.setattr(sanitize_cuda, "get_device", lambda name, own=device: own)
-        assert main("reference") == code
-        lines = capsys.readouterr().out.splitlines()
+        assert main(["--device", "reference"]) == code
+        *lines, last = capsys.readouterr().out.splitlines()
         assert len(lines) == 4  # two schedules of both families
         assert all(line.endswith("ok") != bool(code) for line in lines)
+        assert last == f"4 kernels, {4 * code} wrong"
+
+
+def test_parts_together_are_all_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import sanitize_cuda
+
+    monkeypatch.setattr(sanitize_cuda, "CONFIGS", (AttentionConfig(64),))
+    monkeypatch.setattr(sanitize_cuda, "APPENDS", ())
+    found = []
+    for part in ("1/3", "2/3", "3/3"):
+        assert main(["--device", "reference", "--part", part]) == 0
+        found.append(capsys.readouterr().out.splitlines()[:-1])
+    assert [len(lines) for lines in found] == [2, 1, 1]
+    assert len({line for lines in found for line in lines}) == 4
+    for wrong in ("0/3", "4/3", "1", "1/0", "a/b"):
+        with pytest.raises(SystemExit):
+            main(["--part", wrong])
+        assert f"expected N/M with 1 <= N <= M, got '{wrong}'" in capsys.readouterr().err
 
 
 def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() -> None:
@@ -80,7 +100,7 @@ def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.sanitize_cuda.APPENDS", ())
-        faults = [fault for _, fault in kernels(Rendering())]
+        faults = [fault_of() for _, fault_of in kernels(Rendering())]
     assert len(set(found)) == len(found) == len(faults) > 80
     assert not any(faults)
     for config in APPENDS:
