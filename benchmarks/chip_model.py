@@ -14,7 +14,8 @@ from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule, is_valid, padded
+from metalgen.schedule import Schedule, default_schedule, is_valid
+from metalgen.tiles import padded
 
 
 def space(config: AttentionConfig) -> Iterator[Schedule]:

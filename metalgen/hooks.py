@@ -28,7 +28,7 @@ def hooks(
     """
     packed = family == "decode"
     names = asked_for(config)
-    score = _score(config, target, feature)
+    score = _score(config, feature)
     shift = shift_of(config)
     places = {}
     if config.varlen:
@@ -174,7 +174,7 @@ def _masks(config: AttentionConfig) -> list[str]:
     return [name for name, used in found.items() if used]
 
 
-def _score(config: AttentionConfig, target: str, feature: Feature) -> dict[str, Any]:
+def _score(config: AttentionConfig, feature: Feature) -> dict[str, Any]:
     """What fills the score hook: features, and how their scores become exponents of 2."""
     plain = {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": "", "less": ""}
     if config.score_mod is not None:  # its scores are natural ones
@@ -184,11 +184,10 @@ def _score(config: AttentionConfig, target: str, feature: Feature) -> dict[str, 
         return plain
     cap = config.softcap
     exact = config.dtype == "float32"
-    exp2 = {"metal": "fast::exp2({})", "cuda": "mg_exp2({})"}[target]
     # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of 2 x / C.
     inner, unit = (LN2 / cap, cap / LN2) if exact else (2 / cap, 2 * cap / LN2)
     return {
-        "scores": [feature("softcap", exact=exact, exp2=exp2.format)],
+        "scores": [feature("softcap", exact=exact)],
         "score_constants": [
             f"const float cap_in = scale2 * {inner:.9e}f;",
             f"constexpr float UNIT = {unit:.9e}f;",

@@ -10,14 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import (
-    FRAGMENT,
-    ROW_PAD_BYTES,
-    Schedule,
-    padded,
-    staged_width,
-    value_width,
-)
+from metalgen.schedule import FRAGMENT, Schedule, staged_width, value_width
+from metalgen.tiles import ROW_PAD_BYTES, padded
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import CHUNK_BYTES, Schedule, padded, row_bytes, value_width
+from metalgen.schedule import Schedule, shared_tiles, value_width
 from metalgen.targets import CUDA
+from metalgen.tiles import CHUNK_BYTES, CudaRaw, padded, row_bytes
 
 
 @dataclass(frozen=True)
@@ -33,38 +34,6 @@ class CudaCopy:
     elements: int
     row_bytes: int
     step: int
-
-
-@dataclass(frozen=True)
-class CudaRaw:
-    """Quantized rows of K or V as they lie in a tile of the ring: words, then scales, then biases.
-
-    All in bytes but `bits`, `groups` and `shifted`.
-
-    Args:
-        bits: of an element.
-        words: of a row's words, a multiple of 16, for groups have 32 elements or more.
-        pitch: from one row of words to the next: an odd multiple of 16, so that rows start in
-            different banks.
-        groups: scales (or biases) of a row.
-        window: copied for a row of scales: that row where it is a multiple of 4 bytes. Another may
-            start in the middle of 4 bytes; then all groups of 4 that hold some of it, wherever.
-        each: of one copy of scales.
-        shifted: whether a row of scales may start in the middle of its window.
-        scales, biases: from the tile's start to the first row of them.
-        size: of the tile.
-    """
-
-    bits: int
-    words: int
-    pitch: int
-    groups: int
-    window: int
-    each: int
-    shifted: bool
-    scales: int
-    biases: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -103,34 +72,24 @@ def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
         _copy(width, config.itemsize, schedule.threads)
         for width in (config.head_dim, widths["k"], widths["v"])
     )
-    tile = schedule.bk * max(k.row_bytes, v.row_bytes)
-    raw: dict[str, CudaRaw] = {}
-    if config.kv_bits is not None:
-        raw = {name: _raw(config, width, schedule.bk) for name, width in widths.items()}
-    direct = bool(raw) and schedule.simdgroups == 1 and config.itemsize == 2
+    tiles = shared_tiles(config, schedule)
     return CudaPlan(
         steps=(CudaStep("k"), CudaStep("v")),
         k_chunks=k.chunks,
         v_chunks=v.chunks,
         copies={"q": q, "k": k, "v": v},
         page_rows=math.gcd(config.page_size or schedule.bk, schedule.bk),
-        raw=raw,
-        direct=direct,
+        raw=tiles.raw,
+        direct=tiles.direct,
         blocks={
             name: next(n for n in (128, 64, 32) if width % n == 0)
             for name, width in widths.items()
-            if direct
+            if tiles.direct
         },
-        q_tile=schedule.bq * q.row_bytes,
-        work_tile=tile if raw and not direct else 0,
-        kv_tile=max(own.size for own in raw.values()) if raw else tile,
+        q_tile=tiles.q,
+        work_tile=tiles.work,
+        kv_tile=tiles.kv,
     )
-
-
-def shared_bytes(config: AttentionConfig, schedule: Schedule) -> int:
-    """Bytes of shared memory: Q, what quantized tiles are dequantized into, and the ring."""
-    plan = cuda_plan(config, schedule)
-    return plan.q_tile + plan.work_tile + schedule.buffers * plan.kv_tile
 
 
 def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:
@@ -143,25 +102,4 @@ def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:
         CHUNK_BYTES // itemsize,
         row_bytes(width, itemsize, CUDA),
         step if whole and rest == 0 and repeats else 0,
-    )
-
-
-def _raw(config: AttentionConfig, width: int, lines: int) -> CudaRaw:
-    assert config.kv_bits is not None
-    words = width * config.kv_bits // 8
-    pitch = (words // CHUNK_BYTES | 1) * CHUNK_BYTES
-    groups = width // config.kv_group
-    row = groups * config.itemsize
-    window = row if row % 4 == 0 else row + 2
-    return CudaRaw(
-        bits=config.kv_bits,
-        words=words,
-        pitch=pitch,
-        groups=groups,
-        window=window,
-        each=next((n for n in (16, 8) if row % n == 0), 4),
-        shifted=row % 4 != 0,
-        scales=lines * pitch,
-        biases=lines * (pitch + window),
-        size=-(-lines * (pitch + 2 * window) // CHUNK_BYTES) * CHUNK_BYTES,
     )

@@ -11,18 +11,15 @@ from typing import Any
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.targets import METAL, TARGETS, Target
+from metalgen.tiles import CudaTiles, cuda_tiles, padded, row_bytes
 
 FRAGMENT = 8
 """Rows and columns of a simdgroup matrix."""
 SIMD_WIDTH = 32
-ROW_PAD_BYTES = 16
-"""Bytes added to a row in threadgroup memory, so that rows start in different banks (Metal)."""
 REGISTERS = 250
 """Estimated 16-bit registers a thread up to which a kernel is likely not to spill (of 256)."""
 SHARED_KEYS = 16384
 """A share of a deterministic decode has this many keys over its splits, however many there are."""
-CHUNK_BYTES = 16
-"""Bytes that are moved at once (CUDA)."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +150,6 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
 """Every value that a field of a schedule may take, whatever the config."""
 
 
-def padded(width: int, target: Target = METAL) -> int:
-    """A head dimension rounded up to whole matrices."""
-    return -(-width // target.depth) * target.depth
-
-
-def row_bytes(width: int, itemsize: int, target: Target = METAL) -> int:
-    """Bytes from one row to the next of a tile in threadgroup memory.
-
-    On CUDA rows of whole 128 bytes are swizzled, others padded to an odd number of chunks.
-    """
-    if target.name == "metal":
-        return padded(width) * itemsize + ROW_PAD_BYTES
-    chunks = padded(width, target) * itemsize // CHUNK_BYTES
-    return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
-
-
 def share(schedule: Schedule) -> int:
     """Keys of one share of a deterministic decode: whole tiles."""
     tiles = -(-SHARED_KEYS // (schedule.splits * schedule.bk))
@@ -185,26 +166,32 @@ def widest_row(config: AttentionConfig, value_parts: int, target: Target = METAL
     return max(padded(config.head_dim, target), padded(config.v_dim // value_parts, target))
 
 
-def staged_width(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
-    """Columns of the widest K or V slice that is staged at once; 0 when none is."""
-    width = value_width(config, schedule)
-    widths = {"k": padded(config.head_dim, target), "v": padded(width, target)}
+def staged_width(config: AttentionConfig, schedule: Schedule) -> int:
+    """Columns of the widest K or V slice that is staged at once; 0 when none is (Metal)."""
+    widths = {"k": padded(config.head_dim), "v": padded(value_width(config, schedule))}
     return max((min(schedule.bd, widths[name]) for name in schedule.staged), default=0)
 
 
-def threadgroup_bytes(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
-    """Bytes of threadgroup memory: the Q tile where it is staged, and the staging buffers."""
-    item = config.itemsize
-    if target.name == "cuda" and config.kv_bits is not None:
-        from metalgen.plan_cuda import shared_bytes  # which imports this module
+def shared_tiles(config: AttentionConfig, schedule: Schedule) -> CudaTiles:
+    """The tiles of a schedule in shared memory (CUDA)."""
+    s, width = schedule, value_width(config, schedule)
+    return cuda_tiles(config, bq=s.bq, bk=s.bk, v_width=width, simdgroups=s.simdgroups)
 
-        return shared_bytes(config, schedule)
+
+def threadgroup_bytes(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
+    """Bytes of threadgroup memory: the Q tile where it is staged, and the staging buffers.
+
+    On CUDA Q always is, and quantized tiles may be dequantized into one more.
+    """
+    if target.name == "cuda":
+        tiles = shared_tiles(config, schedule)
+        return tiles.q + tiles.work + schedule.buffers * tiles.kv
     total = 0
-    if schedule.q_source == "threadgroup" or target.name == "cuda":
-        total += schedule.bq * row_bytes(config.head_dim, item, target)
-    width = staged_width(config, schedule, target)
+    if schedule.q_source == "threadgroup":
+        total += schedule.bq * row_bytes(config.head_dim, config.itemsize)
+    width = staged_width(config, schedule)
     if width:
-        total += schedule.buffers * schedule.bk * row_bytes(width, item, target)
+        total += schedule.buffers * schedule.bk * row_bytes(width, config.itemsize)
     return total
 
 

@@ -13,6 +13,8 @@ from metalgen.schedule import (
     register_estimate,
     threadgroup_bytes,
 )
+from metalgen.targets import CUDA
+from metalgen.tiles import padded
 
 D64 = AttentionConfig(64)
 PLAIN = Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)
@@ -90,6 +92,32 @@ def test_threadgroup_memory_by_hand() -> None:
     assert threadgroup_bytes(D64, both) == 2 * 32 * (64 + 16) + 64 * (128 + 16)
     direct = replace(PLAIN, k_source="device", v_source="device")
     assert threadgroup_bytes(D64, direct) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "simdgroups", "size"),
+    [
+        # 64 rows of Q, and two tiles of 64 keys: 8 chunks of 16 bytes a row, which are swizzled.
+        (D64, 4, 64 * 128 + 2 * 64 * 128),
+        # 72 columns are 80, of 10 chunks, and an odd number keeps rows in different banks.
+        (AttentionConfig(72), 4, 64 * 176 + 2 * 64 * 176),
+        # The wider of K and V makes a tile.
+        (AttentionConfig(64, value_head_dim=128), 4, 64 * 128 + 2 * 64 * 256),
+        # 128 elements of 4 bits: 64 bytes, 5 chunks apart; two scales and two biases, 4 bytes each.
+        # Several warps share what is dequantized, 64 rows of 256 bytes; one needs no such tile.
+        (AttentionConfig(128, kv_bits=4), 4, 64 * 256 + 64 * 256 + 2 * 64 * (80 + 8)),
+        (AttentionConfig(128, kv_bits=4), 1, 16 * 256 + 2 * 64 * (80 + 8)),
+        # 96 of 8 bits: 6 chunks, so 7 apart. Three scales are 6 bytes, somewhere in 8.
+        (AttentionConfig(96, kv_bits=8, kv_group=32), 1, 16 * 208 + 2 * 64 * (112 + 16)),
+    ],
+)
+def test_shared_memory_by_hand(config: AttentionConfig, simdgroups: int, size: int) -> None:
+    bq, bd = 16 * simdgroups, max(padded(config.head_dim, CUDA), config.v_dim)
+    schedule = Schedule(bq=bq, bk=64, bd=bd, simdgroups=simdgroups, buffers=2)
+    check_schedule(config, schedule, Limits(size, 1024, "cuda"))
+    assert threadgroup_bytes(config, schedule, CUDA) == size
+    with pytest.raises(InvalidSchedule, match=f"{size} bytes of at most {size - 1}"):
+        check_schedule(config, schedule, Limits(size - 1, 1024, "cuda"))
 
 
 def test_register_estimate_by_hand() -> None:

@@ -15,14 +15,8 @@ from typing import NamedTuple
 from metalgen.bounds import shift_of
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
-from metalgen.schedule import (
-    FRAGMENT,
-    SIMD_WIDTH,
-    Schedule,
-    padded,
-    threadgroup_bytes,
-    value_width,
-)
+from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, threadgroup_bytes, value_width
+from metalgen.tiles import padded
 
 COVERED = frozenset(
     "head_dim dtype value_head_dim heads_per_kv causal return_lse window_left window_right softcap "

@@ -8,14 +8,8 @@ from metalgen.bounds import shift_of
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
 from metalgen.config import AttentionConfig
-from metalgen.schedule import (
-    FRAGMENT,
-    SIMD_WIDTH,
-    Schedule,
-    padded,
-    register_estimate,
-    value_width,
-)
+from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, register_estimate, value_width
+from metalgen.tiles import padded
 
 REGISTERS = 256
 """16-bit registers that a thread can address."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule, padded
+from metalgen.schedule import Limits, Schedule
 from metalgen.targets import TARGETS
+from metalgen.tiles import padded
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

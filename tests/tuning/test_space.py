@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid, padded
+from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid
 from metalgen.targets import TARGETS
+from metalgen.tiles import padded
 from metalgen.tuning.space import enumerate_valid, space
 
 CONFIGS = [

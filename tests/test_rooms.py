@@ -1,0 +1,76 @@
+"""Who imports whom in metalgen, with the imports inside functions, which hide nothing from here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import metalgen
+
+PACKAGE = Path(metalgen.__path__[0])
+FILES = {
+    ".".join(("metalgen", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in PACKAGE.rglob("*.py")
+}
+KERNELS = {"tiles", "hooks", "plan", "plan_cuda", "render", "source_hash"}
+"""Modules that write kernels."""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Names of modules that are imported anywhere in a tree, but for type checking."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in FILES else node.module
+        yield from imported(node)
+
+
+@pytest.fixture(scope="module")
+def uses() -> dict[str, set[str]]:
+    """Of each module, the modules of metalgen that it imports."""
+    trees = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+    return {name: {*imported(tree)} & {*FILES} - {name} for name, tree in trees.items()}
+
+
+def test_no_modules_import_each_other(uses: dict[str, set[str]]) -> None:
+    assert "metalgen.schedule" in uses["metalgen.render"]
+    assert "metalgen.render" in uses["metalgen.source_hash"]  # inside a function
+    try:
+        TopologicalSorter(uses).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize(
+    ("rooms", "above"),
+    [
+        ({"config", "schedule", "problem"}, KERNELS - {"tiles"} | {"devices", "database"}),
+        (KERNELS, {"devices", "database", "dispatch"}),
+        ({"devices"}, {"database", "tuning", "dispatch", "ops", "cli"}),
+        ({"database"}, {"devices", "tuning", "dispatch", "ops", "cli"}),
+        ({"tuning", "chips", "simulator", "dsl", "report"}, {"cli", "ops", "testing"}),
+    ],
+    ids=lambda rooms: "-".join(sorted(rooms)),
+)
+def test_the_way_of_a_request_is_one_direction(
+    uses: dict[str, set[str]], rooms: set[str], above: set[str]
+) -> None:
+    """As CONTRIBUTING.md has it: config and schedule, then rendering, then devices; and so on."""
+    back = {
+        f"{name} imports {used}"
+        for name, names in uses.items()
+        for used in names
+        if {*name.split(".")[1:2]} & rooms and {*used.split(".")[1:2]} & above
+    }
+    assert not back
