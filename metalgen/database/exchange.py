@@ -14,6 +14,7 @@ from typing import Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.database.merging import merge, merge_rows
+from metalgen.database.protocol import TuningStore
 from metalgen.database.rows import (
     IDENTITY,
     Key,
@@ -23,7 +24,6 @@ from metalgen.database.rows import (
     measurement_of_row,
     row_of_measurement,
 )
-from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 
 __all__ = [
@@ -73,8 +73,8 @@ def read(path: Path, summary: Summary) -> Iterator[Measurement]:
     return map(measurement_of_row, Reader().read(path, summary))
 
 
-def export(store: Store, **filters: Any) -> Iterator[str]:
-    """Canonical lines of a store's rows, sorted; `filters` as those of `Store.measurements`."""
+def export(store: TuningStore, **filters: Any) -> Iterator[str]:
+    """Canonical lines of a store's rows, sorted; `filters` as those of `measurements`."""
     rows = store.measurements(**filters)
     return iter(sorted(canonical(m).to_line() for m in rows))
 

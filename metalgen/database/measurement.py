@@ -172,7 +172,7 @@ class Measurement:
     ) -> Measurement:
         """The measurement of a problem and schedule, and other fields; raises as `from_record`."""
         for name, value in fields.items():
-            _check_field(name, value)
+            check_field(name, value)
         missing = [name for name in _REQUIRED if name not in fields]
         if missing:
             raise ArgumentError("record", f"a field {missing[0]}", sorted(fields))
@@ -204,7 +204,22 @@ _PATTERNS = {
 _NUMBERS = ("seconds", "spread", "default_seconds", "mlx_seconds", "error")
 
 
-def _check_field(name: str, value: object) -> None:
+def check_fields(m: Measurement) -> None:
+    """Whether a measurement would come back from a record: its texts, names and numbers.
+
+    Raises:
+        ArgumentError: which field was expected to be what, and what came.
+    """
+    for f in dataclasses.fields(m):
+        value = getattr(m, f.name)
+        if f.name not in ("problem", "schedule"):
+            check_field(f.name, list(value) if f.name == "samples" else value)
+    for sample in m.samples:
+        _check_number("samples", sample)
+
+
+def check_field(name: str, value: object) -> None:
+    """Raise `ArgumentError` for what cannot be the value of a field of a measurement."""
     if name in _TEXTS:
         if not isinstance(value, str) or len(value) > MAX_TEXT:
             raise ArgumentError(name, f"text of at most {MAX_TEXT} characters", value)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from metalgen.config import AttentionConfig
+from metalgen.database.columns import problem_of, row_of
 from metalgen.database.rows import COLUMNS, FAULTS, IDENTITY, Key, Reader, Row, Tables, join_rows
-from metalgen.database.store import Store, problem_of, row_of
+from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 
 GATHERED = 300_000

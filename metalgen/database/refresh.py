@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
 from metalgen.database import exchange
+from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError
 from metalgen.database.measurement import Measurement
 from metalgen.database.merging import Merger
 from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, Tables
-from metalgen.database.store import Store, explained, problem_of
+from metalgen.database.store import Store, explained
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
 from metalgen.problem import Problem

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metalgen.config import AttentionConfig
+from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError
 from metalgen.database.layout import STATUSES
 from metalgen.database.measurement import Measurement
-from metalgen.database.store import problem_of
 from metalgen.database.summary import Summary
 from metalgen.database.untrusted import (
     is_database,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database
 
 from metalgen.config import AttentionConfig
+from metalgen.database.columns import measurement_of, problem_of, row_of
 from metalgen.database.connect import check_header, open_for_reading
 from metalgen.database.errors import (
     DatabaseError,
@@ -24,40 +25,16 @@ from metalgen.database.errors import (
     UnreadableDatabase,
     explain_sqlite,
 )
-from metalgen.database.layout import user_database
-from metalgen.database.measurement import Measurement, host, now
+from metalgen.database.layout import STATUSES, user_database
+from metalgen.database.measurement import Measurement, check_field, check_fields, host, now
+from metalgen.database.protocol import Check, Run
 from metalgen.database.schema import migrate
-from metalgen.errors import ArgumentError, MetalgenError
+from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process before the database counts as locked."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One execution of a config by a schedule against the float64 reference.
-
-    ``error`` and ``tolerance`` are relative (norm over norm); ``shape`` says what was run.
-    """
-
-    config: AttentionConfig
-    schedule: Schedule
-    template_hash: str
-    device: str
-    status: str
-    error: float | None = None
-    tolerance: float | None = None
-    shape: str = ""
-    detail: str = ""
-    family: str = "forward"
-    created: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether the kernel may be dispatched as far as this check goes."""
-        return self.status == "ok"
 
 
 class Store:
@@ -143,6 +120,7 @@ class Store:
     def end_run(self, run: str, outcome: str) -> None:
         """Record how a run ended: ``"finished"``, ``"interrupted"``, ``"budget"``, ``"failed"``."""
         with self.writing():
+            self._notes(run)
             self.db.execute(
                 "UPDATE runs SET ended = ?, outcome = ? WHERE id = ?", [now(), outcome, run]
             )
@@ -150,11 +128,24 @@ class Store:
     def note_run(self, run: str, name: str, value: Any) -> None:
         """Add to what is on record about a run; ``value`` is plain JSON."""
         with self.writing():
-            row = self.db.execute("SELECT notes FROM runs WHERE id = ?", [run]).fetchone()
-            notes = json.loads(row[0]) | {name: value}
+            notes = json.loads(self._notes(run)) | {name: value}
             self.db.execute(
                 "UPDATE runs SET notes = ? WHERE id = ?", [json.dumps(notes, sort_keys=True), run]
             )
+
+    def _notes(self, run: str) -> str:
+        row = self.db.execute("SELECT notes FROM runs WHERE id = ?", [run]).fetchone()
+        if row is None:
+            raise ArgumentError("run", "a run that was begun", run)
+        return str(row[0])
+
+    def runs(self) -> list[Run]:
+        """Every run, in the order they began."""
+        with explained(self.path):
+            rows = self.db.execute(
+                "SELECT id, chip, seed, started, ended, outcome, notes FROM runs ORDER BY rowid"
+            ).fetchall()
+        return [Run(*row) for row in rows]
 
     # Measurements
 
@@ -195,6 +186,7 @@ class Store:
         return added
 
     def _insert(self, m: Measurement, problem: int) -> int:
+        check_fields(m)
         checks = self._checks(
             m.problem.family, m.problem.config.key, m.schedule.key, m.template_hash
         )
@@ -281,7 +273,7 @@ class Store:
                 )
             )
         for row in rows:
-            yield _measurement(row)
+            yield measurement_of(row)
 
     def problems(self, chip: str | None = None) -> list[Problem]:
         """Every problem that has a measurement (on `chip`), in the order of their keys."""
@@ -314,8 +306,16 @@ class Store:
 
         Passed: its rows become verified, unless the check failed on another device. Failed: its
         rows that were ``ok`` take the check's status, and cannot win. An earlier outcome on the
-        same device is replaced.
+        same device is replaced. An error that is not finite, as of a kernel that gives NaN, counts
+        as none, for no record may hold one.
         """
+        for name, value in (("device", device), ("template_hash", template_hash)):
+            check_field(name, value)
+        check_field("detail", detail)
+        if status not in STATUSES:
+            raise ArgumentError("status", f"one of {', '.join(STATUSES)}", status)
+        if error is not None and not math.isfinite(error):
+            error = None
         with self.writing():
             self.db.table("checks").upsert(
                 {
@@ -549,41 +549,3 @@ def _model(policy: str) -> object:
         return json.loads(policy)["model"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return policy
-
-
-def row_of(problem: Problem) -> dict[str, Any]:
-    """The row of a problem, but for its id."""
-    return {
-        "key": problem.key,
-        "family": problem.family,
-        "config": problem.config.key,
-        "batch_heads": problem.batch_heads,
-        "q_len": problem.q_len,
-        "kv_len": problem.kv_len,
-    }
-
-
-def problem_of(key: str) -> Problem | None:
-    """The problem of a key; None where it is none."""
-    try:
-        fields = json.loads(key)
-        config = AttentionConfig.from_dict(fields.pop("config"))
-        return Problem(config, **fields)
-    except (MetalgenError, AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-
-
-def _measurement(row: dict[str, Any]) -> Measurement | None:
-    try:
-        fields = {
-            name: value
-            for name, value in row.items()
-            if name not in ("id", "problem", "schedule", "problem_key", "schedule_key")
-        }
-        fields |= json.loads(row["problem_key"])
-        fields["schedule"] = json.loads(row["schedule_key"])
-        fields["samples"] = json.loads(row["samples"])
-        fields["verified"] = {0: False, 1: True}[row["verified"]]
-        return Measurement.from_record(fields)
-    except (ArgumentError, KeyError, TypeError, ValueError, RecursionError):
-        return None

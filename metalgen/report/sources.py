@@ -112,8 +112,8 @@ def _is_own(path: Path) -> bool:
 def _own(sources: Sources) -> Iterable[Measurement]:
     with Store.open(read_only=True) as store:
         sources.names.append(str(store.path))
-        for run, notes in store.db.execute("SELECT id, notes FROM runs"):
-            sources.notes |= _notes(run, notes)
+        for run in store.runs():
+            sources.notes |= _notes(run.id, run.notes)
         return store.measurements()
 
 

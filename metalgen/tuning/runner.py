@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metalgen.database.errors import DatabaseError
+from metalgen.database.protocol import TuningStore
 from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def tune(
     problems: Sequence[Problem],
     chip: Chip,
-    store: Store,
+    store: TuningStore,
     *,
     device: Device | None = None,
     checker: Device | None = None,
@@ -75,7 +76,7 @@ def tune(
 
     Raises:
         ArgumentError: `trials`, `budget`, `seed`, `jobs` or `time_limit` that cannot be; a
-            `share` without a device.
+            `share` without a device, or with a store that is no database.
         DeviceError: the device fails whatever the kernel, or processes cannot be started.
         StorageError: the shared storage fails, or is of workers unlike this one.
         IncompleteChip: the chip model does not know this chip, and there is no device.
@@ -85,6 +86,10 @@ def tune(
     check_jobs(jobs, time_limit)
     if share and not device:
         raise ArgumentError("share", "a device that measures; predictions need no sharing", share)
+    if share and not isinstance(store, Store):
+        raise ArgumentError(
+            "store", "an SQLite database, into which others' rows are merged", store
+        )
     executing = checker or device
     versions = template_hash("forward", (executing.target if executing else None) or "metal")
     start = clock()
@@ -132,7 +137,8 @@ def tune(
         if executor:
             ending.callback(executor.close)
         ending.callback(session.close)
-        report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
+        if isinstance(store, Store):  # in a store of another kind, rows of other templates stay
+            report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
         report.run = store.begin_run(chip.name, seed, notes)
         ended = "failed"
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from metalgen.database.measurement import Measurement, host
-from metalgen.database.store import Store
+from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, default_schedule
@@ -42,7 +42,7 @@ class Session(abc.ABC):
     """
 
     chip: Chip
-    store: Store
+    store: TuningStore
     checker: Checker
     report: Report
     trials: int | None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from metalgen.database.measurement import Measurement
 from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
+from metalgen.database.store import Store
 from metalgen.schedule import Schedule
 from metalgen.tuning.ahead import Asks
 from metalgen.tuning.distributed import Share, SharedStudy
@@ -32,6 +33,7 @@ class SharedSession(MeasuredSession):
     """
 
     share: Share
+    store: Store  # others' rows are merged into it
 
     storage: BaseStorage = field(init=False)
     study: SharedStudy | None = field(init=False, default=None)

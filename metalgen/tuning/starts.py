@@ -15,7 +15,7 @@ from metalgen.tiles import padded
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-    from metalgen.database.store import Store
+    from metalgen.database.protocol import TuningStore
 
 BORROWED = 12
 """Points that are borrowed from other devices and buckets."""
@@ -87,7 +87,7 @@ def translated(
     )
 
 
-def borrowed_schedules(problem: Problem, chip: Chip, store: Store) -> list[Schedule]:
+def borrowed_schedules(problem: Problem, chip: Chip, store: TuningStore) -> list[Schedule]:
     """What won on near chips, in near buckets and for related configs, by the database and ours.
 
     Measured rows only, whatever templates they were made from: a hint needs no proof. Some may

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from metalgen.config import AttentionConfig
-from metalgen.database.store import Check, Store
+from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
@@ -80,7 +80,11 @@ class Checker:
     """
 
     def __init__(
-        self, store: Store, device: Device | None, template_hash: str, verify: Verify | None = None
+        self,
+        store: TuningStore,
+        device: Device | None,
+        template_hash: str,
+        verify: Verify | None = None,
     ) -> None:
         self.store = store
         self.device = device
