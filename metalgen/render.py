@@ -42,10 +42,10 @@ class KernelSource:
     Args:
         name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
         header, source: text before the kernel's function, and its body.
-        inputs: ``q``, ``k``, ``v`` viewed as bytes, and ``scale``, which comes times log2(e); then
-            ``block_mask`` where the config has one, the captured arrays of score and mask, what
-            `metalgen.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry, head (or
-            KV head) and block of rows where a dispatch begins.
+        inputs: ``q``, ``k``, ``v`` (for Metal viewed as bytes), and ``scale``, which comes times
+            log2(e); then ``block_mask`` where the config has one, the captured arrays of score and
+            mask, what `metalgen.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry,
+            head (or KV head) and block of rows where a dispatch begins.
         outputs: ``out``, and ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.

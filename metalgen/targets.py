@@ -17,6 +17,8 @@ class Target:
         threads: most threads of a threadgroup. An NVIDIA GPU has 65,536 registers for a block: from
             257 threads on a kernel may need more, and then it is not launched.
         dtypes: the types that it has kernels for.
+        bytes: whether kernels take rows (of Q, of keys) as bytes: MLX then copies an array whose
+            last axis has gaps, and no other. Else they read across gaps themselves.
         choices: the only values that these fields of a schedule may take.
     """
 
@@ -26,6 +28,7 @@ class Target:
     buffers: int
     threads: int
     dtypes: tuple[str, ...]
+    bytes: bool
     choices: tuple[tuple[str, tuple[object, ...]], ...] = ()
 
 
@@ -36,6 +39,7 @@ METAL = Target(
     buffers=2,
     threads=1024,
     dtypes=("float32", "float16", "bfloat16"),
+    bytes=True,
 )
 CUDA = Target(
     "cuda",
@@ -44,6 +48,7 @@ CUDA = Target(
     buffers=4,
     threads=256,
     dtypes=("float32", "float16", "bfloat16"),
+    bytes=False,
     choices=(
         ("k_source", ("threadgroup",)),
         ("v_source", ("threadgroup",)),

@@ -18,6 +18,7 @@ from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
 from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.schedule import Schedule, check_schedule
+from metalgen.targets import TARGETS, Target
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
@@ -45,6 +46,7 @@ class KernelDevice(Device):
         from metalgen.render import render  # brings Jinja, which a look-up does without
 
         check_schedule(config, schedule, self.limits, family)
+        facts = TARGETS[self.target]
         source = render(config, schedule, self.target, family)
         if self.target == "metal":
             check_buffers(source)
@@ -92,10 +94,9 @@ class KernelDevice(Device):
                 limits = (self.most_groups, most_kv_heads)
                 return run_in_pieces(run, config, *limits, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
-            # Seen as bytes, an array is copied only where its last axis has gaps.
-            bound = [*(x.view(mx.uint8) for x in (q, k, v)), _exponent_scale(scale)]
+            bound = [*(_rows(x, facts) for x in (q, k, v)), _exponent_scale(scale)]
             if inputs is not NOTHING:
-                bound += _more(config, source, schedule, shape, k, inputs)
+                bound += _more(config, source, schedule, shape, k, inputs, facts)
             keys = key_places(config, k, inputs)
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
             found = []
@@ -140,6 +141,7 @@ def _more(
     shape: tuple[int, ...],
     k: mx.array,
     inputs: Inputs,
+    facts: Target,
 ) -> list[mx.array]:
     """A kernel's inputs beside q, k, v and the scale."""
     bound = []
@@ -152,16 +154,20 @@ def _more(
             whole = (*shape[:3], key_places(config, k, inputs))
             bound.append(mx.broadcast_to(array, whole))
         elif name.endswith(("_scales", "_biases")):
-            bound.append(_in_device_memory(array.view(mx.uint8)))
+            bound.append(_rows(array, facts))
         else:
             bound.append(mx.contiguous(array))
     return bound
 
 
-def _in_device_memory(x: mx.array) -> mx.array:
-    """The same; MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie."""
-    missing = 8 - x.shape[3] if x.size < 8 else 0
-    return mx.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing else x
+def _rows(x: mx.array, facts: Target) -> mx.array:
+    """An array of rows (of Q, keys, or what belongs to keys) as a target's kernels take it."""
+    if not facts.bytes:
+        return x
+    x = x.view(mx.uint8)
+    # MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie.
+    missing = 8 - x.shape[-1] if x.size < 8 else 0
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def _empty(

@@ -79,6 +79,13 @@ WAYS = {"forward": ("forward", 1), "decode": ("decode", 1), "decode in 8": ("dec
 DTYPES = ("float16", "float32", "bfloat16")
 
 
+def apart(x: mx.array, step: int) -> mx.array:
+    """The same array, the elements of its last axis so many places apart in memory."""
+    places = x[..., ::-1] if step < 0 else x
+    wide = mx.contiguous(mx.repeat(places, abs(step), axis=-1))
+    return wide[..., ::step]
+
+
 class FeatureConformance(OnDevice):
     """Tests of one device; `name` is all that a subclass must set."""
 
@@ -154,6 +161,21 @@ class FeatureConformance(OnDevice):
         self.check(self.case(config, way, batch=1, kv_heads=1, q_len=1, kv_len=1))
         paged = AttentionConfig(32, varlen=True, page_size=8, array_mask=False)
         self.check(self.case(paged, way, batch=1, kv_heads=1, q_len=1, kv_len=1))
+
+    @pytest.mark.parametrize("step", [3, -1], ids=["gaps", "reversed"])
+    @pytest.mark.parametrize("way", ["forward", "decode in 8"])
+    @pytest.mark.parametrize("fields", [{}, {"rope": "pairs"}, *WHERE.values()], ids=str)
+    def test_elements_of_a_row_apart(self, fields: dict[str, Any], way: str, step: int) -> None:
+        """Of every array that has rows: the same numbers as of rows without gaps, to the bit."""
+        case = self.case(AttentionConfig(64, heads_per_kv=2, **fields), way, kv_len=50)
+        q, k, v, inputs = case.call()
+        close = np.array(self.run(case, q, k, v, inputs)[0])
+        rows = [apart(x, step) for x in (q, k, v)]
+        beside: dict[str, Any] = {
+            n: apart(x, step) for n, x in inputs.named.items() if n[0] in "kv" and x.ndim == 4
+        }
+        for given in ((*rows, inputs), (q, k, v, replace(inputs, **beside))):
+            assert np.array_equal(close, np.array(self.run(case, *given)[0]))
 
     @pytest.mark.parametrize("fields", WHERE.values(), ids=WHERE)
     @pytest.mark.parametrize(("q_len", "kv_len"), [(0, 9), (9, 0), (0, 0), (1, 1)])
