@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -141,8 +142,10 @@ def create_block_mask(
     from metalgen.dsl.trace import trace
 
     mask = trace(mask_mod, "mask_mod")
-    for name, size in (("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN), ("B", B), ("H", H)):
-        _check_size(name, size, optional=name in "BH")
+    q_len, kv_len = _size("Q_LEN", Q_LEN), _size("KV_LEN", KV_LEN)
+    entries, each = (
+        None if x is None else _size(n, x, ", or None") for n, x in (("B", B), ("H", H))
+    )
     for name, size, reads in (("B", B, "b"), ("H", H, "h")):
         if size is None and reads in mask.graph.inputs:
             what = "batch entries" if name == "B" else "query heads"
@@ -150,22 +153,22 @@ def create_block_mask(
     sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
     if len(sizes) != 2:
         raise ArgumentError("block_size", "a number, or one for queries and one for keys", sizes)
-    for size in sizes:
-        _check_size("block_size", size)
-    batch = B if B is not None and "b" in mask.graph.inputs else 1
-    heads = H if H is not None and "h" in mask.graph.inputs else 1
     # A block that is larger than all there is would be padded with what is not there.
-    rows, columns = min(sizes[0], Q_LEN), min(sizes[1], KV_LEN)
-    some, every = _computed(mask, batch, heads, Q_LEN, KV_LEN, rows, columns)
-    return BlockMask(mask, Q_LEN, KV_LEN, (rows, columns), some, every)
+    rows, columns = (
+        min(_size("block_size", size), most)
+        for size, most in zip(sizes, (q_len, kv_len), strict=True)
+    )
+    batch = entries if entries is not None and "b" in mask.graph.inputs else 1
+    heads = each if each is not None and "h" in mask.graph.inputs else 1
+    some, every = _computed(mask, batch, heads, q_len, kv_len, rows, columns)
+    return BlockMask(mask, q_len, kv_len, (rows, columns), some, every)
 
 
-def _check_size(name: str, size: object, optional: bool = False) -> None:
-    if size is None and optional:
-        return
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 1 << 24:
-        expected = "an integer from 1 to 16777216" + (", or None" if optional else "")
-        raise ArgumentError(name, expected, size)
+def _size(name: str, size: object, otherwise: str = "") -> int:
+    number = as_integer(size)
+    if number is None or not 1 <= number <= 1 << 24:
+        raise ArgumentError(name, f"an integer from 1 to 16777216{otherwise}", size)
+    return number
 
 
 def _computed(

@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from metalgen.arguments import as_integer, as_number, check_integer
 from metalgen.errors import ArgumentError
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -107,63 +108,68 @@ class AttentionConfig:
     max_work: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        _check_int("head_dim", self.head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        self._keep("dtype", _dtype_name(self.dtype))
+        self._keep_integer("head_dim", MIN_HEAD_DIM, MAX_HEAD_DIM)
         if self.value_head_dim is not None:
-            _check_int("value_head_dim", self.value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+            self._keep_integer("value_head_dim", MIN_HEAD_DIM, MAX_HEAD_DIM)
         if self.value_head_dim == self.head_dim:  # one problem, one spelling, one key
-            object.__setattr__(self, "value_head_dim", None)
-        _check_int("heads_per_kv", self.heads_per_kv, 1, MAX_HEADS_PER_KV)
+            self._keep("value_head_dim", None)
+        self._keep_integer("heads_per_kv", 1, MAX_HEADS_PER_KV)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(name, "True or False", getattr(self, name))
         for name in ("window_left", "window_right"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_WINDOW)
+                self._keep_integer(name, 0, MAX_WINDOW)
         if self.softcap is not None:
-            number = isinstance(self.softcap, (int, float)) and not isinstance(self.softcap, bool)
-            if not number or not 1e-3 <= self.softcap <= 1e6:
+            softcap = as_number(self.softcap)
+            if softcap is None or not 1e-3 <= softcap <= 1e6:
                 raise ArgumentError("softcap", "a number from 0.001 to 1000000", self.softcap)
-            object.__setattr__(self, "softcap", float(self.softcap))
+            self._keep("softcap", softcap)
         if self.score_mod is not None or self.mask_mod is not None or self.block_mask:
             self._check_functions()
         self._check_keys()
         self._check_others()
         self._check_together()
 
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _keep_integer(self, name: str, low: int, high: int) -> None:
+        self._keep(name, check_integer(name, getattr(self, name), low, high))
+
     def _check_keys(self) -> None:
         if self.page_size is not None:
-            _check_int("page_size", self.page_size, MIN_PAGE, MAX_PAGE)
+            self._keep_integer("page_size", MIN_PAGE, MAX_PAGE)
             if self.page_size % 8:
                 raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", self.page_size)
-            object.__setattr__(self, "kv_lens", False)  # said by the pages
+            self._keep("kv_lens", False)  # said by the pages
         if self.kv_bits is None:
-            object.__setattr__(self, "kv_group", 64)
+            self._keep("kv_group", 64)
             return
-        _check_one_of("kv_bits", self.kv_bits, (None, *KV_BITS))
-        _check_one_of("kv_group", self.kv_group, KV_GROUPS)
+        self._keep("kv_bits", _one_of("kv_bits", self.kv_bits, (None, *KV_BITS)))
+        self._keep("kv_group", _one_of("kv_group", self.kv_group, KV_GROUPS))
         for name, width in (("head_dim", self.head_dim), ("value_head_dim", self.v_dim)):
             if width % self.kv_group:
                 expected = f"a multiple of kv_group={self.kv_group}, as mx.quantize has it"
                 raise ArgumentError(name, expected, width)
 
     def _check_others(self) -> None:
-        number = isinstance(self.dropout, (int, float)) and not isinstance(self.dropout, bool)
-        if not number or not 0 <= self.dropout < 1:
+        dropout = as_number(self.dropout)
+        if dropout is None or not 0 <= dropout < 1:
             raise ArgumentError("dropout", "a number from 0 to below 1", self.dropout)
-        object.__setattr__(self, "dropout", float(self.dropout))
+        self._keep("dropout", dropout)
         if self.rope is None:
-            object.__setattr__(self, "rope_dims", None)
+            self._keep("rope_dims", None)
         else:
-            _check_one_of("rope", self.rope, (None, *ROPES))
-            dims = self.turned
-            if type(dims) is not int or not 2 <= dims <= self.head_dim or dims % 2:
+            self._keep("rope", _one_of("rope", self.rope, (None, *ROPES)))
+            dims = as_integer(self.turned)
+            if dims is None or not 2 <= dims <= self.head_dim or dims % 2:
                 name = "head_dim" if self.rope_dims is None else "rope_dims"
-                raise ArgumentError(name, f"an even number from 2 to {self.head_dim}", dims)
-            if dims == self.head_dim:
-                object.__setattr__(self, "rope_dims", None)
+                raise ArgumentError(name, f"an even number from 2 to {self.head_dim}", self.turned)
+            self._keep("rope_dims", None if dims == self.head_dim else dims)
         if self.max_work is not None:
-            _check_int("max_work", self.max_work, MIN_WORK, 1 << 62)
+            self._keep_integer("max_work", MIN_WORK, 1 << 62)
 
     def _check_together(self) -> None:
         if self.tf32 and self.dtype != "float32":
@@ -191,7 +197,7 @@ class AttentionConfig:
             if text is not None:
                 graph = check_function(name, text)
                 arrays += len(graph.arrays)
-                object.__setattr__(self, name, graph.text)
+                self._keep(name, graph.text)
         if arrays > MAX_ARRAYS:
             expected = f"at most {MAX_ARRAYS} captured arrays of score_mod and mask_mod together"
             raise ArgumentError("mask_mod", expected, arrays)
@@ -311,11 +317,9 @@ def _dtype_name(dtype: object) -> str:
     return name
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ArgumentError(name, f"an integer from {low} to {high}", value)
-
-
-def _check_one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+def _one_of(name: str, value: object, choices: tuple[object, ...]) -> object:
+    number = as_integer(value)
+    found = value if number is None else number
+    if not any(type(found) is type(choice) and found == choice for choice in choices):
         raise ArgumentError(name, f"one of {', '.join(map(str, choices))}", value)
+    return found

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen.arguments import as_number, check_positive
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, brief, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
@@ -160,13 +160,15 @@ def get_kernel(
         )
         return _known[key]
     except (KeyError, TypeError, AttributeError):
-        pass  # unknown yet, or arguments to be complained about
+        pass  # unknown yet, integers of another library, or arguments to be complained about
     if not isinstance(config, AttentionConfig):
         raise ArgumentError("config", "an AttentionConfig", config)
-    for argument, value in (("batch", batch), ("heads", heads)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ArgumentError(argument, "a positive integer", value)
-    problem = Problem(config, batch * each, queries, keys)
+    rows = check_positive("batch", batch) * check_positive("heads", each)
+    problem = Problem(config, rows, queries, keys)
+    sizes = {"batch": batch, "heads": each, "q_len": queries, "kv_len": keys}
+    if any(type(size) is not int for size in sizes.values()):
+        plain = {argument: int(size) for argument, size in sizes.items()}
+        return get_kernel(config, **plain, device=device, chip=chip)
     kernel = _resolve(problem, get_device(name), chip)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
@@ -188,12 +190,12 @@ def check_scale(config: AttentionConfig, scale: float | None) -> float:
     """The scale as a float, by default ``1 / sqrt(D)``; raises `ArgumentError` if it is none."""
     if scale is None:
         return float(config.head_dim**-0.5)
-    number = isinstance(scale, (int, float, Real)) and not isinstance(scale, bool)
-    if not number or not abs(scale) < MAX_SCALE:
+    number = as_number(scale)
+    if number is None or not abs(number) < MAX_SCALE:
         expected = f"a finite number below {MAX_SCALE:g}, or None for 1 / sqrt(head_dim)"
         raise ArgumentError("scale", expected, scale)
     # Below, a kernel's factor would be no normal float32, and masked scores no longer be lowest.
-    return float(scale) if abs(scale) >= 1 / MAX_SCALE else 0.0
+    return number if abs(number) >= 1 / MAX_SCALE else 0.0
 
 
 def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:

@@ -6,7 +6,8 @@ import functools
 import json
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig, _check_int
+from metalgen.arguments import check_integer
+from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 
 FAMILIES = ("forward", "decode")
@@ -44,9 +45,12 @@ class Problem:
     family: str = ""
 
     def __post_init__(self) -> None:
-        _check_int("batch_heads", self.batch_heads, 1, MAX_BATCH_HEADS)
-        _check_int("q_len", self.q_len, 1, MAX_LENGTH)
-        _check_int("kv_len", self.kv_len, 1, MAX_LENGTH)
+        for name, most in (
+            ("batch_heads", MAX_BATCH_HEADS),
+            ("q_len", MAX_LENGTH),
+            ("kv_len", MAX_LENGTH),
+        ):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, most))
         if not self.family:
             few = self.q_len <= DECODE_QUERIES and not self.config.block_mask
             family = "decode" if few else "forward"

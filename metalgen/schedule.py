@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from metalgen.arguments import as_integer
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.targets import METAL, TARGETS, Target
@@ -72,6 +73,12 @@ class Schedule:
     splits: int = 1
     value_parts: int = 1
 
+    def __post_init__(self) -> None:
+        for name in _INTEGERS:  # what is none, `check_schedule` and `from_dict` refuse
+            value = getattr(self, name)
+            if type(value) is not int and (number := as_integer(value)) is not None:
+                object.__setattr__(self, name, number)
+
     @property
     def threads(self) -> int:
         """Threads a threadgroup."""
@@ -109,7 +116,8 @@ class Schedule:
         for name, value in fields.items():
             if name not in CHOICES:
                 raise ArgumentError("schedule", f"fields among {', '.join(CHOICES)}", name)
-            _check_choice(name, value)
+            number = as_integer(value)
+            _check_choice(name, value if number is None else number)
         for f in dataclasses.fields(cls):
             if f.default is dataclasses.MISSING and f.name not in fields:
                 raise ArgumentError("schedule", f"a field {f.name}", sorted(fields))
@@ -148,6 +156,7 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "value_parts": (1, 2, 4),
 }
 """Every value that a field of a schedule may take, whatever the config."""
+_INTEGERS = tuple(name for name, choices in CHOICES.items() if type(choices[0]) is int)
 
 
 def share(schedule: Schedule) -> int:

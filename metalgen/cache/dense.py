@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from metalgen.arguments import check_integer
 from metalgen.cache.parts import Part, check_quantization, empty, rows_of, slots_of, wider
-from metalgen.config import _check_int
 from metalgen.errors import ArgumentError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
@@ -45,10 +45,10 @@ class KVCache:
         step: int = 256,
         device: str | None = None,
     ) -> None:
-        check_quantization(bits, group_size)
+        bits, group_size = check_quantization(bits, group_size)
         if rope is not None and not isinstance(rope, Rope):
             raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
-        _check_int("step", step, 1, MAX_LENGTH)
+        step = check_integer("step", step, 1, MAX_LENGTH)
         self.length = 0
         self._bits, self._group = bits, group_size
         self._rope, self._step, self._device = rope, step, device
@@ -90,9 +90,7 @@ class KVCache:
 
     def trim(self, rows: int) -> None:
         """Forgets the last `rows` rows of each entry."""
-        if type(rows) is not int or not 0 <= rows <= self.length:
-            raise ArgumentError("rows", f"an integer from 0 to {self.length}", rows)
-        self.length -= rows
+        self.length -= check_integer("rows", rows, 0, self.length)
 
     def _room(self, k: mx.array, v: mx.array) -> tuple[Part, Part]:
         """The cache with slots for rows like these."""

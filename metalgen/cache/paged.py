@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer, check_integer, check_positive
 from metalgen.cache.checks import MAX_ROWS
 from metalgen.cache.parts import check_quantization, empty
 from metalgen.config import (
@@ -15,7 +16,6 @@ from metalgen.config import (
     MAX_PAGE,
     MIN_HEAD_DIM,
     MIN_PAGE,
-    _check_int,
 )
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.ops.append import append_kv
@@ -66,21 +66,22 @@ class PagedKVCache:
         rope: Rope | None = None,
         device: str | None = None,
     ) -> None:
-        value_dim = head_dim if value_head_dim is None else value_head_dim
-        for name, value in (("pages", pages), ("kv_heads", kv_heads)):
-            if type(value) is not int or value < 1:
-                raise ArgumentError(name, "a positive integer", value)
-        _check_int("head_dim", head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
-        _check_int("value_head_dim", value_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
-        if type(page_size) is not int or page_size % 8 or not MIN_PAGE <= page_size <= MAX_PAGE:
+        pages, kv_heads = check_positive("pages", pages), check_positive("kv_heads", kv_heads)
+        head_dim = check_integer("head_dim", head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        value_dim = head_dim
+        if value_head_dim is not None:
+            value_dim = check_integer("value_head_dim", value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
+        rows = as_integer(page_size)
+        if rows is None or rows % 8 or not MIN_PAGE <= rows <= MAX_PAGE:
             raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", page_size)
+        page_size = rows
         most = (MAX_ROWS - 1) // (kv_heads * page_size) - 1  # and the spare one
         if pages > most:
             expected = f"at most {most} of {page_size} rows for {kv_heads} heads"
             raise ArgumentError("pages", expected, pages)
         if dtype not in [getattr(mx, name) for name in DTYPES]:
             raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
-        check_quantization(bits, group_size)
+        bits, group_size = check_quantization(bits, group_size)
         if rope is not None and not isinstance(rope, Rope):
             raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
         widths = (head_dim, value_dim)
@@ -122,8 +123,7 @@ class PagedKVCache:
         """Forgets the last `rows` rows of a sequence; pages that hold none of it are free."""
         self._known([sequence])
         length = self._lengths[sequence]
-        if type(rows) is not int or not 0 <= rows <= length:
-            raise ArgumentError("rows", f"an integer from 0 to {length}", rows)
+        rows = check_integer("rows", rows, 0, length)
         self._lengths[sequence] = length - rows
         kept = -(-(length - rows) // self.page_size)
         self._last = None
@@ -164,8 +164,9 @@ class PagedKVCache:
             raise ArgumentError("k.shape", f"a first axis of {many}, one a sequence", k.shape)
         new = [k.shape[2]] * many
         if counts is not None:
-            new = list(counts) if isinstance(counts, Iterable) else []
-            if any(type(count) is not int or count < 0 for count in new) or len(new) != many:
+            found = [as_integer(n) for n in counts] if isinstance(counts, Iterable) else []
+            new = [n for n in found if n is not None and n >= 0]
+            if not len(new) == len(found) == many:
                 raise ArgumentError("counts", f"{many} numbers of rows", counts)
         if counts is not None and sum(new) != k.shape[2]:
             raise ArgumentError("counts", f"a sum of {k.shape[2]}, the rows of k", counts)

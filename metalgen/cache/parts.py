@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer
 from metalgen.config import KV_BITS, KV_GROUPS
 from metalgen.errors import ArgumentError
 
@@ -13,12 +14,14 @@ Part = mx.array | tuple[mx.array, mx.array, mx.array]
 """Keys or values of a cache: an array, or the three that ``mx.quantize`` returns."""
 
 
-def check_quantization(bits: object, group: object) -> None:
-    """Raises `ArgumentError` unless caches can be quantized so."""
-    if bits is not None and (isinstance(bits, bool) or bits not in KV_BITS):
+def check_quantization(bits: object, group: object) -> tuple[int | None, int]:
+    """Bits and group as plain integers; raises `ArgumentError` if caches cannot be so."""
+    plain_bits, plain_group = as_integer(bits), as_integer(group)
+    if bits is not None and plain_bits not in KV_BITS:
         raise ArgumentError("bits", f"one of {', '.join(map(str, KV_BITS))}, or None", bits)
-    if isinstance(group, bool) or group not in KV_GROUPS:
+    if plain_group is None or plain_group not in KV_GROUPS:
         raise ArgumentError("group_size", f"one of {', '.join(map(str, KV_GROUPS))}", group)
+    return plain_bits, plain_group
 
 
 def empty(

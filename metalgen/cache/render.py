@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from metalgen.arguments import as_integer
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.render import KernelSource, _environment, _tidy
@@ -44,8 +45,10 @@ class AppendSchedule:
             ("threads", self.threads, THREADS),
             ("elements", self.elements, ELEMENTS),
         ):
-            if type(value) is not int or value not in choices:
+            number = as_integer(value)
+            if number is None or number not in choices:
                 raise ArgumentError(name, f"one of {', '.join(map(str, choices))}", value)
+            object.__setattr__(self, name, number)
 
     def rows(self, config: AttentionConfig) -> int:
         """Rows of a threadgroup.

@@ -6,7 +6,7 @@ import math
 
 import mlx.core as mx
 
-from metalgen.config import _check_int
+from metalgen.arguments import check_integer
 
 
 def alibi_slopes(heads: int) -> mx.array:
@@ -18,7 +18,7 @@ def alibi_slopes(heads: int) -> mx.array:
     Raises:
         ArgumentError: not a number from 1 to 65,536.
     """
-    _check_int("heads", heads, 1, 1 << 16)
+    heads = check_integer("heads", heads, 1, 1 << 16)
     below = 1 << math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (n + 1) / below) for n in range(below)]
     slopes += [2 ** (-4 * (2 * n + 1) / below) for n in range(heads - below)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer
 from metalgen.cache.checks import (
     check_contents,
     check_sizes,
@@ -77,6 +78,8 @@ def append_kv(
         DeviceError: the device is not available here.
     """
     key, value = parts_of(cache)
+    if (slot := as_integer(offset)) is not None:
+        offset = slot
     if schedule is not None and not isinstance(schedule, AppendSchedule):
         raise ArgumentError("schedule", "an AppendSchedule, or None", schedule)
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer
 from metalgen.config import KV_BITS, KV_GROUPS, AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
@@ -333,9 +334,10 @@ def _sizes(
 
 
 def _longest(name: str, length: object) -> int | None:
-    if length is None or (type(length) is int and length >= 0):
-        return length
-    raise ArgumentError(name, "a length, or None", brief(length))
+    number = as_integer(length)
+    if length is not None and (number is None or number < 0):
+        raise ArgumentError(name, "a length, or None", brief(length))
+    return number
 
 
 def _check_contents(

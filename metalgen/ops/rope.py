@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from metalgen.arguments import as_integer, as_number
 from metalgen.config import MAX_HEAD_DIM, ROPES
 from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import integers
@@ -47,17 +48,20 @@ class Rope:
     offset: int | mx.array | None = None
 
     def __post_init__(self) -> None:
-        dims = self.dims
-        if dims is not None and not (type(dims) is int and 2 <= dims <= MAX_HEAD_DIM):
-            raise ArgumentError("rope.dims", f"an integer from 2 to {MAX_HEAD_DIM}, or None", dims)
+        dims = as_integer(self.dims)
+        if self.dims is not None and (dims is None or not 2 <= dims <= MAX_HEAD_DIM):
+            expected = f"an integer from 2 to {MAX_HEAD_DIM}, or None"
+            raise ArgumentError("rope.dims", expected, self.dims)
         if dims is not None and dims % 2:
             raise ArgumentError("rope.dims", "an even number of columns, or None", dims)
+        object.__setattr__(self, "dims", dims)
         if not isinstance(self.style, str) or self.style not in ROPES:
             raise ArgumentError("rope.style", f"one of {', '.join(ROPES)}", self.style)
         for name, value in (("base", self.base), ("scale", self.scale)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 < value <= sys.float_info.max:
+            number = as_number(value)
+            if number is None or not 0 < number < math.inf:
                 raise ArgumentError(f"rope.{name}", "a finite number above 0", value)
+            object.__setattr__(self, name, number)
         freqs: object = self.freqs
         if isinstance(freqs, mx.array):
             if freqs.ndim != 1 or not mx.issubdtype(freqs.dtype, mx.floating):
@@ -68,9 +72,11 @@ class Rope:
         offset = self.offset
         if offset is None or isinstance(offset, mx.array):
             return
-        if type(offset) is not int or not 0 <= offset < 1 << 31:
+        position = as_integer(offset)
+        if position is None or not 0 <= position < 1 << 31:
             expected = "a position from 0, an mlx.core.array of them, or None"
             raise ArgumentError("rope.offset", expected, offset)
+        object.__setattr__(self, "offset", position)
 
     def moved(self, by: int | mx.array) -> Rope:
         """The same for rows that stand so many positions further on, where it has an offset."""
