@@ -13,7 +13,17 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.database.columns import problem_of, row_of
-from metalgen.database.rows import COLUMNS, FAULTS, IDENTITY, Key, Reader, Row, Tables, join_rows
+from metalgen.database.rows import (
+    COLUMNS,
+    FAULTS,
+    GRAVITY,
+    IDENTITY,
+    Key,
+    Reader,
+    Row,
+    Tables,
+    join_rows,
+)
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 
@@ -92,13 +102,15 @@ class Merger:
         self._count = 0
 
     def _failed_checks(self) -> dict[tuple[str, str, str, str], str]:
-        return {
-            tuple(row[:4]): row[4]
-            for row in self.store.db.execute(
-                "SELECT config, family, schedule, template_hash, status FROM checks "
-                "WHERE status <> 'ok'"
-            )
-        }
+        """The gravest status of each kernel that failed a check, on whatever device."""
+        failed: dict[tuple[str, str, str, str], str] = {}
+        for *kernel, status in self.store.db.execute(
+            "SELECT config, family, schedule, template_hash, status FROM checks "
+            "WHERE status <> 'ok'"
+        ):
+            place = tuple(kernel)
+            failed[place] = max(failed.get(place, "ok"), status, key=GRAVITY.index)
+        return failed
 
     def _checked(self, row: Row, failed: dict[tuple[str, str, str, str], str]) -> Row:
         """The row, not ok where its kernel failed a check here."""

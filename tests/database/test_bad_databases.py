@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from database_samples import CHIP, HASH, NEIGHBOURS, PROBLEM, row
 
 from metalgen.database import errors
 from metalgen.database.connect import open_for_reading
 from metalgen.database.layout import APPLICATION_ID
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
+from metalgen.testing.rows import CHIP, HASH, NEIGHBOURS, PROBLEM, row
 
 
 def _text(path: Path) -> None:

@@ -9,14 +9,13 @@ import random
 from pathlib import Path
 
 import pytest
-from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, modelled, row
 
 from metalgen.database import exchange, merging
 from metalgen.database.exchange import Summary, join
 from metalgen.database.measurement import Measurement
 from metalgen.database.rows import COLUMNS, FAULTS, Reader, Row, Tables, row_of_measurement
 from metalgen.database.store import Store
-from metalgen.problem import Problem
+from metalgen.testing.rows import FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
 
 def database(path: Path, rows: list[Measurement]) -> Path:
@@ -162,15 +161,6 @@ def test_a_merge_tells_new_pooled_known_and_conflicting_rows(tmp_path: Path) -> 
         assert exchange.merge(store, [wrong]) == Summary(pooled=1, conflicts=1)
 
 
-def test_a_kernel_that_failed_its_check_here_cannot_be_imported_as_good(tmp_path: Path) -> None:
-    source = records(tmp_path / "s.jsonl", [row(FIRST, verified=True)])
-    with Store.open(tmp_path / "t.db") as store:
-        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", detail="no")
-        exchange.merge(store, [source])
-        (m,) = store.measurements()
-    assert (m.status, m.verified) == ("wrong", False)
-
-
 def test_an_export_is_sorted_canonical_and_read_back_unchanged(tmp_path: Path) -> None:
     rows = some_rows(random.Random(1), 30)
     path = database(tmp_path / "t.db", rows)
@@ -190,27 +180,6 @@ def test_a_comparison_names_what_is_only_on_one_side_and_what_differs(tmp_path: 
     assert [m.schedule for m in found.only_second] == [THIRD]
     assert [(x.seconds, y.seconds) for x, y in found.changed] == [(2e-3, 3e-3)]
     assert found.same == 0
-
-
-def test_pruning_removes_what_was_named_and_nothing_else(tmp_path: Path) -> None:
-    other = row(SECOND, template_hash="f" * 16)
-    path = database(tmp_path / "t.db", [row(FIRST), other, modelled(FIRST)])
-    with Store.open(path) as store:
-        assert store.prune(keep_templates={HASH}, dry_run=True) == 1
-        assert len(store.measurements()) == 3
-        assert store.prune(keep_templates={HASH}) == 1
-        assert store.prune(provenance="modelled", chip="M1") == 0
-        assert store.prune(provenance="modelled") == 1
-        assert [m.schedule for m in store.measurements()] == [FIRST]
-
-
-def test_decode_rows_are_exchanged_too(tmp_path: Path) -> None:
-    problem = Problem(CONFIG, 32, 1, 4096)
-    schedule = dataclasses.replace(SECOND, bq=8, simdgroups=1, splits=4)
-    source = records(tmp_path / "s.jsonl", [row(schedule, problem=problem)])
-    with Store.open(tmp_path / "t.db") as store:
-        assert exchange.merge(store, [source]) == Summary(new=1)
-        assert store.measurements(problem)[0].schedule == schedule
 
 
 def test_batches_change_neither_the_outcome_of_a_merge_nor_its_summary(

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from database_samples import (
+
+from metalgen.database.lookup import Hit, checked, last_chip, lookup
+from metalgen.database.measurement import Measurement
+from metalgen.database.records import write_records
+from metalgen.database.store import Store
+from metalgen.problem import Problem
+from metalgen.schedule import Limits, Schedule
+from metalgen.testing.rows import (
     CHIP,
     CONFIG,
     FIRST,
@@ -22,13 +29,6 @@ from database_samples import (
     modelled,
     row,
 )
-
-from metalgen.database.lookup import Hit, checked, last_chip, lookup
-from metalgen.database.measurement import Measurement
-from metalgen.database.records import write_records
-from metalgen.database.store import Store
-from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule
 
 LONGER = dataclasses.replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = dataclasses.replace(PROBLEM, q_len=16384, kv_len=16384)
@@ -88,19 +88,6 @@ def test_the_fastest_verified_row_of_this_chip_wins(places: Places) -> None:
         verified=True,
     )
     assert hit.beats_mlx
-
-
-def test_a_final_outranks_a_quicker_sample_of_the_search(places: Places) -> None:
-    places.keep(row(FIRST, 1e-3), row(SECOND, 2e-3, phase="final"), row(FIRST, 3e-3, phase="final"))
-    hit = places.find()
-    assert hit is not None and (hit.schedule, hit.seconds) == (SECOND, 2e-3)
-
-
-@pytest.mark.parametrize("status", ["invalid", "compile", "runtime", "timeout", "wrong"])
-def test_a_row_that_is_not_ok_never_wins(places: Places, status: str) -> None:
-    places.keep(row(FIRST, 1e-6, status=status), row(SECOND, 1e-3))
-    hit = places.find()
-    assert hit is not None and hit.schedule == SECOND
 
 
 def test_rows_that_were_never_checked_do_not_answer_and_the_path_says_so(places: Places) -> None:

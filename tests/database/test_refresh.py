@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from database_samples import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
 import metalgen.render
 from metalgen.chips import get_chip
@@ -34,6 +33,7 @@ from metalgen.resources import templates_dir, tuning_db_dir
 from metalgen.schedule import APPLE, Limits, Schedule, default_schedule
 from metalgen.source_hash import _source_hash, code_of, source_hash
 from metalgen.testing.fuzz import made_up
+from metalgen.testing.rows import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
 OLD = "f" * 16
 DECODE = Problem(CONFIG, 32, 1, 4096)

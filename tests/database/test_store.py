@@ -1,9 +1,8 @@
-"""What the store keeps, when it commits, and what it refuses."""
+"""The SQLite file: its header, killed writers, and what it says of rows that someone spoiled."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sqlite3
@@ -14,124 +13,12 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-from database_samples import CONFIG, FIRST, HASH, PROBLEM, SECOND, modelled, row
 
 from metalgen.database.layout import APPLICATION_ID, SCHEMA_VERSION, user_database
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-
-
-def test_a_measurement_comes_back_whole_from_a_store_that_was_closed(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "tuning.db"
-    with Store.open(path) as store:
-        run = store.begin_run("M3Max", seed=7)
-        sent = row(
-            samples=(1e-3, 1.1e-3, 0.9e-3),
-            spread=2e-4,
-            default_seconds=2e-3,
-            mlx_seconds=3e-3,
-            phase="final",
-            run=run,
-        )
-        failed = row(SECOND, None, status="compile", detail="line 3: no such type", run=run)
-        assert store.add_measurement(sent) is True
-        assert store.add_measurement(failed) is True
-    with Store.open(path) as store:
-        assert store.measurements() == [sent, failed]
-        assert store.measurements(PROBLEM, phase="final") == [sent]
-        assert store.problems("M3Max") == [PROBLEM]
-        assert store.problems("M1") == []
-
-
-def test_a_measurement_that_is_there_already_is_kept_and_not_duplicated(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", 0)
-        first = row(run=run)
-        assert store.add_measurement(first) is True
-        assert store.add_measurement(row(seconds=5.0, run=run)) is False
-        assert store.measurements() == [first]
-        others = [
-            row(run=run, policy="another"),
-            row(run=run, phase="final"),
-            row(run=run, template_hash="f" * 16),
-            row(run=run, chip="M3Max-30", cores=30),
-            row(SECOND, run=run),
-        ]
-        assert store.add_measurements(others) == 5
-        assert len(store.measurements()) == 6
-
-
-def test_rows_of_one_call_are_committed_all_or_none(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", 0)
-        with pytest.raises(Exception, match="FOREIGN KEY"):
-            store.add_measurements([row(run=run), row(SECOND, run="no such run")])
-        assert store.measurements() == []
-
-
-def test_a_new_chip_model_replaces_its_predictions_and_no_measurement(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", 0)
-        measured = row(run=run)
-        other_chip = modelled(run=run, chip="M1", cores=8)
-        store.add_measurements([measured, other_chip, modelled(run=run), modelled(SECOND, run=run)])
-        new = modelled(SECOND, 2e-3, run=run, policy="model 2")
-        store.add_measurements([new], replace_predictions=True)
-        assert store.measurements() == [measured, other_chip, new]
-
-
-def test_a_passed_check_verifies_every_row_of_that_kernel_and_later_ones(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", 0)
-        longer = dataclasses.replace(PROBLEM, q_len=2048, kv_len=2048)
-        store.add_measurements([row(run=run), row(run=run, problem=longer), row(SECOND, run=run)])
-        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=3e-4, tolerance=1e-3)
-        store.add_measurement(row(run=run, chip="M1", cores=8))
-        rows = store.measurements()
-        assert [(m.schedule, m.verified, m.error) for m in rows] == [
-            (FIRST, True, 3e-4),
-            (FIRST, True, 3e-4),
-            (SECOND, False, None),
-            (FIRST, True, 3e-4),
-        ]
-        check = store.find_check(CONFIG, FIRST, HASH, "simulator")
-        assert check is not None and check.ok
-        assert (check.error, check.tolerance) == (3e-4, 1e-3)
-        assert store.find_check(CONFIG, FIRST, HASH, "metal") is None
-        assert store.find_check(CONFIG, FIRST, "f" * 16) is None
-
-
-def test_a_failed_check_takes_the_win_from_rows_whatever_passed_elsewhere(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", 0)
-        store.add_measurement(row(run=run))
-        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=1e-4)
-        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", error=0.5, detail="row 3")
-        (m,) = store.measurements()
-        assert (m.status, m.verified, m.error, m.detail) == ("wrong", False, 0.5, "row 3")
-        assert m.seconds == 1e-3  # what was measured stays
-        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok", error=1e-4)
-        store.add_measurement(row(run=run, chip="M1", cores=8))
-        assert [m.verified for m in store.measurements()] == [False, False]
-        found = store.find_check(CONFIG, FIRST, HASH)
-        assert found is not None and found.status == "wrong"
-
-
-def test_runs_keep_their_seed_and_outcome(tmp_path: Path) -> None:
-    with Store.open(tmp_path / "t.db") as store:
-        run = store.begin_run("M3Max", seed=7, notes={"trials": 5})
-        store.end_run(run, "interrupted")
-        (kept,) = store.db.query("SELECT id, chip, seed, outcome, notes FROM runs")
-        assert kept == {
-            "id": run,
-            "chip": "M3Max",
-            "seed": 7,
-            "outcome": "interrupted",
-            "notes": '{"trials": 5}',
-        }
+from metalgen.testing.rows import FIRST, SECOND, modelled, row
 
 
 def test_the_file_says_that_it_is_ours_and_which_schema_it_has(tmp_path: Path) -> None:
@@ -215,7 +102,7 @@ def test_a_process_killed_while_it_adds_rows_loses_none_that_it_committed(tmp_pa
     script = """
         import sys
         from metalgen.database.store import Store
-        from database_samples import row
+        from metalgen.testing.rows import row
         with Store.open(sys.argv[1]) as store:
             run = store.begin_run("M3Max", 0)
             for i in range(100_000):
@@ -225,7 +112,6 @@ def test_a_process_killed_while_it_adds_rows_loses_none_that_it_committed(tmp_pa
     path = tmp_path / "t.db"
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), str(path)],
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -245,7 +131,7 @@ def test_two_writers_that_start_together_lose_no_row(tmp_path: Path) -> None:
     script = """
         import sys
         from metalgen.database.store import Store
-        from database_samples import row
+        from metalgen.testing.rows import row
         with Store.open(sys.argv[1]) as store:
             run = store.begin_run("M3Max", 0)
             for i in range(100):
@@ -253,9 +139,7 @@ def test_two_writers_that_start_together_lose_no_row(tmp_path: Path) -> None:
     """
     path = tmp_path / "t.db"
     children = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(path), name], env=ENVIRONMENT
-        )
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path), name])
         for name in "ab"
     ]
     assert [child.wait() for child in children] == [0, 0]

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from database_samples import FIRST, SECOND, THIRD, row
 
 from metalgen.database import exchange, untrusted
 from metalgen.database.exchange import Summary
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.database.untrusted import open_untrusted
+from metalgen.testing.rows import FIRST, SECOND, THIRD, row
 
 SAMPLE = 60
 """Damaged files that every run of the tests tries; all thousand are behind the marker slow."""

@@ -1,4 +1,4 @@
-"""Small problems, schedules and measurements that the database's tests share."""
+"""Small problems, schedules and measurements, made up, that tests of stores and look-ups share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from metalgen.problem import Problem
 from metalgen.schedule import APPLE, Schedule
 
 HASH = "0123456789abcdef"
+OTHER_HASH = "f" * 16
 CONFIG = AttentionConfig(head_dim=64, causal=True, heads_per_kv=4)
 PROBLEM = Problem(CONFIG, batch_heads=32, q_len=1024, kv_len=1024)
 FIRST = Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)
@@ -18,6 +19,7 @@ SECOND = Schedule(bq=32, bk=16, bd=64, simdgroups=4)
 THIRD = Schedule(bq=32, bk=8, bd=32, simdgroups=4, buffers=2)
 CHIP: Any = SimpleNamespace(name="M3Max", cores=40, generation="M3", limits=APPLE)
 NEIGHBOURS = ("M3Max-30", "M3Ultra", "M3")
+"""Chips to borrow from, best first."""
 
 
 def row(schedule: Schedule = FIRST, seconds: float | None = 1e-3, **changes: Any) -> Measurement:

@@ -1,0 +1,469 @@
+"""What every store of tuning records must do. Inherit `StoreConformance`, say how one is opened.
+
+    class TestSqlite(StoreConformance):
+        def open(self, folder, *, read_only=False):
+            return Store.open(folder / "tuning.db", read_only=read_only)
+
+Expected values are written out, or come from `metalgen.testing.plain_store`, the definition. What
+is kept is tested in `store_keeping`; here, what it is kept for: look-ups, merges and tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metalgen.chips import get_chip
+from metalgen.config import AttentionConfig
+from metalgen.database import exchange
+from metalgen.database.exchange import Summary
+from metalgen.database.layout import STATUSES
+from metalgen.database.lookup import Hit
+from metalgen.database.measurement import Measurement
+from metalgen.database.protocol import TuningStore
+from metalgen.devices import get_device
+from metalgen.problem import Problem
+from metalgen.render import template_hash
+from metalgen.schedule import Limits, Schedule
+from metalgen.testing.plain_store import Contents, PlainStore
+from metalgen.testing.rows import (
+    CHIP,
+    CONFIG,
+    FIRST,
+    HASH,
+    NEIGHBOURS,
+    OTHER_HASH,
+    PROBLEM,
+    SECOND,
+    THIRD,
+    modelled,
+    row,
+)
+from metalgen.testing.store_base import DECODE, LONGER, LONGEST, SPLIT, WARM_POLICY, put
+from metalgen.testing.store_keeping import KeepsRecords
+from metalgen.tuning.runner import tune
+from metalgen.verify import Verification
+
+NEAR = replace(PROBLEM, kv_len=2048)
+
+
+def good(schedule: Schedule = FIRST, seconds: float = 1e-3, **changes: Any) -> Measurement:
+    """A row that passed its check."""
+    return row(schedule, seconds, **({"verified": True} | changes))
+
+
+def export(store: TuningStore) -> list[str]:
+    """All rows as they are exchanged."""
+    return list(exchange.export(store))
+
+
+def records(path: Path, *rows: Measurement) -> Path:
+    """A file with the records of some rows."""
+    path.write_text("".join(m.to_line() + "\n" for m in rows), encoding="utf-8")
+    return path
+
+
+def answer(hit: Hit | None) -> tuple[Any, ...] | None:
+    """A hit without the words for its place."""
+    if hit is None:
+        return None
+    return (
+        *(hit.schedule, hit.provenance, hit.chip, hit.exact, hit.stale, hit.seconds),
+        *(hit.default_seconds, hit.mlx_seconds, hit.verified, hit.error),
+    )
+
+
+class StoreConformance(KeepsRecords):
+    """Tests of one kind of store; `open` is all that a subclass must have.
+
+    A store that is not an SQLite file of ours brings a `look_up` and a `merge` of its own.
+    """
+
+    # Look-ups
+
+    def test_the_quickest_verified_row_answers_with_its_times(self, store: TuningStore) -> None:
+        times: dict[str, Any] = {"default_seconds": 4e-3, "mlx_seconds": 3e-3, "error": 1e-4}
+        put(store, good(SECOND, 2.5e-3), good(FIRST, 2e-3, **times), good(THIRD, 3e-3))
+        assert answer(self.look_up(store)) == (
+            *(FIRST, "measured", "M3Max", True, False, 2e-3),
+            *(4e-3, 3e-3, True, 1e-4),
+        )
+
+    def test_a_measured_row_outranks_every_modelled_one_wherever_it_is(
+        self, store: TuningStore
+    ) -> None:
+        put(store, modelled(FIRST, 1e-9, verified=True, phase="final"))
+        assert self._found(store) == (FIRST, "modelled")
+        put(store, good(SECOND, 1.0, problem=LONGEST, chip="M3", cores=10))
+        assert self._found(store) == (SECOND, "measured")
+
+    @pytest.mark.parametrize("status", STATUSES[1:])
+    def test_a_row_that_failed_never_answers(self, store: TuningStore, status: str) -> None:
+        put(store, row(FIRST, 1e-9, status=status))
+        assert self.look_up(store) is None
+        put(store, good(SECOND))
+        assert self._found(store) == (SECOND, "measured")
+
+    def test_a_row_that_was_not_checked_answers_only_after_its_check(
+        self, store: TuningStore
+    ) -> None:
+        put(store, row(FIRST, 1e-9), good(SECOND))
+        assert self._found(store) == (SECOND, "measured")
+        store.record_check(CONFIG, FIRST, HASH, "simulator", "ok")
+        assert self._found(store) == (FIRST, "measured")
+        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong")
+        assert self._found(store) == (SECOND, "measured")
+
+    def test_rows_of_other_templates_configs_and_families_never_answer(
+        self, store: TuningStore
+    ) -> None:
+        other = replace(PROBLEM, config=replace(CONFIG, causal=False))
+        put(store, good(template_hash=OTHER_HASH), good(problem=other), good(SPLIT, problem=DECODE))
+        assert self.look_up(store) is None
+        assert self.look_up(store, template_hash=OTHER_HASH) is not None
+        assert self.look_up(store, DECODE) is not None
+
+    def test_a_row_of_a_chip_that_is_no_neighbour_never_answers(self, store: TuningStore) -> None:
+        put(store, good(chip="M1", cores=8), good(SECOND, chip="M1Max", cores=32))
+        assert self.look_up(store) is None
+
+    def test_the_nearer_place_answers_however_slow_its_row(self, store: TuningStore) -> None:
+        places: list[dict[str, Any]] = [
+            {"problem": LONGEST, "chip": "M3"},
+            {"problem": LONGER, "chip": "M3"},
+            {"problem": LONGER, "chip": "M3Ultra"},
+            {"problem": LONGER, "chip": "M3Max-30"},
+            {"problem": LONGEST},
+            {"problem": LONGER},
+            {"problem": NEAR},
+            {"chip": "M3"},
+            {"chip": "M3Ultra"},
+            {"chip": "M3Max-30"},
+            {},
+        ]
+        for number, place in enumerate(places):
+            seconds = 1e-3 * (number + 1)
+            put(store, good(FIRST, seconds, **place))
+            hit = self.look_up(store)
+            assert hit is not None
+            assert (hit.seconds, hit.chip) == (seconds, place.get("chip", "M3Max"))
+            assert hit.exact is (place == {})
+
+    def test_finals_come_first_and_those_with_a_reservation_or_a_warm_cache_later(
+        self, store: TuningStore
+    ) -> None:
+        steps = [
+            good(FIRST, 1e-6, policy=WARM_POLICY, phase="final"),
+            good(FIRST, 1e-5),
+            good(SECOND, 1e-4, phase="final", detail="within the noise"),
+            good(THIRD, 1e-3, phase="final"),
+        ]
+        for step in steps:
+            put(store, step)
+            hit = self.look_up(store)
+            assert hit is not None
+            assert (hit.schedule, hit.seconds) == (step.schedule, step.seconds)
+            assert hit.exact is (step is not steps[0])
+
+    @pytest.mark.parametrize("change", [{"mlx_version": "0.1.0"}, {"os": "macOS 1.1"}])
+    def test_a_row_measured_with_other_software_is_stale_and_answers_last(
+        self, store: TuningStore, change: dict[str, str]
+    ) -> None:
+        put(store, good(FIRST, 1e-6, phase="final", **change))
+        hit = self.look_up(store)
+        assert hit is not None
+        assert (hit.schedule, hit.stale, hit.exact) == (FIRST, True, False)
+        put(store, good(SECOND))
+        hit = self.look_up(store)
+        assert hit is not None
+        assert (hit.schedule, hit.stale, hit.exact) == (SECOND, False, True)
+
+    def test_a_schedule_beyond_the_limits_is_passed_over(self, store: TuningStore) -> None:
+        put(store, good(FIRST, 1e-6), good(SECOND, 1e-3))
+        assert self._found(store, limits=Limits(threadgroup_bytes=4096)) == (SECOND, "measured")
+        assert self.look_up(store, limits=Limits(threadgroup_bytes=16)) is None
+
+    def test_a_pin_answers_before_every_row_until_it_is_taken_away(self, folder: Path) -> None:
+        with self.open(folder) as store:
+            put(store, good(FIRST))
+            store.unpin(PROBLEM)
+            store.pin(PROBLEM, THIRD, "A/B")
+            store.pin(PROBLEM, SECOND)
+            store.pin(LONGER, THIRD)
+        with self.open(folder) as store:
+            assert self._found(store) == (SECOND, "pinned")
+            assert self._found(store, limits=Limits(threadgroup_bytes=16)) is None
+            store.unpin(PROBLEM)
+            assert self._found(store) == (FIRST, "measured")
+            assert self._found(store, LONGER) == (THIRD, "pinned")
+
+    def _found(
+        self, store: TuningStore, problem: Problem = PROBLEM, **arguments: Any
+    ) -> tuple[Schedule, str] | None:
+        hit = self.look_up(store, problem, **arguments)
+        return None if hit is None else (hit.schedule, hit.provenance)
+
+    # Merging
+
+    def test_a_merge_pools_samples_and_keeps_what_counts_against_us(
+        self, store: TuningStore, tmp_path: Path
+    ) -> None:
+        here = good(
+            samples=(3e-3, 1e-3, 2e-3), seconds=2e-3, mlx_seconds=4e-3, default_seconds=9e-3
+        )
+        there = row(
+            samples=(2e-3, 2e-3, 8e-3), seconds=2e-3, mlx_seconds=5e-3, source_hash="5" * 16,
+            created="2026-11-22T08:00:00Z", mlx_version="0.99",
+        )  # fmt: skip
+        put(store, here)
+        source = records(tmp_path / "s.jsonl", there, good(SECOND))
+        before = store.measurements()
+        plan = self.merge(store, [source], dry_run=True)
+        assert store.measurements() == before
+        assert self.merge(store, [source]) == plan == Summary(new=1, pooled=1)
+        found, other = sorted(store.measurements(), key=lambda m: m.schedule.bq, reverse=True)
+        assert found.samples == (1e-3, 2e-3, 2e-3, 3e-3, 8e-3)
+        assert found.seconds == 2e-3 and found.spread == pytest.approx(1e-3)
+        assert (found.mlx_seconds, found.default_seconds) == (4e-3, 9e-3)
+        assert (found.verified, found.source_hash) == (True, "5" * 16)
+        assert (found.created, found.mlx_version) == ("2026-11-22T08:00:00Z", "0.99")
+        assert replace(other, run="") == good(SECOND)
+        assert self.merge(store, [source]) == Summary(same=2)
+
+    def test_a_row_that_either_side_found_wrong_is_wrong(
+        self, store: TuningStore, tmp_path: Path
+    ) -> None:
+        put(store, good(FIRST), row(SECOND, status="wrong", detail="here"))
+        bad = row(FIRST, status="wrong", detail="there")
+        source = records(tmp_path / "s.jsonl", bad, good(SECOND))
+        assert self.merge(store, [source]).conflicts == 2
+        found = {m.schedule: (m.status, m.verified, m.detail) for m in store.measurements()}
+        assert found == {FIRST: ("wrong", False, "there"), SECOND: ("wrong", False, "here")}
+
+    def test_a_kernel_that_failed_its_check_here_cannot_be_brought_in_as_good(
+        self, store: TuningStore, tmp_path: Path
+    ) -> None:
+        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", detail="no")
+        source = records(tmp_path / "s.jsonl", good(FIRST, 1e-9), good(SECOND))
+        self.merge(store, [source])
+        found = {m.schedule: (m.status, m.verified) for m in store.measurements()}
+        assert found == {FIRST: ("wrong", False), SECOND: ("ok", True)}
+        assert self._found(store) == (SECOND, "measured")
+
+    def test_merges_in_either_direction_come_to_the_same(self, tmp_path: Path) -> None:
+        draw = random.Random(3)
+        sides = [list(_some_rows(draw, 25).values()) for _ in range(2)]
+        results = []
+        for number, (mine, theirs) in enumerate((sides, sides[::-1])):
+            source = records(tmp_path / f"{number}.jsonl", *theirs)
+            with self.open(tmp_path / str(number)) as store:
+                put(store, *mine)
+                self.merge(store, [source])
+                results.append(export(store))
+        assert results[0] == results[1]
+        joined = {exchange.identity(m): m for m in sides[0]}
+        for m in sides[1]:
+            key = exchange.identity(m)
+            joined[key] = exchange.join(joined[key], m) if key in joined else m
+        assert results[0] == sorted(exchange.canonical(m).to_line() for m in joined.values())
+        assert len(joined) < len(sides[0]) + len(sides[1])
+
+    def test_an_export_brought_into_another_store_is_exported_the_same(
+        self, tmp_path: Path
+    ) -> None:
+        rows = [*_some_rows(random.Random(1), 30).values(), good(SPLIT, problem=DECODE)]
+        with self.open(tmp_path / "a") as store:
+            put(store, *rows)
+            lines = export(store)
+        assert lines == sorted(exchange.canonical(m).to_line() for m in rows)
+        source = tmp_path / "a.jsonl"
+        source.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        with self.open(tmp_path / "b") as store:
+            assert self.merge(store, [source]) == Summary(new=len(rows))
+            assert export(store) == lines
+            assert {m.run for m in store.measurements()} == {"merged"}
+
+    def test_bad_records_are_left_out_by_name_and_bad_files_leave_nothing(
+        self, store: TuningStore, tmp_path: Path
+    ) -> None:
+        line = good().to_line()
+        bad = ["{", line.replace("M3Max", "Z80"), line.replace('"ok"', '"great"'), "[" * 9999]
+        bad += [line.replace('"bq":64', '"bq":7'), line.replace("0.001", "NaN")]
+        bad[2] = line[:-1] + ',"status":"great"}'
+        source = tmp_path / "s.jsonl"
+        source.write_text("\n".join([*bad, good(SECOND).to_line()]), encoding="utf-8")
+        text = tmp_path / "t.jsonl"
+        text.write_bytes(b"SQLite format 3\0" + b"no database" * 100)
+        summary = self.merge(store, [source, text, tmp_path / "missing"])
+        assert (summary.new, summary.rejected, summary.refused) == (1, len(bad), 2)
+        places = [place for file, place, _ in summary.reasons if file == str(source)]
+        assert places == [f"line {n}" for n in range(1, len(bad) + 1)]
+        assert [m.schedule for m in store.measurements()] == [SECOND]
+        assert store.problems() == [PROBLEM]
+
+    # All together
+
+    def test_it_can_be_tuned_into_and_answers_with_what_won(self, store: TuningStore) -> None:
+        checked: list[Schedule] = []
+
+        def verify(device: Any, config: AttentionConfig, schedule: Schedule, **_: Any) -> Any:
+            checked.append(schedule)
+            if len(checked) == 1:
+                return Verification(False, float("inf"), 1e-3, "Lq=9", "relative error inf")
+            return Verification(True, 1e-4, 1e-3, "Lq=9", "")
+
+        def run() -> Measurement:
+            report = tune(
+                [PROBLEM],
+                get_chip("M3Max"),
+                store,
+                trials=20,
+                checker=get_device("reference"),
+                verify=verify,
+            )
+            (outcome,) = report.outcomes
+            assert outcome.winner is not None
+            assert store.runs()[-1].outcome == "finished"
+            return outcome.winner
+
+        winner = run()
+        rows = store.measurements(PROBLEM, chip="M3Max")
+        assert len(checked) == 2 and len(rows) == 20
+        failed = [m for m in rows if m.schedule == checked[0]]
+        assert [(m.status, m.verified) for m in failed] == [("wrong", False)]
+        assert [m for m in rows if m.verified] == [winner]
+        hit = self.look_up(store, template_hash=template_hash())
+        assert hit is not None
+        assert (hit.schedule, hit.provenance) == (checked[1], "modelled")
+        assert run() == winner
+        assert len(checked) == 2 and store.measurements() == rows
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_any_calls_do_what_they_do_to_the_definition(self, seed: int, tmp_path: Path) -> None:
+        """After each of 60 random calls, all that can be asked has the same answer."""
+        draw = random.Random(seed)
+        plain = PlainStore(Contents())
+        folder = tmp_path / "store"
+        store = self.open(folder)
+        try:
+            for number in range(60):
+                if number % 20 == 19:
+                    store.close()
+                    store = self.open(folder)
+                call = _some_call(draw, tmp_path / f"{number}.jsonl")
+                assert call(store, self.merge) == call(plain, _plain_merge), number
+                self._compare(store, plain, number)
+        finally:
+            store.close()
+
+    def _compare(self, store: TuningStore, plain: PlainStore, number: int) -> None:
+        def rows(of: TuningStore) -> list[Measurement]:
+            numbers = {run.id: str(n) for n, run in enumerate(r for r in of.runs() if r.seed)}
+            found = (replace(m, run=numbers.get(m.run, m.run)) for m in of.measurements())
+            return sorted(found, key=exchange.identity)
+
+        assert rows(store) == rows(plain), number
+        assert store.problems() == plain.problems(), number
+        for schedule in (FIRST, SECOND, THIRD):
+            for device in ("metal", "simulator"):
+                checks = [s.find_check(CONFIG, schedule, HASH, device) for s in (store, plain)]
+                found = [c and replace(c, created="") for c in checks]
+                assert found[0] == found[1], number
+            kernel = (CONFIG, schedule, HASH)
+            either = [s.find_check(*kernel) for s in (store, plain)]
+            assert [c and c.ok for c in either[:1]] == [c and c.ok for c in either[1:]], number
+        for problem in (PROBLEM, NEAR, LONGER):
+            for limits in (CHIP.limits, Limits(threadgroup_bytes=4096)):
+                expected = plain.look_up(problem, CHIP.name, limits, NEIGHBOURS, HASH)
+                found_hit = self.look_up(store, problem, limits=limits)
+                assert answer(found_hit) == answer(expected), number
+
+
+Call = Callable[[Any, Callable[..., Summary]], object]
+
+
+def _plain_merge(store: PlainStore, sources: list[Path], *, dry_run: bool = False) -> Summary:
+    return store.merge(sources, dry_run=dry_run)
+
+
+def _some_rows(draw: random.Random, count: int) -> dict[exchange.Key, Measurement]:
+    """Rows that meet often: few identities, many outcomes."""
+    rows = {}
+    for _ in range(count):
+        samples = tuple(draw.choice((1e-3, 2e-3, 3e-3, 5e-3)) for _ in range(draw.randint(1, 3)))
+        status = draw.choice(("ok", "ok", "ok", "wrong", "runtime"))
+        guessed = draw.random() < 0.3
+        model = json.dumps({"model": draw.choice("ab")})
+        kind: dict[str, Any] = {
+            "provenance": "modelled",
+            "device": "model",
+            "policy": model,
+            "phase": "search",
+        }
+        m = row(
+            draw.choice((FIRST, SECOND, THIRD)),
+            sorted(samples)[len(samples) // 2],
+            samples=samples,
+            problem=draw.choice((PROBLEM, PROBLEM, NEAR, LONGER)),
+            chip=draw.choice(("M3Max", "M3Max", "M3Max-30", "M3", "M1")),
+            status=status,
+            verified=status == "ok" and draw.random() < 0.3,
+            error=draw.choice((None, 1e-4)) if status == "ok" else None,
+            mlx_seconds=draw.choice((None, 1e-3, 2e-3)),
+            detail=draw.choice(("", "", "a", "b")),
+            source_hash=draw.choice(("", "0" * 16)),
+            template_hash=draw.choice((HASH, HASH, HASH, OTHER_HASH)),
+            created=f"2026-11-{draw.randint(10, 21)}T08:00:00Z",
+        )
+        m = replace(
+            m,
+            phase=draw.choice(("search", "final")),
+            policy=draw.choice((m.policy, m.policy, WARM_POLICY)),
+            mlx_version=draw.choice((m.mlx_version, m.mlx_version, "0.1.0")),
+        )
+        if guessed:
+            m = replace(m, **kind)
+        rows[exchange.identity(m)] = m
+    return rows
+
+
+def _some_call(draw: random.Random, path: Path) -> Call:
+    """One of the changes of a store, with arguments; to be applied to several."""
+    rows = list(_some_rows(draw, draw.randint(1, 4)).values())
+    schedule = draw.choice((FIRST, SECOND, THIRD))
+    kind = draw.choice(("add", "add", "add", "merge", "check", "check", "pin", "unpin", "prune"))
+    if kind == "add":
+        again = draw.random() < 0.5
+
+        def add(store: TuningStore, merge: object) -> object:
+            run = store.begin_run("M3Max", 1)
+            mine = [replace(m, run=run) for m in rows]
+            return store.add_measurements(mine, replace_predictions=again)
+
+        return add
+    if kind == "merge":
+        records(path, *rows)
+        return lambda store, merge: merge(store, [path], dry_run=False)
+    if kind == "check":
+        device = draw.choice(("metal", "simulator"))
+        status = draw.choice(("ok", "ok", "wrong", "timeout"))
+        error = draw.choice((None, 1e-4, 0.5, float("inf")))
+        detail = "" if status == "ok" else "a reason"
+        kernel = (CONFIG, schedule, HASH, device, status)
+        return lambda store, merge: store.record_check(*kernel, error=error, detail=detail)
+    problem = draw.choice((PROBLEM, NEAR))
+    if kind == "pin":
+        return lambda store, merge: store.pin(problem, schedule)
+    if kind == "unpin":
+        return lambda store, merge: store.unpin(problem)
+    chip, keep = draw.choice(("M3Max", "M1", "M3")), draw.choice((None, {HASH}))
+    provenance, dry = draw.choice((None, "modelled")), draw.random() < 0.5
+    return lambda store, merge: store.prune(
+        keep_templates=keep, provenance=provenance, chip=chip, dry_run=dry
+    )

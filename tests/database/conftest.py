@@ -1,8 +1,0 @@
-"""Lets these tests import `database_samples`, whatever pytest is started from."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent))
