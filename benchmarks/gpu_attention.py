@@ -6,7 +6,9 @@ Rows, in bfloat16: forward with 4 x 16 heads and 4096 queries and keys; the same
 window of 1024 in 16384; decode of one query with 32 query and 8 KV heads over 32768 keys. "ours
 tuned" is what the tuning database says for this GPU, "ours default" what runs without one; --try
 adds variations of the default. Times are medians of repetitions that rotate among inputs larger
-than the L2 cache. Rates count 4 D operations a score that the mask keeps; ratios are to "ours".
+than the L2 cache, each call taking its queries from the one before, as layers of a model do: none
+overlaps another, PyTorch's neither. Rates count 4 D operations a score that the mask keeps; ratios
+are to "ours".
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
+from metalgen.tuning.measure import chain
 from metalgen.verify import verify
 
 REPEATS, GROUP = 9, 8
@@ -103,17 +106,17 @@ def rows(names: Sequence[str]) -> list[Row]:
 
 
 def seconds_of(call: Callable[..., Any], inputs: Sequence[tuple[mx.array, ...]]) -> float:
-    """Median seconds of a call, in groups that hide the launches."""
+    """Median seconds of a call, of many that wait for one another."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < 0.3:
-        mx.eval([call(*arrays) for arrays in inputs])
+        chain(call, inputs, len(inputs))
     begin = time.perf_counter()
-    mx.eval([call(*inputs[n % len(inputs)]) for n in range(GROUP)])
-    group = max(GROUP, min(256, int(0.02 * GROUP / (time.perf_counter() - begin))))
+    chain(call, inputs, GROUP)
+    group = max(GROUP, min(512, int(0.02 * GROUP / (time.perf_counter() - begin))))
     times = []
     for repeat in range(REPEATS):
         begin = time.perf_counter()
-        mx.eval([call(*inputs[(repeat + n) % len(inputs)]) for n in range(group)])
+        chain(call, inputs, group, repeat)
         times.append((time.perf_counter() - begin) / group)
     return statistics.median(times)
 
@@ -185,19 +188,18 @@ def torch_own(row: Row) -> dict[str, float]:
     arrays = (make(row.batch, row.heads, row.q_len, c.head_dim), make(*kv, 128), make(*kv, 128))
     arrays = (arrays[0], make(*kv, c.head_dim), make(*kv, c.v_dim))
 
-    def timed(call: Callable[[], Any]) -> float:
-        for _ in range(5):
-            call()
+    def timed(call: Callable[[Any, Any, Any], Any]) -> float:
         times = []
-        for _ in range(REPEATS):
+        for _ in range(1 + REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            q, k, v = arrays
             start.record()
             for _ in range(GROUP):
-                call()
+                q = call(q, k, v)
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / GROUP)
-        return statistics.median(times)
+        return statistics.median(times[1:])  # the first compiles
 
     found = {}
     grouped = c.heads_per_kv > 1
@@ -209,7 +211,9 @@ def torch_own(row: Row) -> dict[str, float]:
             ("PyTorch cuDNN", SDPBackend.CUDNN_ATTENTION),
         ):
             with sdpa_kernel(backend):
-                found[name] = timed(lambda: fused(*arrays, is_causal=causal, enable_gqa=grouped))
+                found[name] = timed(
+                    lambda q, k, v: fused(q, k, v, is_causal=causal, enable_gqa=grouped)
+                )
         return found
     torch._dynamo.reset()  # compiled afresh a shape
     cap, left, offset = c.softcap, c.window_left, row.kv_len - row.q_len
@@ -224,7 +228,7 @@ def torch_own(row: Row) -> dict[str, float]:
     blocks = create_block_mask(mask, None, None, row.q_len, row.kv_len) if c.causal else None
     flex = torch.compile(flex_attention)
     found["PyTorch FlexAttention"] = timed(
-        lambda: flex(*arrays, score_mod=None if cap is None else score, block_mask=blocks)
+        lambda q, k, v: flex(q, k, v, score_mod=None if cap is None else score, block_mask=blocks)
     )
     return found
 

@@ -1,8 +1,8 @@
 """Timing kernels on a device that has a clock.
 
 As on any GPU of a laptop: warm up by wall clock, because short kernels never raise the clock rate;
-rotate among several sets of arrays, or a cache is what gets measured (`Policy.cache` chooses); take
-the median; compare by interleaving.
+rotate among several sets of arrays, or a cache is what gets measured (`Policy.cache` chooses); let
+each launch wait for the one before (`chain`); take the median; compare by interleaving.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -20,15 +21,17 @@ from metalgen.devices import Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import has_inputs
+from metalgen.inputs import Inputs, has_inputs
 from metalgen.problem import Problem
 from metalgen.samples import Call, sample_call
 
 Clock = Callable[[], float]
 """Seconds, from any start."""
 
-MAX_LAUNCHES = 64
+MAX_LAUNCHES = 256
 """Launches of one sample."""
+TOGETHER = 8
+"""Launches that MLX is handed at once; the next are built while these run."""
 MAX_OUTPUT_BYTES = 256 << 20
 """Bytes of output that the launches of one sample may hold together."""
 MAX_SETS = 64
@@ -42,7 +45,8 @@ class Policy:
     """How times are taken; part of the key of every measurement.
 
     Args:
-        timer: ``"wall"``: from before a launch is built until its result is there.
+        timer: ``"wall"``: from before a sample's first launch is built until its last result is
+            there.
         cache: ``"cold"``: launches take so many sets of arrays in turn that each finds its own gone
             from the cache; ``"warm"``: the same arrays again.
         sets: sets of arrays at least, where the cache is cold.
@@ -55,6 +59,9 @@ class Policy:
         sample_seconds: a sample repeats a short kernel for about this long.
         rounds: rounds of a final, each there and back (A B C, C B A).
         most_rounds: rounds at most, where it is not settled whether the best beats the default.
+        chained: whether each launch of a sample waits for the one before, as layers of a model do.
+            Others run beside one another where they leave a part of the GPU free: their times then
+            flatter schedules that do.
 
     Raises:
         ArgumentError: a cache that is neither.
@@ -71,6 +78,7 @@ class Policy:
     sample_seconds: float = 0.01
     rounds: int = 5
     most_rounds: int = 30
+    chained: bool = True
 
     def __post_init__(self) -> None:
         if self.cache not in CACHES:
@@ -160,16 +168,15 @@ class Bench:
         self._next = 0
 
     def run(self, runner: Runner, launches: int = 1) -> float:
-        """Seconds a launch of `launches` of them, evaluated together."""
+        """Seconds a launch of `launches` of them, one after another."""
+
+        def call(q: mx.array, k: mx.array, v: mx.array, inputs: Inputs) -> mx.array:
+            return runner(q, k, v, self.scale, *(() if self._bare else (inputs,)))[0]
+
         self.beat()
+        first, self._next = self._next, self._next + launches
         start = self.clock()
-        outputs = []
-        for _ in range(launches):
-            q, k, v, inputs = self.sets[self._next % len(self.sets)]
-            self._next += 1
-            more = () if self._bare else (inputs,)
-            outputs.append(runner(q, k, v, self.scale, *more))
-        mx.eval(outputs)
+        chain(call, self.sets, launches, first, waiting=self.policy.chained)
         return (self.clock() - start) / launches
 
     def try_out(self, runner: Runner) -> None:
@@ -242,6 +249,40 @@ class Bench:
             if done >= self.policy.rounds and (settled(timings) or self.clock() >= deadline):
                 break
         return timings
+
+
+def chain(
+    call: Callable[..., mx.array],
+    sets: Sequence[Sequence[Any]],
+    launches: int,
+    first: int = 0,
+    *,
+    waiting: bool = True,
+) -> None:
+    """Evaluate launches of which each takes its queries from the one before.
+
+    Without that, MLX lets them overlap: on an H200 the attention of one token, by a schedule that
+    keeps 32 of 132 cores busy, took 31 us a launch so, and 145 us where each had to wait.
+
+    Args:
+        call: gives an output for the members of a set, the first of which are the queries.
+        sets: taken in turn, from number `first` on.
+        launches: how many, 1 or more.
+        waiting: whether they wait; else all take the queries of their sets.
+    """
+    outputs: list[mx.array] = []
+    for n in range(launches):
+        q, *others = sets[(first + n) % len(sets)]
+        out = call(_behind(q, outputs[-1]) if waiting and outputs else q, *others)
+        outputs = [out] if waiting else [*outputs, out]
+        if (n + 1) % TOGETHER == 0:
+            mx.async_eval(outputs)
+    mx.eval(outputs)
+
+
+def _behind(q: mx.array, out: mx.array) -> mx.array:
+    """Queries that are not there before an output is: the output itself, where it is as wide."""
+    return out if (out.shape, out.dtype) == (q.shape, q.dtype) else q + 0 * out[..., :1]
 
 
 def set_count(size: int, policy: Policy) -> int:

@@ -47,7 +47,7 @@ def runner(clock: Clock, seconds: float, log: list[str], name: str = "") -> Runn
 
 def test_the_policy_is_a_canonical_key() -> None:
     assert Policy().key == (
-        '{"cache":"cold","cold_bytes":268435456,"most_repetitions":31,"most_rounds":30,'
+        '{"cache":"cold","chained":true,"cold_bytes":268435456,"most_repetitions":31,"most_rounds":30,'
         '"precision":0.01,"repetitions":7,"rounds":5,"sample_seconds":0.01,"sets":3,'
         '"timer":"wall","warmup_seconds":1.0}'
     )
@@ -95,12 +95,43 @@ def test_launches_take_the_sets_of_arrays_in_turn() -> None:
     seen = []
 
     def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
-        seen.append([x is q for x, _, _, _ in bench.sets].index(True))
-        return mx.zeros(1), None
+        seen.append([x is k for _, x, _, _ in bench.sets].index(True))
+        return q, None
 
     bench.run(run, 5)
     bench.run(run, 2)
     assert seen == [0, 1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("width", [16, 8])
+def test_each_launch_of_a_sample_waits_for_the_one_before(width: int) -> None:
+    """By its queries: the output before where that is as wide, else their own, made after it."""
+    config = AttentionConfig(16, value_head_dim=width)
+    bench = Bench(dataclasses.replace(PROBLEM, config=config), POLICY, Clock())
+    taken: list[mx.array] = []
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        taken.append(q)
+        return q[..., :width] * (float("nan") if len(taken) == 15 else -1), None
+
+    bench.run(run, 19)
+    own = [np.array(bench.sets[n % 2][0]) for n in range(19)]
+    for n, q in enumerate(taken):
+        expected = own[0] * np.float16((-1) ** n) if width == 16 else own[n]
+        np.testing.assert_array_equal(np.array(q), expected if n < 15 else np.full_like(q, np.nan))
+    assert len(taken) == 19
+
+
+def test_launches_of_another_policy_wait_for_nothing() -> None:
+    bench = Bench(PROBLEM, dataclasses.replace(POLICY, chained=False), Clock())
+    taken: list[mx.array] = []
+
+    def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
+        taken.append(q)
+        return q + 1, None
+
+    bench.run(run, 11)
+    assert all(q is bench.sets[n % 2][0] for n, q in enumerate(taken)) and len(taken) == 11
 
 
 def test_a_cold_cache_takes_as_many_sets_as_fill_it_and_a_warm_one_takes_one() -> None:
@@ -117,11 +148,11 @@ def test_a_cold_cache_takes_as_many_sets_as_fill_it_and_a_warm_one_takes_one() -
     taken = []
 
     def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, None]:
-        taken.append(q)
-        return mx.zeros(1), None
+        taken.append(k)
+        return q, None
 
     warm.run(run, 4)
-    assert len(taken) == 4 and all(q is warm.sets[0][0] for q in taken)
+    assert len(taken) == 4 and all(k is warm.sets[0][1] for k in taken)
 
 
 def test_another_cache_than_cold_or_warm_is_refused() -> None:
