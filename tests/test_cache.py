@@ -165,7 +165,7 @@ class TestPaged:
         k = normal((1, 1, 10, 8))
         cache.append([one], k, k)
         pages = np.array(cache.keys)  # type: ignore[arg-type]
-        with pytest.raises(CacheFull, match="2 more pages are needed, and 1 are free"):
+        with pytest.raises(CacheFull, match="it takes 2 more pages, with 1 free"):
             cache.append([other], k, k)
         assert (cache.length(one), cache.length(other), cache.free_pages) == (10, 0, 1)
         np.testing.assert_array_equal(np.array(cache.keys), pages)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from metalgen.config import KV_BITS, AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import integers
 from metalgen.ops.rope import Rope
+from metalgen.plurals import counted
 
 MAX_ROWS = 1 << 31
 """There are fewer rows in a cache: the kernel counts them in 32 bits."""
@@ -203,7 +204,8 @@ def check_contents(
     room = len(table[0]) * page if page and table else slots - 1
     for n, (start, count) in enumerate(zip(offsets, counts, strict=True)):
         if count and not 0 <= start <= room - count:
-            expected = f"a number from 0 to {room - count}, for {count} rows in {room} slots"
+            rows = counted(count, "row")
+            expected = f"a number from 0 to {room - count}, for {rows} in {room} slots"
             raise ArgumentError(f"offset[{n}]", expected, start)
         if page and count:
             for column in range(start // page, (start + count - 1) // page + 1):

@@ -9,6 +9,7 @@ from metalgen.cache.parts import Part, check_quantization, empty, rows_of, slots
 from metalgen.errors import ArgumentError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
+from metalgen.plurals import counted
 from metalgen.problem import MAX_LENGTH
 
 
@@ -56,7 +57,7 @@ class KVCache:
 
     def __repr__(self) -> str:
         kept = "" if self._bits is None else f", {self._bits} bits"
-        return f"<KVCache of {self.length} rows{kept}>"
+        return f"<KVCache of {counted(self.length, 'row')}{kept}>"
 
     def append(self, k: mx.array, v: mx.array) -> tuple[Part, Part]:
         """All keys and values, the new ones at the end.

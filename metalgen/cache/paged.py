@@ -20,6 +20,7 @@ from metalgen.config import (
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
+from metalgen.plurals import counted
 
 
 class CacheFull(MetalgenError, MemoryError):
@@ -98,8 +99,10 @@ class PagedKVCache:
         self._last: tuple[tuple[int, ...], mx.array] | None = None
 
     def __repr__(self) -> str:
-        rows = f"{sum(self._lengths.values())} rows of {len(self._lengths)} sequences"
-        return f"<PagedKVCache of {rows}, {self.free_pages} pages of {self.page_size} free>"
+        rows = counted(sum(self._lengths.values()), "row")
+        sequences = counted(len(self._lengths), "sequence")
+        pages = counted(self.free_pages, "page")
+        return f"<PagedKVCache of {rows} of {sequences}, {pages} of {self.page_size} free>"
 
     @property
     def free_pages(self) -> int:
@@ -231,7 +234,7 @@ class PagedKVCache:
         ]
         needed = sum(more)
         if needed > len(self._free):
-            raise CacheFull(f"{needed} more pages are needed, and {len(self._free)} are free")
+            raise CacheFull(f"it takes {counted(needed, 'more page')}, with {len(self._free)} free")
         free = iter(self._free[: -needed - 1 : -1])
         own = [self._pages[n] for n in sequences]
         return [[*x, *itertools.islice(free, y)] for x, y in zip(own, more, strict=True)], needed

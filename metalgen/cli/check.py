@@ -21,6 +21,7 @@ from metalgen.cli.options import Sizes, chip_option, described_options, json_opt
 from metalgen.cli.render import FIELDS, change, starting_point
 from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
+from metalgen.plurals import counted
 from metalgen.schedule import CHOICES, Schedule, check_schedule, is_valid
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def command(
     else:
         schedules, skipped = _schedules(config, sizes, chip, every, limit, fields)
         if skipped and not as_json:
-            count = _count(skipped, "combination", "s")
+            count = counted(skipped, "combination")
             click.echo(f"{count} against a rule of the schedule: left out")
         given = [
             ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
@@ -357,13 +358,9 @@ def _distinct(runs: Recorder) -> list[Launch]:
     return kept
 
 
-def _count(number: int, thing: str, plural: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else plural}"
-
-
 def _print(subject: Subject, counters: bool) -> None:
-    words = [_count(len(subject.launches), "launch", "es")]
-    words += [_count(subject.findings, "finding", "s")]
+    words = [counted(len(subject.launches), "launch", "launches")]
+    words += [counted(subject.findings, "finding")]
     words += ["wrong numbers"] if subject.wrong else []
     words += ["could not run"] if subject.failure else []
     mark = {CLEAN: "clean", FINDINGS: "FOUND", COULD_NOT_RUN: "ERROR"}[subject.exit_code]

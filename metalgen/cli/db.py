@@ -23,6 +23,7 @@ from metalgen.cli.options import (
 )
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.plurals import counted
 
 if TYPE_CHECKING:
     from metalgen.database.exchange import Summary
@@ -77,7 +78,7 @@ def export(
         return
     check_target(file, RECORDS)
     write_whole(file, text.encode(), RECORDS)
-    click.echo(f"{len(lines)} rows in {file}")
+    click.echo(f"{counted(len(lines), 'row')} in {file}")
 
 
 def _contribute(folder: Path, filters: dict[str, Any]) -> None:
@@ -106,7 +107,7 @@ def _contribute(folder: Path, filters: dict[str, Any]) -> None:
             raise ArgumentError(str(path), "records without faults", summary.reasons[0][2])
         text = "".join(line + "\n" for line in sorted(m.to_line() for m in merged.values()))
         write_whole(path, text.encode(), RECORDS)
-        click.echo(f"{count} rows of yours, {len(merged)} in all, in {path}")
+        click.echo(f"{counted(count, 'row')} of yours, {len(merged)} in all, in {path}")
 
 
 @command.command("import")
@@ -154,13 +155,13 @@ def _merge(
         verb = "Would merge" if dry_run else "Merged"
         click.echo(
             f"{verb} into {target}: {summary.new} new, {summary.pooled} pooled, "
-            f"{summary.same} known, {summary.conflicts} conflicts, {summary.rejected} rejected, "
-            f"{summary.refused} files refused"
+            f"{summary.same} known, {counted(summary.conflicts, 'conflict')}, "
+            f"{summary.rejected} rejected, {counted(summary.refused, 'file')} refused"
         )
         _print_reasons(summary)
         if others and not dry_run:
             click.echo(
-                f"{others} rows in all were made by other templates: see `metalgen db refresh`"
+                f"{counted(others, 'row')} in all of other templates: see `metalgen db refresh`"
             )
     ctx.exit(1 if summary.rejected or summary.refused else 0)
 
@@ -196,7 +197,8 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
     if as_json:
         print_json({"rows": rows} | _summary_fields(summary))
     else:
-        click.echo(f"{rows} good rows, {summary.rejected} bad, {summary.refused} files refused")
+        refused = counted(summary.refused, "file")
+        click.echo(f"{counted(rows, 'good row')}, {summary.rejected} bad, {refused} refused")
         _print_reasons(summary)
     ctx.exit(1 if summary.rejected or summary.refused else 0)
 
@@ -249,14 +251,14 @@ def _told(r: Refreshed, kept: str) -> str:
     parts = [
         (r.current, "of the present templates"),
         (r.filled, "of these without a source hash until now"),
-        (r.kept, f"{kept}: their kernels are the same"),
+        (r.kept, f"{kept}, whose kernel is the same"),
         (r.joined, "of these joined with a row that was there"),
-        (r.changed, "whose kernels are not the same"),
+        (r.changed, "whose kernel is not the same"),
         (r.unknown, "of other templates without a source hash"),
-        (r.checks, f"checks {kept}"),
+        (r.checks, f"{'check' if r.checks == 1 else 'checks'} {kept}"),
     ]
     told = (f"{count} {words}" for count, words in parts if count)
-    return ", ".join((f"{r.rows} rows", *told))
+    return ", ".join((counted(r.rows, "row"), *told))
 
 
 @command.command("diff")
@@ -334,8 +336,9 @@ def study(
         studies = {study: len(result.rows) for study, result in found.items()}
         print_json({"file": str(output), "studies": studies, "left_out": left_out})
     else:
+        trials = counted(len(sources.rows), "trial")
         url = f"sqlite:///{output}" if output.suffix.lower() in SQLITE else str(output)
-        click.echo(f"{output}: {len(found)} studies of {len(sources.rows)} trials")
+        click.echo(f"{output}: {counted(len(found), 'study', 'studies')} of {trials}")
         click.echo(f"  optuna-dashboard {shlex.quote(url)}")
         say_left_out(sources.summary)
     ctx.exit(1 if left_out else 0)
@@ -398,7 +401,7 @@ def prune(
     if as_json:
         print_json({"database": path, "dry_run": dry_run, "rows": count})
     else:
-        click.echo(f"{'Would remove' if dry_run else 'Removed'} {count} rows of {path}")
+        click.echo(f"{'Would remove' if dry_run else 'Removed'} {counted(count, 'row')} of {path}")
 
 
 @command.command("show")
@@ -417,7 +420,7 @@ def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool)
     if as_json:
         print_json({"problem": problem_fields(problem), "rows": [m.to_record() for m in rows]})
         return
-    click.echo(f"{problem}: {len(rows)} rows")
+    click.echo(f"{problem}: {counted(len(rows), 'row')}")
     cells = [
         (
             m.chip,

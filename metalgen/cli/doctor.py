@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from metalgen.cli.options import columns, json_option, print_json
+from metalgen.plurals import counted
 
 PACKAGES = (
     "mlx",
@@ -46,7 +47,7 @@ def command(as_json: bool) -> None:
     click.echo(f"database: {database['path']}")
     click.echo(f"  {database['state']}")
     for kind, count in database.get("measurements", {}).items():
-        click.echo(f"  {count} rows {kind}")
+        click.echo(f"  {counted(count, 'row')} {kind}")
     if others := database.get("rows_of_other_templates"):
         click.echo(f"  {others} of these rows made by other templates, which do not count")
     click.echo("next:")
@@ -112,12 +113,14 @@ def _database(current: set[str]) -> dict[str, Any]:
     bad = health["unreadable_rows"]
     sound = health["integrity"] == "ok"
     state = "sound" if sound else f"DAMAGED: {health['integrity']}"
-    rows = health["rows"]["measurements"]
+    counts = health["rows"]
+    rows = counts["measurements"]
     return found | {
         "usable": sound,
         "rows": rows,
-        "state": f"{state}: {rows} rows, {health['rows']['checks']} checked kernels, "
-        f"{health['rows']['runs']} runs" + (f", {bad} rows that cannot be read" if bad else ""),
+        "state": f"{state}: {counted(rows, 'row')}, {counted(counts['checks'], 'checked kernel')}, "
+        f"{counted(counts['runs'], 'run')}"
+        + (f", {counted(bad, 'row')} that cannot be read" if bad else ""),
         "measurements": health["measurements"],
         "unreadable_rows": bad,
         "rows_of_other_templates": others,

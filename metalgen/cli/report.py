@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from metalgen.cli.options import chip_option, json_option, print_json
+from metalgen.plurals import counted
 
 if TYPE_CHECKING:
     from metalgen.database.exchange import Summary
@@ -62,7 +63,8 @@ def command(
         )
     else:
         told = " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
-        click.echo(f"{output}: {told} results from {len(sources.rows)} rows")
+        noun = "result" if sum(kinds.values()) == 1 else "results"
+        click.echo(f"{output}: {told} {noun} from {counted(len(sources.rows), 'row')}")
         say_left_out(sources.summary)
     ctx.exit(1 if sources.summary.rejected else 0)
 
@@ -70,7 +72,7 @@ def command(
 def say_left_out(summary: Summary) -> None:
     """Print how many rows were left out, and the first reasons."""
     if summary.rejected:
-        click.echo(f"  left out: {summary.rejected} rows, such as")
+        click.echo(f"  left out: {counted(summary.rejected, 'row')}, such as")
     for file, place, reason in summary.reasons[:REASONS]:
         click.echo(f"    {file}: {place}: {reason}")
 

@@ -17,6 +17,7 @@ from metalgen.cli.options import (
     ratio,
 )
 from metalgen.database.measurement import Measurement
+from metalgen.plurals import counted
 
 AFTER_EDIT = "`metalgen db refresh` keeps those whose kernel is the same"
 
@@ -64,9 +65,10 @@ def command(chip: str | None, as_json: bool) -> None:
         click.echo(f"{path}: no rows{about} yet; `metalgen tune --chip M3Max` makes some.")
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(rows).items())
-    click.echo(f"{path}: {len(rows)} rows ({kinds})")
+    click.echo(f"{path}: {counted(len(rows), 'row')} ({kinds})")
     if others:
-        click.echo(f"{others} rows were made by other templates and do not count: {AFTER_EDIT}.")
+        rows_of_others = counted(others, "row")
+        click.echo(f"{rows_of_others} of other templates, not counted here: {AFTER_EDIT}.")
     header = ("chip", "problem", "sizes", "best", "default", "gain", "MLX", "times", "schedule")
     lines = [
         (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from metalgen.cli.options import (
 )
 from metalgen.cli.sharing import Sharing, sharing_options, shown
 from metalgen.errors import ArgumentError
+from metalgen.plurals import counted
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -233,16 +233,14 @@ def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> N
         )
         return
     click.echo(plan.headline)
-    click.echo(f"Would tune {_count(valid)} into {user_database()}; nothing was written:")
+    click.echo(
+        f"Would tune {counted(len(valid), 'problem')} into {user_database()}; nothing was written:"
+    )
     lines = [
-        (*problem_cells(p), f"{n} valid schedules", ", ".join(chosen.models.get(p.key, ())))
+        (*problem_cells(p), counted(n, "valid schedule"), ", ".join(chosen.models.get(p.key, ())))
         for p, n in valid.items()
     ]
     echo_table(lines, "  ")
-
-
-def _count(problems: Sized) -> str:
-    return f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
 
 
 def _print_report(plan: Plan, report: Report, path: str) -> None:
@@ -255,12 +253,12 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
             click.echo(f"rejected for {outcome.problem}: {r.schedule}: {r.status} ({r.detail})")
     tuned = [outcome for outcome in report.outcomes if outcome.winner]
     click.echo(
-        f"{_count(tuned)} {report.provenance} in {duration(report.seconds)}, {report.checks} "
-        f"kernel{'' if report.checks == 1 else 's'} checked against float64 in this run. "
-        f"Kept in {path}"
+        f"{counted(len(tuned), 'problem')} {report.provenance} in {duration(report.seconds)}, "
+        f"{counted(report.checks, 'kernel')} checked against float64 in this run. Kept in {path}"
     )
     if report.kept:
-        click.echo(f"{report.kept} rows of other templates were kept: their kernels are the same.")
+        kept = counted(report.kept, "row")
+        click.echo(f"Kept {kept} of other templates, whose kernel is the same.")
     if report.provenance == "modelled":
         click.echo(
             "These times are predictions. They choose schedules; on a GPU, MLX's own attention "

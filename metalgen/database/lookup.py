@@ -31,6 +31,7 @@ from metalgen.database.layout import MAX_TEXT, PROVENANCES, WARM, user_database
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
+from metalgen.plurals import counted
 from metalgen.problem import Problem
 from metalgen.schedule import APPLE, Limits, Schedule, check_schedule
 
@@ -407,7 +408,7 @@ class _Search:
         for (count,) in self._rows(f"SELECT count(*) {rows} <> ?", place):
             if count:
                 self.path.append(
-                    f"{begin}{count} rows of other templates that may not win; "
+                    f"{begin}{counted(count, 'row')} of other templates that may not win; "
                     "`metalgen db refresh` keeps those whose kernel is still the same"
                 )
         if missed:
@@ -415,7 +416,7 @@ class _Search:
                 f"SELECT status, count(*) {rows} = ? GROUP BY 1", place
             ):
                 reason = f"{status}, not verified"
-                self.path.append(f"{begin}{count} rows that may not win ({reason})")
+                self.path.append(f"{begin}{counted(count, 'row')} that may not win ({reason})")
 
     def _valid(self, key: object, place: str) -> Schedule | None:
         """The schedule of a row, typed and valid here; or None, and why."""

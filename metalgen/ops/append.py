@@ -26,6 +26,7 @@ from metalgen.errors import ArgumentError
 from metalgen.ops.conversions import as_int32
 from metalgen.ops.options import Keys
 from metalgen.ops.rope import Rope
+from metalgen.plurals import counted
 
 _SCHEDULE = AppendSchedule()
 
@@ -94,7 +95,7 @@ def append_kv(
     config = plan.config
     if plan.limit is None and not 0 <= offset <= plan.slots - k.shape[2]:
         room = plan.slots - k.shape[2]
-        expected = f"a number from 0 to {room}: {k.shape[2]} rows in {plan.slots} slots"
+        expected = f"a number from 0 to {room}: {counted(k.shape[2], 'row')} in {plan.slots} slots"
         raise ArgumentError("offset", expected, offset)
     given = {"k": k, "v": v}
     if plan.limit is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from metalgen._version import __version__
 from metalgen.database.measurement import now
+from metalgen.plurals import counted
 from metalgen.report import charts
 from metalgen.report.results import (
     HeatMap,
@@ -84,7 +85,7 @@ def render(
         "percent": percent,
         "short": short,
     }
-    environment.globals["charts"] = charts
+    environment.globals |= {"charts": charts, "counted": counted}
     kinds = []
     place = 0
     shown = found[:MOST_RESULTS]
@@ -141,11 +142,12 @@ def _view(r: Result, place: int, axis: charts.Axis, dated: bool) -> View:
     """A result; `dated` where another one looks the same, but for its policy or templates."""
     p = r.problem
     newest = max(m.created for m in r.rows)
+    queries = counted(p.q_len, "query", "queries")
     return View(
         id=f"result-{place}",
         result=r,
         title=str(p.config),
-        sizes=f"{p.batch_heads} batch x heads, {p.q_len} queries, {p.kv_len} keys",
+        sizes=f"{p.batch_heads} batch x heads, {queries}, {counted(p.kv_len, 'key')}",
         family=p.family,
         made=newest.replace("T", " ")[:16] if dated else "",
         state=_state(r),
@@ -311,7 +313,10 @@ def _facts(r: Result) -> list[tuple[str, str]]:
         ("metalgen", _all(m.metalgen_version for m in r.rows)),
         ("templates", r.template_hash + ("" if r.current else " (not the present ones)")),
         ("dates", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
-        ("rows", f"{len(r.rows)}: {len(r.searched)} of the search, {len(r.finals)} finals"),
+        (
+            "rows",
+            f"{len(r.rows)}: {len(r.searched)} of the search, {counted(len(r.finals), 'final')}",
+        ),
         ("failed", ", ".join(f"{n} {s}" for s, n in r.failed.items()) or "none"),
     ]
     if r.provenance == "measured":

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from metalgen.plurals import counted
+
 Position = tuple[int, int, int]
 
 
@@ -104,7 +106,8 @@ class Findings(Sequence[Finding]):
             if text is not None and finding.line:
                 parts.append(excerpt(text, finding.line, context))
         if self.dropped:
-            parts.append(f"and {self.dropped:,} more distinct findings that the report left out")
+            more = counted(self.dropped, "more distinct finding")
+            parts.append(f"and {more} that the report left out")
         return "\n".join(parts)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from metalgen.plurals import counted
 from metalgen.simulator import errors, executor, report
 from metalgen.simulator.counters import Counters
 from metalgen.simulator.executor import Job, ProcessFailed
@@ -178,9 +179,9 @@ def run(
         for each in _recorders.get():
             each.launches.append(launch)
         if findings and recorder.raise_on_findings:
+            count = counted(len(findings), "finding")
             raise errors.CheckFailed(
-                f"kernel {compiled.kernel}: {len(findings)} findings\n{findings.report()}",
-                tuple(findings),
+                f"kernel {compiled.kernel}: {count}\n{findings.report()}", tuple(findings)
             )
     except BaseException:
         memory.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from metalgen.plurals import counted
+
 if TYPE_CHECKING:
     from metalgen.simulator.report import RawFinding
 
@@ -19,11 +21,15 @@ _UNDEFINED = {
 }
 
 
+def _touched(raw: RawFinding, verb: str, memory: str) -> str:
+    return f"{verb} of {counted(raw.bytes, 'byte')} of {memory} at byte {raw.offset}"
+
+
 def _race(raw: RawFinding, verb: str, memory: str) -> str:
     other = ACCESSES.get(raw.other_access, "access")
     flag = "mem_threadgroup" if raw.space == THREADGROUP else "mem_device"
     return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, and no barrier with {flag} "
+        f"{_touched(raw, verb, memory)}, and no barrier with {flag} "
         f"orders it after a {other} by another thread"
     )
 
@@ -31,7 +37,7 @@ def _race(raw: RawFinding, verb: str, memory: str) -> str:
 def _race_threadgroups(raw: RawFinding, verb: str, memory: str) -> str:
     other = ACCESSES.get(raw.other_access, "access")
     return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, where another threadgroup "
+        f"{_touched(raw, verb, memory)}, where another threadgroup "
         f"did a {other}; nothing orders threadgroups"
     )
 
@@ -46,21 +52,22 @@ def _race_atomic(raw: RawFinding, verb: str, memory: str) -> str:
 
 def _out_of_bounds(raw: RawFinding, verb: str, memory: str) -> str:
     if raw.offset < 0:
-        where = f"starts {-raw.offset} bytes before"
+        where = f"starts {counted(-raw.offset, 'byte')} before"
     else:
-        where = f"ends {raw.offset + raw.bytes - raw.limit} bytes past the end of"
-    return f"{verb} of {raw.bytes} bytes {where} {memory}, which has {raw.limit} bytes"
+        where = f"ends {counted(raw.offset + raw.bytes - raw.limit, 'byte')} past the end of"
+    size, room = counted(raw.bytes, "byte"), counted(raw.limit, "byte")
+    return f"{verb} of {size} {where} {memory}, which has {room}"
 
 
 def _wild(raw: RawFinding, verb: str, memory: str) -> str:
-    text = f"{verb} of {raw.bytes} bytes at {raw.memory:#x}, which is near no buffer"
+    text = f"{verb} of {counted(raw.bytes, 'byte')} at {raw.memory:#x}, which is near no buffer"
     if abs(raw.offset - (raw.bytes << 32)) < 1 << 30:  # from the start of the nearest one
         text += "; 2^32 elements too far, as an unsigned index below zero is"
     return text
 
 
 def _uninitialised(raw: RawFinding, verb: str, memory: str) -> str:
-    return f"read of {raw.bytes} bytes of {memory} at byte {raw.offset}, which nothing has written"
+    return f"{_touched(raw, 'read', memory)}, which nothing has written"
 
 
 def _read_only(raw: RawFinding, verb: str, memory: str) -> str:
@@ -68,18 +75,16 @@ def _read_only(raw: RawFinding, verb: str, memory: str) -> str:
 
 
 def _misaligned(raw: RawFinding, verb: str, memory: str) -> str:
-    return (
-        f"{verb} of {raw.bytes} bytes of {memory} at byte {raw.offset}, which is not a multiple "
-        f"of {raw.value}"
-    )
+    return f"{_touched(raw, verb, memory)}, which is not a multiple of {raw.value}"
 
 
 def _divergent_barrier(raw: RawFinding, verb: str, memory: str) -> str:
-    return f"only {raw.value} threads reached this barrier while others wait elsewhere or are done"
+    some = counted(raw.value, "thread")
+    return f"only {some} reached this barrier while others wait elsewhere or are done"
 
 
 def _divergent_collective(raw: RawFinding, verb: str, memory: str) -> str:
-    return f"only {raw.value} lanes reached this simdgroup function together"
+    return f"only {counted(raw.value, 'lane')} reached this simdgroup function together"
 
 
 def _inactive_lane(raw: RawFinding, verb: str, memory: str) -> str:

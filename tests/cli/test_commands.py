@@ -360,7 +360,7 @@ def test_rows_of_other_templates_are_counted_and_do_not_win(
 ) -> None:
     monkeypatch.setattr("metalgen.render.template_hash", lambda *_: "f" * 16)
     printed = text(capsys, "show")
-    assert "rows were made by other templates and do not count: `metalgen db refresh`" in printed
+    assert "of other templates, not counted here: `metalgen db refresh`" in printed
     assert "No row has passed its check, so none can be dispatched." in printed
 
 

@@ -102,9 +102,7 @@ def test_an_import_says_when_rows_are_of_other_templates(
     assert db("import", records(tmp_path / "a.jsonl", row(SECOND))) == 0
     assert "refresh" not in capsys.readouterr().out
     assert db("import", records(tmp_path / "b.jsonl", row(SECOND, template_hash="f" * 16))) == 0
-    assert "1 rows in all were made by other templates: see `metalgen db refresh`" in (
-        capsys.readouterr().out
-    )
+    assert "1 row in all of other templates: see `metalgen db refresh`" in (capsys.readouterr().out)
 
 
 def test_merge_makes_the_target_and_names_what_it_leaves_out(
@@ -162,12 +160,12 @@ def test_refresh_keeps_rows_of_the_same_kernel_in_databases_and_files(
     before = file.read_bytes()
     assert db("refresh", "--dry-run", file) == 0
     out = capsys.readouterr().out
-    assert f"{file}: 2 rows, 1 would be kept: their kernels are the same, 1 whose kernels" in out
+    assert f"{file}: 2 rows, 1 would be kept, whose kernel is the same, 1 whose kernel" in out
     assert file.read_bytes() == before
     assert db("refresh", file, mine) == 0
     out = capsys.readouterr().out
-    assert f"{file}: 2 rows, 1 kept: their kernels are the same, 1 whose kernels" in out
-    assert f"{mine}: 1 rows, 1 of the present templates, 1 of these without a source" in out
+    assert f"{file}: 2 rows, 1 kept, whose kernel is the same, 1 whose kernel" in out
+    assert f"{mine}: 1 row, 1 of the present templates, 1 of these without a source" in out
     assert "tune again" in out
     assert db("verify", "--canonical", file) == 0
     now = {"template_hash": template_hash()}

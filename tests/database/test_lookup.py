@@ -98,9 +98,9 @@ def test_rows_that_were_never_checked_do_not_answer_and_the_path_says_so(places:
     trace: list[str] = []
     assert places.find(trace=trace) is None
     ending = "that may not win"
-    assert f"user database, this chip: 1 rows {ending} (ok, not verified)" in trace
+    assert f"user database, this chip: 1 row {ending} (ok, not verified)" in trace
     refresh = "`metalgen db refresh` keeps those whose kernel is still the same"
-    assert f"user database, this chip: 1 rows of other templates {ending}; {refresh}" in trace
+    assert f"user database, this chip: 1 row of other templates {ending}; {refresh}" in trace
 
 
 def test_a_path_names_the_command_where_rows_of_other_templates_would_be_better(
@@ -109,7 +109,7 @@ def test_a_path_names_the_command_where_rows_of_other_templates_would_be_better(
     def told() -> bool:
         trace: list[str] = []
         assert places.find(trace=trace) is not None
-        return any("1 rows of other templates" in step for step in trace)
+        return any("1 row of other templates" in step for step in trace)
 
     places.keep(row(FIRST, template_hash="f" * 16), modelled(SECOND))
     assert told()

@@ -50,9 +50,9 @@ def test_rows_that_are_left_out_are_named_and_counted(tmp_path: Path, capsys):
     path.write_text(path.read_text() + "rubbish\n" * 9)
     code, out, _ = run(capsys, path, "-o", tmp_path / "page.html")
     assert code == 1
-    assert "1 measured results from 1 rows" in out and "left out: 9 rows" in out
+    assert "1 measured result from 1 row" in out and "left out: 9 rows" in out
     assert out.count("r.jsonl: line ") == 5 and "r.jsonl: line 2: " in out
-    assert "9 rows were left out" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Left out: 9 rows" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_everything_that_cannot_be_is_one_line_and_writes_nothing(tmp_path: Path, capsys):

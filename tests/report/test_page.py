@@ -305,7 +305,7 @@ def test_what_is_too_much_for_a_page_is_counted_not_drawn(tmp_path: Path):
     assert 1000 <= max(dots) <= charts.MOST_MARKS
     many = [row(policy=f"p{n}") for n in range(450)]
     page = page_of(tmp_path, records(tmp_path / "r.jsonl", many))
-    assert "50 more results are not shown" in page.text()
+    assert "Not shown: 50 more results" in page.text()
     assert sum(tag == "details" for tag, _ in page.elements) == 400
 
 

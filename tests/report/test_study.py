@@ -164,7 +164,7 @@ def test_the_command_says_how_to_open_what_it_wrote(
             main(["db", "study", str(source), "-o", str(path)])
         assert stop.value.code == 0
         out = capsys.readouterr().out
-        assert out == f"{path}: 1 studies of 2 trials\n  optuna-dashboard {url.format(path)}\n"
+        assert out == f"{path}: 1 study of 2 trials\n  optuna-dashboard {url.format(path)}\n"
     with pytest.raises(SystemExit):
         main(["db", "study", str(source), "-o", str(tmp_path / "j.log"), "--json"])
     document = json.loads(capsys.readouterr().out)
