@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 
 from metalgen.config import AttentionConfig
+from metalgen.errors import MetalgenError
 from metalgen.schedule import Schedule
 
 
@@ -38,6 +40,37 @@ def source_hash(
     from metalgen.render import template_hash
 
     return _source_hash(config, schedule, target, family, template_hash(family, target))
+
+
+class Present:
+    """What the present templates make of kernels, by their keys; each is rendered once."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[str, str, str, str], str | None] = {}
+        self._templates: dict[str, str] = {}
+
+    def template_hash(self, target: str) -> str:
+        """The hash of the present templates."""
+        if target not in self._templates:
+            from metalgen.render import template_hash
+
+            self._templates[target] = template_hash("forward", target)
+        return self._templates[target]
+
+    def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
+        """The source hash of a kernel, by the keys of its config and schedule; None: no kernel."""
+        place = (family, config, schedule, target)
+        if place not in self._sources:
+            try:
+                self._sources[place] = source_hash(
+                    AttentionConfig.from_dict(json.loads(config)),
+                    Schedule.from_dict(json.loads(schedule)),
+                    target,
+                    family,
+                )
+            except (MetalgenError, ValueError, RecursionError):
+                self._sources[place] = None
+        return self._sources[place]
 
 
 @functools.lru_cache(maxsize=1 << 12)

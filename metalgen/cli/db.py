@@ -215,10 +215,11 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     template hash. Rows of the present templates get a source hash. None is removed.
     """
     from metalgen.database.layout import user_database
-    from metalgen.database.refresh import Present, refresh_store, refreshed_records
+    from metalgen.database.refresh import refresh_store, refreshed_records
     from metalgen.database.store import Store
     from metalgen.database.untrusted import is_database, open_untrusted
     from metalgen.report.writing import RECORDS, write_whole
+    from metalgen.source_hash import Present
 
     present, mine = Present(), user_database()
     found: dict[Path, Refreshed] = {}
@@ -233,7 +234,7 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
                 pass
     for path in databases:
         with Store.open(path) as store:
-            found[path] = refresh_store(store, dry_run=dry_run, present=present)
+            found[path] = refresh_store(store, present, dry_run=dry_run)
     for path, text in texts.items():
         if not dry_run and path.read_bytes() != text.encode():
             write_whole(path, text.encode(), RECORDS)

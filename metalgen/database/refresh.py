@@ -1,8 +1,10 @@
 """Keeping rows whose kernel is the same although templates were edited.
 
 A row counts only under the present template hash, which any edit of a template changes. A row that
-knows its source hash is rendered again here: where the digest is the one on record, its kernel is
-the one that was measured, and the row takes the present template hash. Nothing is removed.
+knows its source hash may be kept: where the present templates still make a kernel of that digest, it
+is the one that was measured, and the row takes the present template hash. Nothing is removed.
+
+Rendering is the caller's: what the present templates make of kernels is an argument (`Templates`).
 """
 
 from __future__ import annotations
@@ -13,9 +15,8 @@ import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError
@@ -26,8 +27,6 @@ from metalgen.database.store import Store, explained
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
-from metalgen.source_hash import source_hash
 from metalgen.targets import TARGETS
 
 
@@ -63,53 +62,38 @@ class Refreshed:
         return {"rows": self.rows} | dataclasses.asdict(self)
 
 
-class Present:
-    """What the present templates make of kernels; each is rendered once."""
-
-    def __init__(self) -> None:
-        self._sources: dict[tuple[str, str, str, str], str | None] = {}
-        self._templates: dict[str, str] = {}
+class Templates(Protocol):
+    """What the present templates make of kernels, such as a `metalgen.source_hash.Present`."""
 
     def template_hash(self, target: str) -> str:
         """The hash of the present templates."""
-        if target not in self._templates:
-            from metalgen.render import template_hash
-
-            self._templates[target] = template_hash("forward", target)
-        return self._templates[target]
 
     def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
         """The source hash of a kernel, by the keys of its config and schedule; None: no kernel."""
-        place = (family, config, schedule, target)
-        if place not in self._sources:
-            try:
-                self._sources[place] = source_hash(
-                    AttentionConfig.from_dict(json.loads(config)),
-                    Schedule.from_dict(json.loads(schedule)),
-                    target,
-                    family,
-                )
-            except (MetalgenError, ValueError, RecursionError):
-                self._sources[place] = None
-        return self._sources[place]
 
-    def hashes(
-        self, known: tuple[str, str], family: str, config: str, schedule: str, target: str
-    ) -> tuple[str, tuple[str, str]]:
-        """What to do with a row of some template and source hash, and the hashes that it has then.
 
-        The first is the name of a counter of `Refreshed`.
-        """
-        templates, source = known
-        present = self.template_hash(target)
-        if templates == present and source:
-            return "current", known
-        if templates != present and not source:
-            return "unknown", known
-        found = self.source_hash(family, config, schedule, target)
-        if templates == present:
-            return ("filled", (present, found)) if found else ("current", known)
-        return ("kept", (present, source)) if found == source else ("changed", known)
+def _hashes_of(
+    present: Templates,
+    known: tuple[str, str],
+    family: str,
+    config: str,
+    schedule: str,
+    target: str,
+) -> tuple[str, tuple[str, str]]:
+    """What to do with a row of some template and source hash, and the hashes that it has then.
+
+    The first is the name of a counter of `Refreshed`.
+    """
+    templates, source = known
+    now = present.template_hash(target)
+    if templates == now and source:
+        return "current", known
+    if templates != now and not source:
+        return "unknown", known
+    found = present.source_hash(family, config, schedule, target)
+    if templates == now:
+        return ("filled", (now, found)) if found else ("current", known)
+    return ("kept", (now, source)) if found == source else ("changed", known)
 
 
 def _target_of(chip: str) -> str:
@@ -122,13 +106,14 @@ def _target_of(chip: str) -> str:
 
 
 def refresh_rows(
-    rows: Iterable[Measurement], present: Present | None = None
+    rows: Iterable[Measurement], present: Templates
 ) -> tuple[list[Measurement], Refreshed]:
     """Rows as they are under the present templates, those of one measurement joined."""
-    present, counts = present or Present(), Refreshed()
+    counts = Refreshed()
     found: dict[exchange.Key, Measurement] = {}
     for m in rows:
-        verdict, (templates, source) = present.hashes(
+        verdict, (templates, source) = _hashes_of(
+            present,
             (m.template_hash, m.source_hash),
             *(m.problem.family, m.problem.config.key, m.schedule.key, _target_of(m.chip)),
         )
@@ -140,7 +125,7 @@ def refresh_rows(
     return list(found.values()), counts
 
 
-def refreshed_records(path: Path, present: Present | None = None) -> tuple[str, Refreshed]:
+def refreshed_records(path: Path, present: Templates) -> tuple[str, Refreshed]:
     """The text of a record file under the present templates, in canonical form.
 
     Raises:
@@ -160,11 +145,11 @@ class _Undo(Exception):
 
 def refresh_store(
     store: Store,
+    present: Templates,
     *,
     problems: Collection[Problem] | None = None,
     chip: str | None = None,
     dry_run: bool = False,
-    present: Present | None = None,
 ) -> Refreshed:
     """Refresh a database's rows and checks, all or none.
 
@@ -172,12 +157,12 @@ def refresh_store(
 
     Args:
         store: the database.
+        present: what the present templates make of kernels.
         problems: only rows of these, and checks of their configs; None: all.
         chip: only rows of this chip.
         dry_run: change nothing, and say what would be.
-        present: what was rendered already.
     """
-    present, counts = present or Present(), Refreshed()
+    counts = Refreshed()
     with explained(store.path):
         rows = _changes(_measurements(store, problems, chip, counts, present), present, counts)
         checks = _changes(_checks(store, problems), present)
@@ -219,7 +204,7 @@ def _measurements(
     problems: Collection[Problem] | None,
     chip: str | None,
     counts: Refreshed,
-    present: Present,
+    present: Templates,
 ) -> Iterator[_Stored]:
     """Rows that may have to be changed; the others are counted."""
     where, values = "chip = coalesce(?, chip)", [chip]
@@ -265,11 +250,11 @@ def _checks(store: Store, problems: Collection[Problem] | None) -> Iterator[_Sto
 
 
 def _changes(
-    rows: Iterable[_Stored], present: Present, counts: Refreshed | None = None
+    rows: Iterable[_Stored], present: Templates, counts: Refreshed | None = None
 ) -> list[_Change]:
     found = []
     for row in rows:
-        verdict, hashes = present.hashes(row.hashes, *row[2:])
+        verdict, hashes = _hashes_of(present, row.hashes, *row[2:])
         if counts is not None:
             _count(counts, verdict)
         if hashes != row.hashes:

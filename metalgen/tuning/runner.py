@@ -16,6 +16,7 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.render import template_hash
+from metalgen.source_hash import Present
 from metalgen.tuning.executing import Executor, Here, lock_file
 from metalgen.tuning.helpers import TIME_LIMIT, Helpers, check_jobs
 from metalgen.tuning.measure import Clock, Policy
@@ -138,7 +139,7 @@ def tune(
             ending.callback(executor.close)
         ending.callback(session.close)
         if isinstance(store, Store):  # in a store of another kind, rows of other templates stay
-            report.kept = refresh_store(store, problems=problems, chip=chip.name).kept
+            report.kept = refresh_store(store, Present(), problems=problems, chip=chip.name).kept
         report.run = store.begin_run(chip.name, seed, notes)
         ended = "failed"
         try:

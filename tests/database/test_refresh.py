@@ -20,7 +20,6 @@ from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError
 from metalgen.database.measurement import Measurement
 from metalgen.database.refresh import (
-    Present,
     Refreshed,
     refresh_rows,
     refresh_store,
@@ -31,7 +30,7 @@ from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.resources import templates_dir, tuning_db_dir
 from metalgen.schedule import APPLE, Limits, Schedule, default_schedule
-from metalgen.source_hash import _source_hash, code_of, source_hash
+from metalgen.source_hash import Present, _source_hash, code_of, source_hash
 from metalgen.testing.fuzz import made_up
 from metalgen.testing.rows import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
@@ -152,7 +151,7 @@ def test_an_edit_of_comments_or_spacing_keeps_every_row(
     rows.append(row(SPLIT, problem=DECODE, template_hash=was, source_hash=split))
     edit(templates, name, before, after)
     assert template_hash() != was
-    found, counts = refresh_rows(rows)
+    found, counts = refresh_rows(rows, Present())
     assert counts == Refreshed(kept=3)
     assert found == [dataclasses.replace(m, template_hash=template_hash()) for m in rows]
 
@@ -176,12 +175,12 @@ def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alo
     apple = row(template_hash=template_hash(), source_hash=source_hash(CONFIG, FIRST))
     edit(templates, "targets/cuda/header.jinja", "\n", "\n// A remark in the CUDA header.\n")
     assert template_hash("forward", "cuda") != was
-    found, counts = refresh_rows([measured, apple])
+    found, counts = refresh_rows([measured, apple], Present())
     assert counts == Refreshed(current=1, kept=1)
     assert found[0].template_hash == template_hash("forward", "cuda")
     assert found[1] == apple
     edit(templates, "targets/cuda/header.jinja", "\n", "\nstruct another {};\n")
-    assert refresh_rows(found)[1] == Refreshed(current=1, changed=1)
+    assert refresh_rows(found, Present())[1] == Refreshed(current=1, changed=1)
 
 
 @pytest.mark.parametrize("limits", [APPLE, get_chip("H200").limits], ids=["metal", "cuda"])
@@ -208,7 +207,7 @@ def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
         for s, f in ((SPLIT, "decode"), (whole, "decode"))
     ]
     edit(templates, "families/combine.jinja", ";", "; int unused = 0;")
-    found, counts = refresh_rows(rows)
+    found, counts = refresh_rows(rows, Present())
     assert counts == Refreshed(kept=1, changed=1)
     assert {m.schedule: m.template_hash for m in found} == {SPLIT: was, whole: template_hash()}
 
@@ -217,7 +216,7 @@ def test_a_kernel_that_can_no_longer_be_rendered_has_changed() -> None:
     broken = dataclasses.replace(FIRST, bq=8)
     hashes = {"template_hash": OLD, "source_hash": "0" * 16}
     rows = [row(broken, None, status="invalid", **hashes)]
-    assert refresh_rows(rows) == (rows, Refreshed(changed=1))
+    assert refresh_rows(rows, Present()) == (rows, Refreshed(changed=1))
 
 
 # Databases
@@ -235,11 +234,11 @@ def test_a_refresh_keeps_rows_of_the_same_kernel_and_removes_none(tmp_path: Path
     path = filled(tmp_path / "t.db", *rows)
     with Store.open(path) as store:
         before = store.measurements()
-        plan = refresh_store(store, dry_run=True)
+        plan = refresh_store(store, Present(), dry_run=True)
         assert store.measurements() == before
-        assert refresh_store(store) == plan
+        assert refresh_store(store, Present()) == plan
         after = store.measurements()
-        again = refresh_store(store)
+        again = refresh_store(store, Present())
     assert plan == Refreshed(current=2, filled=1, kept=1, changed=1, unknown=1)
     assert plan.rows == 5
     assert again == Refreshed(current=3, changed=1, unknown=1)
@@ -260,7 +259,7 @@ def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path
     c = dataclasses.replace(a, template_hash=template_hash(), samples=(3e-3,), seconds=3e-3)
     path = filled(tmp_path / "t.db", a, b, c)
     with Store.open(path) as store:
-        assert refresh_store(store) == Refreshed(current=1, kept=2, joined=2)
+        assert refresh_store(store, Present()) == Refreshed(current=1, kept=2, joined=2)
         (found,) = store.measurements()
     expected = exchange.join(
         exchange.join(c, dataclasses.replace(a, template_hash=template_hash())),
@@ -268,7 +267,10 @@ def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path
     )
     assert expected.samples == (1e-3, 2e-3, 3e-3, 5e-3) and expected.mlx_seconds == 3e-3
     assert dataclasses.replace(found, run="") == expected
-    assert refresh_rows([a, b, c]) == ([expected], Refreshed(current=1, kept=2, joined=2))
+    assert refresh_rows([a, b, c], Present()) == (
+        [expected],
+        Refreshed(current=1, kept=2, joined=2),
+    )
 
 
 def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: 
         store.record_check(CONFIG, FIRST, now, "metal", "ok", error=1e-4, **known)
         store.record_check(CONFIG, SECOND, OLD, "metal", "ok", source_hash="0" * 16)
         assert store.measurements()[0].verified
-        assert refresh_store(store) == Refreshed(current=1, filled=1, checks=1)
+        assert refresh_store(store, Present()) == Refreshed(current=1, filled=1, checks=1)
         check = store.find_check(CONFIG, FIRST, now, "metal")
         assert check is not None and (check.status, check.detail) == ("wrong", "no")
         assert store.find_check(CONFIG, FIRST, OLD) is None
@@ -291,7 +293,7 @@ def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: 
 def test_a_kept_row_is_verified_where_its_kernel_passed_meanwhile(tmp_path: Path) -> None:
     with Store.open(filled(tmp_path / "t.db", old(FIRST), old(SECOND))) as store:
         store.record_check(CONFIG, FIRST, template_hash(), "metal", "ok", error=1e-4)
-        refresh_store(store)
+        refresh_store(store, Present())
         found = {m.schedule: (m.verified, m.error) for m in store.measurements()}
     assert found == {FIRST: (True, 1e-4), SECOND: (False, None)}
 
@@ -300,7 +302,9 @@ def test_only_the_problems_and_the_chip_that_were_asked_for_are_refreshed(tmp_pa
     other = dataclasses.replace(PROBLEM, q_len=2048)
     rows = [old(), old(problem=other), old(chip="M1", cores=8)]
     with Store.open(filled(tmp_path / "t.db", *rows)) as store:
-        assert refresh_store(store, problems=[PROBLEM], chip="M3Max") == Refreshed(kept=1)
+        assert refresh_store(store, Present(), problems=[PROBLEM], chip="M3Max") == Refreshed(
+            kept=1
+        )
         assert [m.template_hash == OLD for m in store.measurements()] == [False, True, True]
 
 
@@ -314,7 +318,7 @@ def test_a_refresh_that_fails_changes_nothing(
         before = store.measurements()
         monkeypatch.setattr(Store, "settle", full)
         with pytest.raises(DatabaseError):
-            refresh_store(store)
+            refresh_store(store, Present())
         assert store.measurements() == before
 
 
@@ -332,7 +336,7 @@ def test_a_row_that_changed_while_kernels_were_rendered_is_left_alone(tmp_path: 
             return super().source_hash(family, config, schedule, target)
 
     with Store.open(path) as store:
-        refresh_store(store, present=Slow())
+        refresh_store(store, Slow())
         hashes = {m.schedule: m.template_hash for m in store.measurements()}
     assert hashes == {FIRST: "a" * 16, THIRD: template_hash()}
 
@@ -354,9 +358,9 @@ def test_databases_and_record_files_come_to_the_same(tmp_path: Path) -> None:
         )
         rows[exchange.identity(m)] = m
     with Store.open(filled(tmp_path / "t.db", *rows.values())) as store:
-        counts = refresh_store(store)
+        counts = refresh_store(store, Present())
         lines = list(exchange.export(store))
-    found, expected = refresh_rows(rows.values())
+    found, expected = refresh_rows(rows.values(), Present())
     assert lines == sorted(m.to_line() for m in found)
     assert counts == expected
     assert 0 < counts.joined <= counts.kept and counts.changed and counts.unknown and counts.filled
@@ -369,7 +373,7 @@ def test_a_record_file_is_refreshed_in_canonical_form(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     rows = [old(SECOND, samples=(2e-3, 1e-3)), old(FIRST), row(THIRD, template_hash=OLD)]
     path.write_text("".join(m.to_line() + "\n" for m in rows))
-    text, counts = refreshed_records(path)
+    text, counts = refreshed_records(path, Present())
     assert counts == Refreshed(kept=2, unknown=1)
     expected = [dataclasses.replace(m, template_hash=template_hash()) for m in rows[:2]] + rows[2:]
     assert text.splitlines() == sorted(exchange.canonical(m).to_line() for m in expected)
@@ -379,9 +383,9 @@ def test_a_record_file_with_a_bad_line_is_refused_whole(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(old().to_line() + "\n{}\n")
     with pytest.raises(DatabaseError, match="line 2: family: expected one of"):
-        refreshed_records(path)
+        refreshed_records(path, Present())
     with pytest.raises(DatabaseError, match="does not exist"):
-        refreshed_records(tmp_path / "none")
+        refreshed_records(tmp_path / "none", Present())
 
 
 def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_renders_now() -> None:
@@ -402,7 +406,7 @@ def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_render
 def test_no_shipped_row_waits_for_a_refresh() -> None:
     """After an edit of templates: `metalgen db refresh tuning_db/*.jsonl`, in the same commit."""
     for path in sorted(tuning_db_dir().glob("*.jsonl")):
-        text, counts = refreshed_records(path)
+        text, counts = refreshed_records(path, Present())
         assert (path.name, counts.kept, counts.filled) == (path.name, 0, 0)
         assert text == path.read_text()
 
