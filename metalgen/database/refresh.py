@@ -1,8 +1,8 @@
 """Keeping rows whose kernel is the same although templates were edited.
 
 A row counts only under the present template hash, which any edit of a template changes. A row that
-knows its source hash may be kept: where the present templates still make a kernel of that digest, it
-is the one that was measured, and the row takes the present template hash. Nothing is removed.
+knows its source hash may be kept: where the present templates still make a kernel of that digest,
+it is the one that was measured, and the row takes the present template hash. Nothing is removed.
 
 Rendering is the caller's: what the present templates make of kernels is an argument (`Templates`).
 """
