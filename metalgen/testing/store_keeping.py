@@ -343,7 +343,9 @@ class KeepsRecords(OnStore):
     ) -> None:
         put(store, row(samples=(1e-3,)))
         store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", error=error, detail="NaN")
-        (found,) = store.measurements()
+        rows = store.measurements()
+        assert len(rows) == 1
+        (found,) = rows
         assert (found.status, found.error, found.detail) == ("wrong", None, "NaN")
         assert (found.seconds, found.samples) == (1e-3, (1e-3,))
         check = store.find_check(CONFIG, FIRST, HASH)

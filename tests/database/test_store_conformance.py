@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import CHIP, HASH, NEIGHBOURS, PROBLEM
 from metalgen.testing.stores import StoreConformance
 
+ROOT = Path(__file__).parents[2]
+
 
 class TestSqlite(StoreConformance):
     def open(self, folder: Path, *, read_only: bool = False) -> TuningStore:
@@ -27,6 +33,8 @@ class TestSqlite(StoreConformance):
 
 class TestDefinition(StoreConformance):
     """Which shares no code with the other, nor a file."""
+
+    test_any_calls_do_what_they_do_to_the_definition = None  # type: ignore[assignment]
 
     @pytest.fixture(autouse=True)
     def _forget(self) -> Iterator[None]:
@@ -50,3 +58,19 @@ class TestDefinition(StoreConformance):
 
     def merge(self, store: Any, sources: list[Path], *, dry_run: bool = False) -> Summary:
         return store.merge(sources, dry_run=dry_run)
+
+
+def test_the_store_of_the_page_on_testing_passes(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(# test_my_store.py\n.*?)^```$", page, re.M | re.S)
+    (tmp_path / "test_my_store.py").write_text(block)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert re.search(r"^[0-9]+ passed in ", done.stdout, re.MULTILINE), done.stdout
