@@ -360,8 +360,27 @@ def test_rows_of_other_templates_are_counted_and_do_not_win(
 ) -> None:
     monkeypatch.setattr("metalgen.render.template_hash", lambda *_: "f" * 16)
     printed = text(capsys, "show")
-    assert "of other templates, not counted here: `metalgen db refresh`" in printed
+    count = document(capsys, "show")["rows_of_other_templates"]
+    assert count > 1
+    assert f"{count} rows of other templates, not counted here: `metalgen db refresh`" in printed
     assert "No row has passed its check, so none can be dispatched." in printed
+
+
+def test_tune_counts_the_rows_of_other_templates_that_it_keeps(
+    tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = next(p for p in preset("smollm2-135m").problems if p.config == CONFIG)
+    with contextlib.closing(sqlite3.connect(tuned)) as database, database:
+        database.execute(
+            "UPDATE measurements SET template_hash = ? WHERE id = (SELECT min(id) FROM measurements"
+            " WHERE source_hash <> '')",
+            ["0" * 16],
+        )
+    sizes = {"heads": problem.heads, "q-len": problem.q_len, "kv-len": problem.kv_len}
+    options = [f"--{name}={number}" for name, number in sizes.items()]
+    shape = ["--head-dim=64", "--heads-per-kv=3", "--causal", *options]
+    printed = text(capsys, "tune", "--chip", "M3Max", *shape)
+    assert "\nKept 1 row of other templates, whose kernel is the same.\n" in printed
 
 
 def test_explain_gives_the_path_of_the_look_up_and_what_a_call_gets(
