@@ -297,10 +297,13 @@ class _Search:
             "m.os, instr(m.policy, ?) > 0 AS warm "
             "FROM measurements m JOIN schedules s ON s.id = m.schedule "
             "WHERE m.problem = ? AND m.template_hash = ? AND m.provenance = ? AND m.chip = ? "
-            "AND m.verified = 1 ORDER BY warm, m.phase, m.detail <> '', m.seconds, s.key LIMIT ?",
-            [WARM, self.ids[problem.key], self.template_hash, provenance, chip, ROWS_TRIED],
+            f"AND m.verified = 1 ORDER BY {_STALE}, warm, m.phase, m.detail <> '', m.seconds, "
+            "s.key LIMIT ?",
+            [
+                *(WARM, self.ids[problem.key], self.template_hash, provenance, chip),
+                *(*_software(), ROWS_TRIED),
+            ],
         )
-        fallback = None
         for key, seconds, default, mlx, error, version, system, warm in rows:
             schedule = self._valid(key, f"user database, {place}")
             if schedule is None:
@@ -309,7 +312,7 @@ class _Search:
                 self.path.append(f"user database, {place}: a row with a bad time was passed over")
                 continue
             stale = provenance == "measured" and _is_stale(version, system)
-            hit = Hit(
+            return Hit(
                 schedule,
                 provenance,
                 f"user database, {place}" + _labels(stale, bool(warm)),
@@ -323,20 +326,20 @@ class _Search:
                 error if _is_time(error) else None,
                 self.path,
             )
-            if not stale:
-                return hit
-            fallback = fallback or hit
-        return fallback
+        return None
 
     def _shipped_row(
         self, problem: Problem, chip: str, provenance: str, place: str, exact: bool
     ) -> Hit | None:
-        for m in self._shipped(chip).get(problem.key, ()):
-            if m.provenance != provenance:
-                continue
+        found = self._shipped(chip).get(problem.key, ())
+        rows = [
+            (provenance == "measured" and _is_stale(m.mlx_version, m.os), m)
+            for m in found
+            if m.provenance == provenance
+        ]
+        for stale, m in sorted(rows, key=lambda each: each[0]):  # as ranked otherwise
             schedule = self._valid(m.schedule.key, f"shipped records, {place}")
             if schedule:
-                stale = provenance == "measured" and _is_stale(m.mlx_version, m.os)
                 return Hit(
                     schedule,
                     provenance,
@@ -454,7 +457,18 @@ def _is_time(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
-def _is_stale(mlx_version: object, system: object) -> bool:
+_STALE = (
+    "m.provenance = 'measured' AND "
+    "(m.mlx_version <> ? OR substr(m.os, 1, instr(m.os || '.', '.') - 1) <> ?)"
+)
+"""Whether a row was measured by other software than `_software`."""
+
+
+def _software() -> tuple[str, str]:
+    """This MLX, and the major version of this operating system."""
     here = host()
-    major = str(system).partition(".")[0]
-    return mlx_version != here["mlx_version"] or major != here["os"].partition(".")[0]
+    return here["mlx_version"], here["os"].partition(".")[0]
+
+
+def _is_stale(mlx_version: object, system: object) -> bool:
+    return (mlx_version, str(system).partition(".")[0]) != _software()

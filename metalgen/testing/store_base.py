@@ -18,6 +18,7 @@ from metalgen.problem import Problem
 from metalgen.schedule import Limits
 from metalgen.testing.rows import CHIP, CONFIG, HASH, NEIGHBOURS, PROBLEM, SECOND
 
+NEAR = replace(PROBLEM, kv_len=2048)
 LONGER = replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = replace(PROBLEM, q_len=16384, kv_len=16384)
 DECODE = Problem(CONFIG, 32, 1, 4096)

@@ -10,9 +10,7 @@ is kept is tested in `store_keeping`; here, what it is kept for: look-ups, merge
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +43,11 @@ from metalgen.testing.rows import (
     modelled,
     row,
 )
-from metalgen.testing.store_base import DECODE, LONGER, LONGEST, SPLIT, WARM_POLICY, put
+from metalgen.testing.store_base import DECODE, LONGER, LONGEST, NEAR, SPLIT, WARM_POLICY, put
+from metalgen.testing.store_calls import plain_merge, records, some_call, some_rows
 from metalgen.testing.store_keeping import KeepsRecords
 from metalgen.tuning.runner import tune
 from metalgen.verify import Verification
-
-NEAR = replace(PROBLEM, kv_len=2048)
 
 
 def good(schedule: Schedule = FIRST, seconds: float = 1e-3, **changes: Any) -> Measurement:
@@ -61,12 +58,6 @@ def good(schedule: Schedule = FIRST, seconds: float = 1e-3, **changes: Any) -> M
 def export(store: TuningStore) -> list[str]:
     """All rows as they are exchanged."""
     return list(exchange.export(store))
-
-
-def records(path: Path, *rows: Measurement) -> Path:
-    """A file with the records of some rows."""
-    path.write_text("".join(m.to_line() + "\n" for m in rows), encoding="utf-8")
-    return path
 
 
 def answer(hit: Hit | None) -> tuple[Any, ...] | None:
@@ -184,6 +175,15 @@ class StoreConformance(KeepsRecords):
         assert hit is not None
         assert (hit.schedule, hit.stale, hit.exact) == (SECOND, False, True)
 
+    def test_a_fresh_row_answers_however_many_stale_ones_are_quicker(
+        self, store: TuningStore
+    ) -> None:
+        versions = [f"0.{n}.0" for n in range(40)]
+        old = [good(FIRST, 1e-6, policy=v, mlx_version=v, phase="final") for v in versions]
+        put(store, *old, good(SECOND, phase="search"))
+        hit = self.look_up(store)
+        assert hit is not None and (hit.schedule, hit.stale) == (SECOND, False)
+
     def test_a_schedule_beyond_the_limits_is_passed_over(self, store: TuningStore) -> None:
         put(store, good(FIRST, 1e-6), good(SECOND, 1e-3))
         assert self._found(store, limits=Limits(threadgroup_bytes=4096)) == (SECOND, "measured")
@@ -256,9 +256,18 @@ class StoreConformance(KeepsRecords):
         assert found == {FIRST: ("wrong", False), SECOND: ("ok", True)}
         assert self._found(store) == (SECOND, "measured")
 
+    @pytest.mark.parametrize("devices", [("metal", "simulator"), ("simulator", "metal")])
+    def test_of_two_failed_checks_the_graver_one_counts_for_what_is_brought_in(
+        self, store: TuningStore, tmp_path: Path, devices: tuple[str, str]
+    ) -> None:
+        for device, status in zip(devices, ("wrong", "timeout"), strict=True):
+            store.record_check(CONFIG, FIRST, HASH, device, status)
+        self.merge(store, [records(tmp_path / "s.jsonl", good(FIRST))])
+        assert [(m.status, m.verified) for m in store.measurements()] == [("wrong", False)]
+
     def test_merges_in_either_direction_come_to_the_same(self, tmp_path: Path) -> None:
         draw = random.Random(3)
-        sides = [list(_some_rows(draw, 25).values()) for _ in range(2)]
+        sides = [list(some_rows(draw, 25).values()) for _ in range(2)]
         results = []
         for number, (mine, theirs) in enumerate((sides, sides[::-1])):
             source = records(tmp_path / f"{number}.jsonl", *theirs)
@@ -277,7 +286,7 @@ class StoreConformance(KeepsRecords):
     def test_an_export_brought_into_another_store_is_exported_the_same(
         self, tmp_path: Path
     ) -> None:
-        rows = [*_some_rows(random.Random(1), 30).values(), good(SPLIT, problem=DECODE)]
+        rows = [*some_rows(random.Random(1), 30).values(), good(SPLIT, problem=DECODE)]
         with self.open(tmp_path / "a") as store:
             put(store, *rows)
             lines = export(store)
@@ -356,8 +365,8 @@ class StoreConformance(KeepsRecords):
                 if number % 20 == 19:
                     store.close()
                     store = self.open(folder)
-                call = _some_call(draw, tmp_path / f"{number}.jsonl")
-                assert call(store, self.merge) == call(plain, _plain_merge), number
+                call = some_call(draw, tmp_path / f"{number}.jsonl")
+                assert call(store, self.merge) == call(plain, plain_merge), number
                 self._compare(store, plain, number)
         finally:
             store.close()
@@ -383,87 +392,3 @@ class StoreConformance(KeepsRecords):
                 expected = plain.look_up(problem, CHIP.name, limits, NEIGHBOURS, HASH)
                 found_hit = self.look_up(store, problem, limits=limits)
                 assert answer(found_hit) == answer(expected), number
-
-
-Call = Callable[[Any, Callable[..., Summary]], object]
-
-
-def _plain_merge(store: PlainStore, sources: list[Path], *, dry_run: bool = False) -> Summary:
-    return store.merge(sources, dry_run=dry_run)
-
-
-def _some_rows(draw: random.Random, count: int) -> dict[exchange.Key, Measurement]:
-    """Rows that meet often: few identities, many outcomes."""
-    rows = {}
-    for _ in range(count):
-        samples = tuple(draw.choice((1e-3, 2e-3, 3e-3, 5e-3)) for _ in range(draw.randint(1, 3)))
-        status = draw.choice(("ok", "ok", "ok", "wrong", "runtime"))
-        guessed = draw.random() < 0.3
-        model = json.dumps({"model": draw.choice("ab")})
-        kind: dict[str, Any] = {
-            "provenance": "modelled",
-            "device": "model",
-            "policy": model,
-            "phase": "search",
-        }
-        m = row(
-            draw.choice((FIRST, SECOND, THIRD)),
-            sorted(samples)[len(samples) // 2],
-            samples=samples,
-            problem=draw.choice((PROBLEM, PROBLEM, NEAR, LONGER)),
-            chip=draw.choice(("M3Max", "M3Max", "M3Max-30", "M3", "M1")),
-            status=status,
-            verified=status == "ok" and draw.random() < 0.3,
-            error=draw.choice((None, 1e-4)) if status == "ok" else None,
-            mlx_seconds=draw.choice((None, 1e-3, 2e-3)),
-            detail=draw.choice(("", "", "a", "b")),
-            source_hash=draw.choice(("", "0" * 16)),
-            template_hash=draw.choice((HASH, HASH, HASH, OTHER_HASH)),
-            created=f"2026-11-{draw.randint(10, 21)}T08:00:00Z",
-        )
-        m = replace(
-            m,
-            phase=draw.choice(("search", "final")),
-            policy=draw.choice((m.policy, m.policy, WARM_POLICY)),
-            mlx_version=draw.choice((m.mlx_version, m.mlx_version, "0.1.0")),
-        )
-        if guessed:
-            m = replace(m, **kind)
-        rows[exchange.identity(m)] = m
-    return rows
-
-
-def _some_call(draw: random.Random, path: Path) -> Call:
-    """One of the changes of a store, with arguments; to be applied to several."""
-    rows = list(_some_rows(draw, draw.randint(1, 4)).values())
-    schedule = draw.choice((FIRST, SECOND, THIRD))
-    kind = draw.choice(("add", "add", "add", "merge", "check", "check", "pin", "unpin", "prune"))
-    if kind == "add":
-        again = draw.random() < 0.5
-
-        def add(store: TuningStore, merge: object) -> object:
-            run = store.begin_run("M3Max", 1)
-            mine = [replace(m, run=run) for m in rows]
-            return store.add_measurements(mine, replace_predictions=again)
-
-        return add
-    if kind == "merge":
-        records(path, *rows)
-        return lambda store, merge: merge(store, [path], dry_run=False)
-    if kind == "check":
-        device = draw.choice(("metal", "simulator"))
-        status = draw.choice(("ok", "ok", "wrong", "timeout"))
-        error = draw.choice((None, 1e-4, 0.5, float("inf")))
-        detail = "" if status == "ok" else "a reason"
-        kernel = (CONFIG, schedule, HASH, device, status)
-        return lambda store, merge: store.record_check(*kernel, error=error, detail=detail)
-    problem = draw.choice((PROBLEM, NEAR))
-    if kind == "pin":
-        return lambda store, merge: store.pin(problem, schedule)
-    if kind == "unpin":
-        return lambda store, merge: store.unpin(problem)
-    chip, keep = draw.choice(("M3Max", "M1", "M3")), draw.choice((None, {HASH}))
-    provenance, dry = draw.choice((None, "modelled")), draw.random() < 0.5
-    return lambda store, merge: store.prune(
-        keep_templates=keep, provenance=provenance, chip=chip, dry_run=dry
-    )

@@ -358,6 +358,11 @@ class TakesStaleRowsForFresh(Asked):
     parts = {"_is_stale": lambda version, system: False}  # noqa: RUF012
 
 
+@found_by("test_a_fresh_row_answers_however_many_stale_ones_are_quicker")
+class ReadsOnlySomeRows(Asked):
+    parts = {"_STALE": "? = ?"}  # noqa: RUF012
+
+
 @found_by("test_a_measured_row_outranks_every_modelled_one_wherever_it_is")
 class AsksPredictionsFirst(Asked):
     parts = {"PROVENANCES": ("modelled", "measured")}  # noqa: RUF012
@@ -421,6 +426,11 @@ class TakesTheLeastTime(Merged):
 @found_by("test_a_kernel_that_failed_its_check_here_cannot_be_brought_in_as_good")
 class TrustsOthersChecks(Merged):
     after = "UPDATE measurements SET status = 'ok', verified = 1"
+
+
+@found_by("test_of_two_failed_checks_the_graver_one_counts_for_what_is_brought_in")
+class TakesTheLighterFailure(Merged):
+    after = "UPDATE measurements SET status = 'timeout' WHERE status <> 'ok'"
 
 
 @found_by("test_a_row_that_either_side_found_wrong_is_wrong")

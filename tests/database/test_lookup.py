@@ -208,6 +208,17 @@ def test_a_row_measured_with_other_software_is_stale_and_only_a_fallback(
     assert hit is not None and (hit.schedule, hit.stale) == (SECOND, False)
 
 
+def test_a_shipped_row_measured_with_this_software_answers_before_a_quicker_stale_one(
+    places: Places,
+) -> None:
+    places.ship(row(FIRST, 1e-6, mlx_version="0.1.0", policy="old"), row(SECOND, 1e-3))
+    hit = places.find()
+    assert hit is not None and (hit.schedule, hit.stale, hit.exact) == (SECOND, False, True)
+    places.ship(row(FIRST, 1e-6, mlx_version="0.1.0"))
+    hit = places.find()
+    assert hit is not None and (hit.schedule, hit.stale, hit.exact) == (FIRST, True, False)
+
+
 def test_a_modelled_row_never_beats_mlx(places: Places) -> None:
     places.keep(modelled(FIRST, 1e-3, mlx_seconds=1.0))
     hit = places.find()
