@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from metalgen.config import AttentionConfig
@@ -45,6 +46,8 @@ def measurement_of(row: dict[str, Any]) -> Measurement | None:
         fields["schedule"] = json.loads(row["schedule_key"])
         fields["samples"] = json.loads(row["samples"])
         fields["verified"] = {0: False, 1: True}[row["verified"]]
+        if fields["error"] == math.inf:  # as earlier versions kept of a kernel that gave NaN
+            fields["error"] = None
         return Measurement.from_record(fields)
     except (ArgumentError, KeyError, TypeError, ValueError, RecursionError):
         return None

@@ -56,6 +56,17 @@ def test_health_counts_rows_and_finds_those_that_someone_spoiled(tmp_path: Path)
         assert [m.schedule for m in store.measurements()] == [FIRST]
 
 
+def test_a_row_with_an_endless_error_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "t.db") as store:
+        run = store.begin_run("M3Max", 0)
+        sent = row(run=run, status="wrong", detail="relative error inf")
+        store.add_measurement(sent)
+        store.db.execute("UPDATE measurements SET error = 9e999")
+        store.db.conn.commit()
+        assert store.measurements() == [sent]
+        assert store.health()["unreadable_rows"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "argument"),
     [

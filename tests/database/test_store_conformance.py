@@ -17,11 +17,14 @@ from metalgen.database.exchange import Summary
 from metalgen.database.lookup import Hit
 from metalgen.database.protocol import TuningStore
 from metalgen.database.store import Store
+from metalgen.devices import get_device
+from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import Limits
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import CHIP, HASH, NEIGHBOURS, PROBLEM
 from metalgen.testing.stores import StoreConformance
+from metalgen.tuning.runner import tune
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +32,11 @@ ROOT = Path(__file__).parents[2]
 class TestSqlite(StoreConformance):
     def open(self, folder: Path, *, read_only: bool = False) -> TuningStore:
         return Store.open(folder / "tuning.db", read_only=read_only)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(4, 204))
+    def test_many_calls_do_what_they_do_to_the_definition(self, seed: int, tmp_path: Path) -> None:
+        self.test_any_calls_do_what_they_do_to_the_definition(seed, tmp_path)
 
 
 class TestDefinition(StoreConformance):
@@ -74,3 +82,10 @@ def test_the_store_of_the_page_on_testing_passes(tmp_path: Path) -> None:
         check=False,
     )
     assert re.search(r"^[0-9]+ passed in ", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_a_store_of_another_kind_cannot_be_tuned_into_by_several_workers() -> None:
+    problem, device = [PROBLEM], get_device("reference")
+    share: Any = object()
+    with pytest.raises(ArgumentError, match="store: expected an SQLite database"):
+        tune(problem, CHIP, PlainStore(Contents()), device=device, share=share)
