@@ -10,6 +10,9 @@ from metalgen.schedule import Schedule, shared_tiles, value_width
 from metalgen.targets import CUDA
 from metalgen.tiles import CHUNK_BYTES, CudaRaw, padded, row_bytes
 
+CACHED_BYTES = 32 << 20
+"""Of keys and values, which stay in the L2 cache of a large GPU while blocks of rows share them."""
+
 
 @dataclass(frozen=True)
 class CudaStep:
@@ -90,6 +93,12 @@ def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
         work_tile=tiles.work,
         kv_tile=tiles.kv,
     )
+
+
+def cached_keys(config: AttentionConfig) -> int:
+    """Keys of query heads that `CACHED_BYTES` hold, each with its value."""
+    bits = (config.head_dim + config.v_dim) * (config.kv_bits or 8 * config.itemsize)
+    return 8 * CACHED_BYTES * config.heads_per_kv // bits
 
 
 def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:

@@ -168,7 +168,7 @@ def _context(
             constants[name.upper()] = bound
     from metalgen.hooks import hooks
 
-    own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule)
+    own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule, family)
     hooked = hooks(config, schedule, target, family, _feature)
     steps = own["plan"].steps
     return (
@@ -206,7 +206,7 @@ def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+def _cuda(config: AttentionConfig, schedule: Schedule, family: str) -> dict[str, Any]:
     from metalgen import plan_cuda
 
     own = plan_cuda.cuda_plan(config, schedule)
@@ -217,6 +217,8 @@ def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
         "Q_TILE": own.q_tile,
         "KV_TILE": own.kv_tile,
     }
+    if config.causal and family == "forward" and not config.varlen:
+        constants["CACHED_KEYS"] = plan_cuda.cached_keys(config)
     return {"plan": own, "constants": constants, "T": _CUDA_TYPES[config.dtype]}
 
 

@@ -309,16 +309,21 @@ def default_schedule(
     Forward: four simdgroups, or fewer where their rows do not fit; two row blocks each where the
     accumulator leaves room, else one; K and V staged; the longest pass and the widest slice that
     fit the limits; Q in registers where they are likely to suffice. Decode: one simdgroup of one
-    row block, and eight splits.
+    row block, and eight splits; on CUDA four warps, of which the other three help to copy, a ring
+    of three tiles and 32 splits, which keep a GPU of more than a hundred cores busy with one token.
     """
     target = TARGETS[limits.target]
     parts = default_value_parts(config, target)
     widest = widest_row(config, parts, target)
     decode = family == "decode"
     sources: tuple[str, ...]
+    helped = decode and limits.target == "cuda" and config.kv_bits is None
     if limits.target == "cuda":
-        sizes = [(bk, widest) for bk in (64, 32, 16) if bk * config.itemsize <= 128]
-        roomy, buffers, sources = 256 // config.itemsize, 2, ("threadgroup",)
+        longest = 96 if helped and config.page_size is None else 64
+        sizes = [(bk, widest) for bk in (96, 64, 32, 16) if bk * config.itemsize <= 2 * longest]
+        roomy, buffers, sources = 256 // config.itemsize, 3 if helped else 2, ("threadgroup",)
+        if helped and config.head_dim * config.itemsize <= 256:
+            sources = ("registers", "threadgroup")
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
@@ -331,11 +336,11 @@ def default_schedule(
             row_blocks=row_blocks,
             q_source=source,
             buffers=staged,
-            splits=8 if decode else 1,
+            splits=(32 if limits.target == "cuda" else 8) if decode else 1,
             value_parts=parts,
         )
         for staged in sorted({buffers, 1}, reverse=True)  # one where two do not fit
-        for simdgroups in ((1,) if decode else (4, 2, 1))
+        for simdgroups in ((1,) if decode and not helped else (4, 2, 1))
         for row_blocks in ((2, 1) if config.v_dim // parts <= roomy and not decode else (1,))
         for bk, bd in sizes
         for source in sources

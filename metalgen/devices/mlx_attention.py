@@ -49,12 +49,13 @@ def mlx_runner(config: AttentionConfig) -> Runner:
             features = config_features(config) | {"inputs": inputs}
             return attention_mlx(q, k, v, scale=scale, **features)[0], None
         sinks = None if inputs.sinks is None else inputs.sinks.astype(q.dtype)
-        mask = inputs.array_mask
-        out = mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=scale, mask="causal" if config.causal else mask, sinks=sinks
-        )
-        if mask is not None:
-            out = mx.where(mask.any(axis=-1, keepdims=True), out, mx.zeros((), out.dtype))
+        mask: mx.array | str | None = inputs.array_mask
+        if config.causal and q.shape[2] > 1:  # one query sees every key
+            mask = "causal"
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        if inputs.array_mask is not None:
+            seen = inputs.array_mask.any(axis=-1, keepdims=True)
+            out = mx.where(seen, out, mx.zeros((), out.dtype))
         return out, None
 
     return run

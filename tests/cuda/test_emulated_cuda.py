@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
 
+from metalgen import plan_cuda
 from metalgen.config import AttentionConfig
 from metalgen.inputs import Inputs
 from metalgen.render import KernelSource
@@ -93,6 +94,19 @@ def test_features_of_plain_keys(gpu: EmulatedCuda, name: str) -> None:
     dtype, family = DTYPES[turn % 3], ("forward", "decode")[turn % 2]
     config = AttentionConfig(72, dtype, heads_per_kv=2, return_lse=True, **FEATURES[name])
     case = case_of(config, family, batch=3)
+    assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+
+
+@pytest.mark.parametrize("cached", [1, 3, 4, 100])
+@pytest.mark.parametrize("fields", [{}, {"value_head_dim": 512}, {"page_size": 8}], ids=str)
+def test_blocks_of_sections_of_heads_are_each_computed_once(
+    gpu: EmulatedCuda, fields: dict[str, Any], cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten heads of all entries, in sections of so many: 10, 4, 3 (of 3, 3, 3, 1) and 1."""
+    monkeypatch.setattr(plan_cuda, "cached_keys", lambda config: cached * 100)
+    config = AttentionConfig(64, causal=True, return_lse=True, **fields)
+    sizes = {"batch": 2, "kv_heads": 5, "q_len": 100, "kv_len": 100}
+    case = case_of(config, simdgroups=1, bk=16, **sizes)
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
