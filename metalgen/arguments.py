@@ -29,13 +29,21 @@ def as_integer(value: object) -> int | None:
 
 
 def as_number(value: object) -> float | None:
-    """The float that a real number is, infinite and nan too, or None where it is none or a bool."""
+    """The float that a real number is, infinite and nan too, or None where it is none.
+
+    What `as_integer` takes is a number, too, and so is an array of NumPy's without axes.
+    """
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    number: object = as_integer(value)
+    if number is None:
+        number = value
+    if getattr(number, "ndim", None) == 0 and not isinstance(number, mx.array):
+        number = number.item()  # type: ignore[attr-defined]
+    if isinstance(number, bool) or not isinstance(number, Real):
         return None
     try:
-        return float(value)
+        return float(number)
     except OverflowError:  # of an integer or a fraction
         return None
 

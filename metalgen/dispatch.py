@@ -151,7 +151,7 @@ def get_kernel(
     try:
         key = (
             config,
-            (batch * each - 1).bit_length(),
+            (int.__mul__(batch, each) - 1).bit_length(),  # a product of NumPy's may overflow
             (queries - 1).bit_length(),
             (keys - 1).bit_length(),
             min(batch, each, queries, keys) > 0,  # of others no kernel is ever known

@@ -23,6 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from metalgen.arguments import as_integer, as_number
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
@@ -93,12 +94,14 @@ class Helper:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def check_jobs(jobs: int, time_limit: float) -> None:
-    """Raise `ArgumentError` for what `Helpers` cannot take."""
-    if type(jobs) is not int or not 0 <= jobs <= MOST:
+def check_jobs(jobs: int, time_limit: float) -> tuple[int, float]:
+    """Both as Python's own numbers; raises `ArgumentError` for what `Helpers` cannot take."""
+    count, seconds = as_integer(jobs), as_number(time_limit)
+    if count is None or not 0 <= count <= MOST:
         raise ArgumentError("jobs", f"a whole number from 0 to {MOST}", jobs)
-    if not isinstance(time_limit, int | float) or not 1.0 <= time_limit < math.inf:
+    if seconds is None or not 1.0 <= seconds < math.inf:
         raise ArgumentError("time_limit", "seconds, 1 or more", time_limit)
+    return count, seconds
 
 
 def usual_jobs(device: Device) -> int:
@@ -134,13 +137,11 @@ class Helpers(Executor):
         deadline: float = math.inf,
         lock: Path | None = None,
     ) -> None:
-        check_jobs(count, time_limit)
+        self._count, self.time_limit = check_jobs(count, time_limit)
         self.device = device
         self.policy = policy
-        self.time_limit = time_limit
         self.deadline = deadline
         self.lock = lock
-        self._count = count
         self._context = mp.get_context("spawn")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._queue: deque[tuple[Problem, Schedule]] = deque()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from metalgen.arguments import as_integer, as_number
 from metalgen.database.errors import DatabaseError
 from metalgen.database.protocol import TuningStore
 from metalgen.database.refresh import refresh_store
@@ -83,8 +84,8 @@ def tune(
         IncompleteChip: the chip model does not know this chip, and there is no device.
         DatabaseError: the store can no longer be written.
     """
-    check_arguments(trials, budget, seed)
-    check_jobs(jobs, time_limit)
+    trials, budget, seed = check_arguments(trials, budget, seed)
+    jobs, time_limit = check_jobs(jobs, time_limit)
     if share and not device:
         raise ArgumentError("share", "a device that measures; predictions need no sharing", share)
     if share and not isinstance(store, Store):
@@ -161,11 +162,15 @@ def tune(
     return report
 
 
-def check_arguments(trials: int | None, budget: float | None, seed: int) -> None:
-    """Raise `ArgumentError` for what `tune` cannot take."""
-    if trials is not None and (type(trials) is not int or trials < 1):
+def check_arguments(
+    trials: int | None, budget: float | None, seed: int
+) -> tuple[int | None, float | None, int]:
+    """The numbers of `tune`, as Python's own; raises `ArgumentError` for what it cannot take."""
+    count, seconds, start = as_integer(trials), as_number(budget), as_integer(seed)
+    if trials is not None and (count is None or count < 1):
         raise ArgumentError("trials", "a positive whole number", trials)
-    if budget is not None and not (isinstance(budget, int | float) and budget > 0):
+    if budget is not None and (seconds is None or not seconds > 0):
         raise ArgumentError("budget", "seconds above 0", budget)
-    if type(seed) is not int or not 0 <= seed < 1 << 31:
+    if start is None or not 0 <= start < 1 << 31:
         raise ArgumentError("seed", "a whole number from 0 to 2147483647", seed)
+    return count, seconds, start

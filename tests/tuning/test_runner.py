@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
@@ -300,7 +301,10 @@ def test_a_run_that_breaks_is_recorded_as_failed(store: Store) -> None:
     [
         ({"trials": 0}, "trials: expected a positive whole number, but got 0"),
         ({"budget": -1.0}, "budget: expected seconds above 0, but got -1.0"),
+        ({"budget": True}, "budget: expected seconds above 0, but got True"),
+        ({"budget": float("nan")}, "budget: expected seconds above 0, but got nan"),
         ({"seed": -1}, "seed: expected a whole number from 0 to 2147483647, but got -1"),
+        ({"seed": True}, "seed: expected a whole number from 0 to 2147483647, but got True"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(
@@ -310,6 +314,25 @@ def test_bad_arguments_are_refused_before_anything_is_written(
         model(store, FakeVerify(), [SMALL], **arguments)
     assert str(caught.value) == message
     assert store.health()["rows"]["runs"] == 0
+
+
+def test_a_run_takes_numbers_of_numpy_and_records_them_as_pythons(store: Store) -> None:
+    numbers: dict[str, Any] = {
+        "trials": np.int64(7),
+        "seed": np.uint32(3),
+        "budget": np.float32(600),
+        "jobs": np.int8(0),
+        "time_limit": np.int16(5),
+    }
+    model(store, FakeVerify(), [SMALL], **numbers)
+    (run,) = store.runs()
+    assert run.seed == 3
+    assert json.loads(run.notes) | {"problems": []} == {
+        "trials": 7,
+        "budget": 600.0,
+        "problems": [],
+    }
+    assert len(store.measurements()) == 7
 
 
 # By a device's clock
