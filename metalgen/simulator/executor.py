@@ -148,10 +148,14 @@ class Pool:
                 worker.channel.close()
 
     def close(self) -> None:
+        """Let all idle children end; at exit, where another Ctrl-C only hurries them."""
         with self.lock:
             idle, self.idle = self.idle, []
         for worker in idle:
-            worker.leave()
+            try:
+                worker.leave()
+            except KeyboardInterrupt:
+                worker.end()
 
     def abandon(self) -> None:
         """Forget workers that belong to the process that this one was forked from."""

@@ -167,6 +167,26 @@ def test_ctrl_c_ends_the_kernel_and_reaches_the_caller() -> None:
     assert done.stdout == "interrupted\n", done.stderr
 
 
+def test_ctrl_c_while_the_process_ends_kills_what_it_waits_for_and_says_nothing() -> None:
+    code = (
+        "import os, signal, threading\n"
+        "from metalgen.simulator import executor\n"
+        "worker = executor.Worker()\n"
+        "executor._pool.idle.append(worker)\n"
+        "os.kill(worker.process.pid, signal.SIGSTOP)\n"  # it does not leave by itself
+        "print(worker.process.pid)\n"
+        "timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "timer.daemon = True\n"  # else its end is waited for before
+        "timer.start()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
 def children() -> set[int]:
     """Return the process ids of this process's children, zombies included."""
     found = set()
