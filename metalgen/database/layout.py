@@ -30,6 +30,10 @@ PHASES = ("final", "search")
 WARM = '"cache":"warm"'
 """In the policies of rows that were measured with a warm cache: they answer where no others do."""
 
+CHAINED = '"chained":true'
+"""In the policies of rows whose launches waited for one another. Those of earlier versions did not,
+which flattered schedules that leave cores idle: such rows answer where no chained ones do."""
+
 MAX_TEXT = 1 << 16
 """Characters of the longest text that is read from a row or a record."""
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from metalgen.config import AttentionConfig
 from metalgen.database.connect import open_for_reading
 from metalgen.database.errors import DatabaseError, MissingDatabase, explain_sqlite
-from metalgen.database.layout import MAX_TEXT, PROVENANCES, WARM, user_database
+from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, WARM, user_database
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
@@ -297,11 +297,11 @@ class _Search:
             "m.os, instr(m.policy, ?) > 0 AS warm "
             "FROM measurements m JOIN schedules s ON s.id = m.schedule "
             "WHERE m.problem = ? AND m.template_hash = ? AND m.provenance = ? AND m.chip = ? "
-            f"AND m.verified = 1 ORDER BY {_STALE}, warm, m.phase, m.detail <> '', m.seconds, "
-            "s.key LIMIT ?",
+            f"AND m.verified = 1 ORDER BY {_STALE}, warm, instr(m.policy, ?) = 0, m.phase, "
+            "m.detail <> '', m.seconds, s.key LIMIT ?",
             [
                 *(WARM, self.ids[problem.key], self.template_hash, provenance, chip),
-                *(*_software(), ROWS_TRIED),
+                *(*_software(), CHAINED, ROWS_TRIED),
             ],
         )
         for key, seconds, default, mlx, error, version, system, warm in rows:

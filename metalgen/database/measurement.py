@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from metalgen.config import AttentionConfig
-from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
+from metalgen.database.layout import CHAINED, MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
 from metalgen.errors import ArgumentError
 from metalgen.problem import FAMILIES, Problem
 from metalgen.schedule import Schedule
@@ -110,11 +110,15 @@ class Measurement:
         return WARM in self.policy
 
     @property
-    def rank(self) -> tuple[bool, bool, bool, bool, float, str]:
-        """The least is the best: measured, cold, final, without a reservation, quick; by key."""
+    def rank(self) -> tuple[bool, bool, bool, bool, bool, float, str]:
+        """The least is the best.
+
+        Measured, cold, by launches that waited, final, without a reservation, quick; by key.
+        """
         return (
             self.provenance != "measured",
             self.warm,
+            CHAINED not in self.policy,
             self.phase != "final",
             bool(self.detail),
             math.inf if self.seconds is None else self.seconds,

@@ -160,7 +160,7 @@ class Result:
         return bool(rows) and all(m.run not in ORDERLESS for m in rows)
 
 
-def _rank(m: Measurement) -> tuple[bool, bool, bool, bool, float, str]:
+def _rank(m: Measurement) -> tuple[bool, bool, bool, bool, bool, float, str]:
     return m.rank
 
 

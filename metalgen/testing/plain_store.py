@@ -303,7 +303,8 @@ class PlainStore:
             here = (problem.batch_heads, problem.q_len, problem.kv_len)
             apart = sum(abs(math.log2(a / b)) for a, b in zip(sizes, here, strict=True))
             place = (m.problem != problem, chips.index(m.chip), apart, sizes)
-            within = (_stale(m), m.warm, m.phase != "final", m.detail != "", m.seconds)
+            overlapped = '"chained":true' not in m.policy
+            within = (_stale(m), m.warm, overlapped, m.phase != "final", m.detail != "", m.seconds)
             return (m.provenance != "measured", *place, *within, m.schedule.key)
 
         if not answers:

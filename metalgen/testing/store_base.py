@@ -23,6 +23,7 @@ LONGER = replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = replace(PROBLEM, q_len=16384, kv_len=16384)
 DECODE = Problem(CONFIG, 32, 1, 4096)
 SPLIT = replace(SECOND, bq=8, simdgroups=1, splits=4)
+CHAINED_POLICY = '{"cache":"cold","chained":true}'
 WARM_POLICY = '{"cache":"warm","repetitions":7}'
 
 

@@ -15,7 +15,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.testing.plain_store import PlainStore
 from metalgen.testing.rows import CONFIG, FIRST, HASH, OTHER_HASH, PROBLEM, SECOND, THIRD, row
-from metalgen.testing.store_base import LONGER, NEAR, WARM_POLICY
+from metalgen.testing.store_base import CHAINED_POLICY, LONGER, NEAR, WARM_POLICY
 
 Call = Callable[[Any, Callable[..., Summary]], object]
 """Takes a store and its merge."""
@@ -64,7 +64,7 @@ def some_rows(draw: random.Random, count: int) -> dict[exchange.Key, Measurement
         m = replace(
             m,
             phase=draw.choice(("search", "final")),
-            policy=draw.choice((m.policy, m.policy, WARM_POLICY)),
+            policy=draw.choice((m.policy, m.policy, CHAINED_POLICY, WARM_POLICY)),
             mlx_version=draw.choice((m.mlx_version, m.mlx_version, "0.1.0")),
         )
         if guessed:

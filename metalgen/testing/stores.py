@@ -43,7 +43,16 @@ from metalgen.testing.rows import (
     modelled,
     row,
 )
-from metalgen.testing.store_base import DECODE, LONGER, LONGEST, NEAR, SPLIT, WARM_POLICY, put
+from metalgen.testing.store_base import (
+    CHAINED_POLICY,
+    DECODE,
+    LONGER,
+    LONGEST,
+    NEAR,
+    SPLIT,
+    WARM_POLICY,
+    put,
+)
 from metalgen.testing.store_calls import plain_merge, records, some_call, some_rows
 from metalgen.testing.store_keeping import KeepsRecords
 from metalgen.tuning.runner import tune
@@ -162,6 +171,15 @@ class StoreConformance(KeepsRecords):
             assert (hit.schedule, hit.seconds) == (step.schedule, step.seconds)
             assert hit.exact is (step is not steps[0])
 
+    def test_a_row_whose_launches_waited_for_one_another_answers_before_others(
+        self, store: TuningStore
+    ) -> None:
+        put(store, good(FIRST, 1e-6, phase="final", mlx_seconds=2e-6))
+        assert self._found(store) == (FIRST, "measured")
+        warm = CHAINED_POLICY.replace("cold", "warm")
+        put(store, good(THIRD, 1e-7, policy=warm), good(SECOND, policy=CHAINED_POLICY))
+        assert self._found(store) == (SECOND, "measured")
+
     @pytest.mark.parametrize("change", [{"mlx_version": "0.1.0"}, {"os": "macOS 1.1"}])
     def test_a_row_measured_with_other_software_is_stale_and_answers_last(
         self, store: TuningStore, change: dict[str, str]
@@ -267,7 +285,7 @@ class StoreConformance(KeepsRecords):
 
     def test_merges_in_either_direction_come_to_the_same(self, tmp_path: Path) -> None:
         draw = random.Random(3)
-        sides = [list(some_rows(draw, 25).values()) for _ in range(2)]
+        sides = [list(some_rows(draw, 60).values()) for _ in range(2)]
         results = []
         for number, (mine, theirs) in enumerate((sides, sides[::-1])):
             source = records(tmp_path / f"{number}.jsonl", *theirs)
@@ -281,7 +299,7 @@ class StoreConformance(KeepsRecords):
             key = exchange.identity(m)
             joined[key] = exchange.join(joined[key], m) if key in joined else m
         assert results[0] == sorted(exchange.canonical(m).to_line() for m in joined.values())
-        assert len(joined) < len(sides[0]) + len(sides[1])
+        assert len(joined) <= len(sides[0]) + len(sides[1]) - 5  # so many met
 
     def test_an_export_brought_into_another_store_is_exported_the_same(
         self, tmp_path: Path

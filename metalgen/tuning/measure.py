@@ -48,8 +48,8 @@ class Policy:
     Args:
         timer: ``"wall"``: from before a sample's first launch is built until its last result is
             there.
-        cache: ``"cold"``: launches take so many sets of arrays in turn that each finds its own gone
-            from the cache; ``"warm"``: the same arrays again.
+        cache: ``"cold"``: launches take so many sets of arrays in turn that each finds its keys and
+            values gone from the cache; ``"warm"``: the same arrays again.
         sets: sets of arrays at least, where the cache is cold.
         cold_bytes: what they hold together, at least: past twice the last-level cache of any GPU.
             There are never more than 64 sets, so the smallest problems stay in a cache.
@@ -282,7 +282,10 @@ def chain(
 
 
 def _behind(q: mx.array, out: mx.array) -> mx.array:
-    """Queries that are not there before an output is: the output itself, where it is as wide."""
+    """Queries that are not there before an output is: the output itself, where it is as wide.
+
+    Else their own, by an elementwise operation that counts in the sample, whatever computes it.
+    """
     return out if (out.shape, out.dtype) == (q.shape, q.dtype) else q + 0 * out[..., :1]
 
 

@@ -373,6 +373,11 @@ class TakesWarmForCold(Asked):
     parts = {"WARM": "no such policy"}  # noqa: RUF012
 
 
+@found_by("test_a_row_whose_launches_waited_for_one_another_answers_before_others")
+class TakesLaunchesThatOverlapForOthers(Asked):
+    parts = {"CHAINED": "no such policy"}  # noqa: RUF012
+
+
 class Quickest(StoreConformance):
     """The quickest row of any kind."""
 

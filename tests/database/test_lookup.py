@@ -29,6 +29,7 @@ from metalgen.testing.rows import (
     modelled,
     row,
 )
+from metalgen.tuning.measure import Policy
 
 LONGER = dataclasses.replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = dataclasses.replace(PROBLEM, q_len=16384, kv_len=16384)
@@ -217,6 +218,15 @@ def test_a_shipped_row_measured_with_this_software_answers_before_a_quicker_stal
     places.ship(row(FIRST, 1e-6, mlx_version="0.1.0"))
     hit = places.find()
     assert hit is not None and (hit.schedule, hit.stale, hit.exact) == (FIRST, True, False)
+
+
+def test_a_shipped_row_whose_launches_waited_answers_before_a_quicker_one_whose_did_not(
+    places: Places,
+) -> None:
+    places.ship(row(FIRST, 1e-3, phase="final"), row(SECOND, 2e-3, policy=Policy().key))
+    hit = places.find()
+    assert hit is not None
+    assert (hit.schedule, hit.exact) == (SECOND, True)
 
 
 def test_a_modelled_row_never_beats_mlx(places: Places) -> None:
