@@ -309,9 +309,9 @@ class Store:
         same device is replaced. An error that is not finite, as of a kernel that gives NaN, counts
         as none, for no record may hold one.
         """
-        for name, value in (("device", device), ("template_hash", template_hash)):
+        told = (("device", device), ("template_hash", template_hash), ("detail", detail))
+        for name, value in told:
             check_field(name, value)
-        check_field("detail", detail)
         if status not in STATUSES:
             raise ArgumentError("status", f"one of {', '.join(STATUSES)}", status)
         if error is not None and not math.isfinite(error):

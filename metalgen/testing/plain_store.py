@@ -21,7 +21,7 @@ from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError, ReadOnlyDatabase
 from metalgen.database.layout import STATUSES
 from metalgen.database.lookup import Hit
-from metalgen.database.measurement import Measurement, check_fields, host, now
+from metalgen.database.measurement import Measurement, check_field, check_fields, host, now
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.problem import Problem
@@ -188,6 +188,12 @@ class PlainStore:
         family: str = "forward",
         source_hash: str = "",
     ) -> None:
+        for name, value in (
+            ("device", device),
+            ("template_hash", template_hash),
+            ("detail", detail),
+        ):
+            check_field(name, value)
         if status not in STATUSES:
             raise ArgumentError("status", f"one of {', '.join(STATUSES)}", status)
         if error is not None and not math.isfinite(error):

@@ -297,10 +297,25 @@ class KeepsRecords(OnStore):
         check = store.find_check(CONFIG, FIRST, HASH)
         assert check is not None and (check.status, check.error) == ("wrong", None)
 
-    def test_a_check_with_another_status_is_refused(self, store: TuningStore) -> None:
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"status": "great"},
+            {"device": "GPU 1"},
+            {"template_hash": "{{ 7*7 }}"},
+            {"detail": "line 1\nline 2"},
+            {"detail": "x" * (MAX_TEXT + 1)},
+        ],
+        ids=lambda bad: next(iter(bad)),
+    )
+    def test_a_check_that_no_row_could_take_over_is_refused_by_name(
+        self, store: TuningStore, bad: dict[str, str]
+    ) -> None:
         sent = put(store, row())
-        with pytest.raises(ArgumentError, match="status: expected one of ok, "):
-            store.record_check(CONFIG, FIRST, HASH, "metal", "great")
+        kernel = {"template_hash": HASH, "device": "metal", "status": "wrong"}
+        with pytest.raises(ArgumentError) as caught:
+            store.record_check(CONFIG, FIRST, **(kernel | bad))  # type: ignore[arg-type]
+        assert caught.value.argument in bad
         assert store.find_check(CONFIG, FIRST, HASH) is None
         assert store.measurements() == sent
 

@@ -220,11 +220,17 @@ class KeepsAnyError(Store):
             self.db.execute("UPDATE measurements SET error = 1e308 WHERE status <> 'ok'")
 
 
-@found_by("test_a_check_with_another_status_is_refused")
+@found_by("test_a_check_that_no_row_could_take_over_is_refused_by_name")
 class TakesAnyStatus(Store):
-    def record_check(self, *args: Any, **options: Any) -> None:
-        status = args[4] if args[4] in ("ok", "wrong") else "runtime"
-        super().record_check(*args[:4], status, **options)
+    def record_check(self, *args: Any, status: str = "ok", **options: Any) -> None:
+        known = status if status in ("ok", "wrong") else "runtime"
+        super().record_check(*args, status=known, **options)
+
+
+@found_by("test_a_check_that_no_row_could_take_over_is_refused_by_name")
+class MakesOneLineOfAnyDetail(Store):
+    def record_check(self, *args: Any, detail: str = "", **options: Any) -> None:
+        super().record_check(*args, detail=" ".join(detail.split()), **options)
 
 
 @found_by("test_every_field_of_a_run_comes_back")
