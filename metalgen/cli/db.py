@@ -175,6 +175,8 @@ def _summary_fields(summary: Summary) -> dict[str, Any]:
 def _print_reasons(summary: Summary) -> None:
     for file, place, reason in summary.reasons:
         click.echo(f"  {file}: {place}: {reason}")
+    if more := summary.rejected + summary.refused - len(summary.reasons):
+        click.echo(f"  and {counted(more, 'more bad row')}")
 
 
 @command.command("verify")
@@ -188,9 +190,10 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
 
     summary, rows = exchange.Summary(), 0
     for path in files:
+        refused_before = summary.refused
         found = [m.to_line() for m in exchange.read(path, summary)]
         rows += len(found)
-        if canonical and path.is_file() and not summary.refused:
+        if canonical and path.is_file() and summary.refused == refused_before:
             text = "".join(line + "\n" for line in sorted(set(found)))
             if path.read_bytes() != text.encode():
                 summary.reject(path, "file", "not in canonical order and form", whole=True)

@@ -132,7 +132,21 @@ def test_verify_accepts_canonical_records_and_refuses_others(
     assert db("verify", other) == 0
     assert db("verify", "--canonical", other) == 1
     assert "not in canonical order and form" in capsys.readouterr().out
-    assert db("verify", tmp_path / "none") == 1
+    assert db("verify", "--canonical", tmp_path / "none", other, other) == 1  # each by itself
+    out = capsys.readouterr().out
+    assert "3 files refused" in out and out.count("not in canonical order and form") == 2
+
+
+@pytest.mark.parametrize(("bad", "last"), [(20, "line 20: "), (21, "and 1 more bad row")])
+def test_verify_shows_the_first_reasons_and_says_how_many_there_are_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: int, last: str
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{\n" * bad)
+    assert db("verify", path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"0 good rows, {bad} bad, 0 files refused"
+    assert last in lines[-1] and len(lines) == bad + 1
 
 
 def test_every_shipped_record_is_valid_and_canonical() -> None:
