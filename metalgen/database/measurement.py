@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from metalgen.arguments import as_number
 from metalgen.config import AttentionConfig
 from metalgen.database.layout import CHAINED, MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
 from metalgen.errors import ArgumentError
@@ -246,6 +247,18 @@ def check_field(name: str, value: object) -> None:
             raise ArgumentError(name, "a list of times in seconds", value)
     else:
         raise ArgumentError("record", "only known fields", name)
+
+
+def finite(name: str, value: object) -> float | None:
+    """A number of a check; None where it is not finite, as of a kernel that gives NaN.
+
+    Raises:
+        ArgumentError: it is negative, or no number.
+    """
+    number = as_number(value)
+    if value is not None and (number is None or number < 0):
+        raise ArgumentError(name, "a number that is not negative, or None", value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _check_number(name: str, value: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sqlite3
 import time
@@ -26,7 +25,14 @@ from metalgen.database.errors import (
     explain_sqlite,
 )
 from metalgen.database.layout import STATUSES, user_database
-from metalgen.database.measurement import Measurement, check_field, check_fields, host, now
+from metalgen.database.measurement import (
+    Measurement,
+    check_field,
+    check_fields,
+    finite,
+    host,
+    now,
+)
 from metalgen.database.protocol import Check, Run
 from metalgen.database.schema import migrate
 from metalgen.errors import ArgumentError
@@ -306,16 +312,18 @@ class Store:
 
         Passed: its rows become verified, unless the check failed on another device. Failed: its
         rows that were ``ok`` take the check's status, and cannot win. An earlier outcome on the
-        same device is replaced. An error that is not finite, as of a kernel that gives NaN, counts
-        as none, for no record may hold one.
+        same device is replaced. An error or tolerance that is not finite, as of a kernel that gives
+        NaN, counts as none, for no record may hold one.
+
+        Raises:
+            ArgumentError: a status, device, template hash, detail or number that cannot be.
         """
         told = (("device", device), ("template_hash", template_hash), ("detail", detail))
         for name, value in told:
             check_field(name, value)
         if status not in STATUSES:
             raise ArgumentError("status", f"one of {', '.join(STATUSES)}", status)
-        if error is not None and not math.isfinite(error):
-            error = None
+        error, tolerance = finite("error", error), finite("tolerance", tolerance)
         with self.writing():
             self.db.table("checks").upsert(
                 {

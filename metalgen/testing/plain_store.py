@@ -21,7 +21,14 @@ from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError, ReadOnlyDatabase
 from metalgen.database.layout import STATUSES
 from metalgen.database.lookup import Hit
-from metalgen.database.measurement import Measurement, check_field, check_fields, host, now
+from metalgen.database.measurement import (
+    Measurement,
+    check_field,
+    check_fields,
+    finite,
+    host,
+    now,
+)
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.problem import Problem
@@ -196,8 +203,7 @@ class PlainStore:
             check_field(name, value)
         if status not in STATUSES:
             raise ArgumentError("status", f"one of {', '.join(STATUSES)}", status)
-        if error is not None and not math.isfinite(error):
-            error = None
+        error, tolerance = finite("error", error), finite("tolerance", tolerance)
         outcome = (status, error, tolerance, shape, detail, family, now())
         check = Check(config, schedule, template_hash, device, *outcome)
         kernel = (family, config.key, schedule.key, template_hash)

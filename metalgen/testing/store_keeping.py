@@ -288,14 +288,17 @@ class KeepsRecords(OnStore):
         self, store: TuningStore, error: float
     ) -> None:
         put(store, row(samples=(1e-3,)))
-        store.record_check(CONFIG, FIRST, HASH, "metal", "wrong", error=error, detail="NaN")
+        store.record_check(
+            *(CONFIG, FIRST, HASH, "metal", "wrong"), error=error, tolerance=error, detail="NaN"
+        )
         rows = store.measurements()
         assert len(rows) == 1
         (found,) = rows
         assert (found.status, found.error, found.detail) == ("wrong", None, "NaN")
         assert (found.seconds, found.samples) == (1e-3, (1e-3,))
         check = store.find_check(CONFIG, FIRST, HASH)
-        assert check is not None and (check.status, check.error) == ("wrong", None)
+        assert check is not None
+        assert (check.status, check.error, check.tolerance) == ("wrong", None, None)
 
     @pytest.mark.parametrize(
         "bad",
@@ -305,16 +308,19 @@ class KeepsRecords(OnStore):
             {"template_hash": "{{ 7*7 }}"},
             {"detail": "line 1\nline 2"},
             {"detail": "x" * (MAX_TEXT + 1)},
+            {"error": -0.5},
+            {"error": "0.5"},
+            {"tolerance": -1e-3},
         ],
         ids=lambda bad: next(iter(bad)),
     )
     def test_a_check_that_no_row_could_take_over_is_refused_by_name(
-        self, store: TuningStore, bad: dict[str, str]
+        self, store: TuningStore, bad: dict[str, Any]
     ) -> None:
         sent = put(store, row())
-        kernel = {"template_hash": HASH, "device": "metal", "status": "wrong"}
+        kernel: dict[str, Any] = {"template_hash": HASH, "device": "metal", "status": "wrong"}
         with pytest.raises(ArgumentError) as caught:
-            store.record_check(CONFIG, FIRST, **(kernel | bad))  # type: ignore[arg-type]
+            store.record_check(CONFIG, FIRST, **(kernel | bad))
         assert caught.value.argument in bad
         assert store.find_check(CONFIG, FIRST, HASH) is None
         assert store.measurements() == sent
