@@ -6,6 +6,7 @@ The call is eager: it evaluates its inputs, executes the kernel here, and return
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,8 @@ class MetalKernel:
         kernel runs. Raises what MLX raises for bad arguments, and what ``errors`` lists for a
         source that does not compile or a kernel that cannot finish.
         """
+        output_shapes = [_integers(shape) for shape in output_shapes]
+        grid, threadgroup = _integers(grid), _integers(threadgroup)
         self._validate(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -157,7 +160,6 @@ class MetalKernel:
         )
         bound = [self._input(value) for value in inputs]
         shapes = [tuple(shape) for shape in output_shapes]
-        grid, threadgroup = _triple(grid), _triple(threadgroup)
         generated = self._generate(bound, output_dtypes, template or ())
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{generated.text}\n```")
@@ -292,9 +294,15 @@ class MetalKernel:
         return lint(self._unit(generated), generated.kernel_name, include_dirs=(mlx_include_dir(),))
 
 
-def _triple(extents: Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = extents
-    return x, y, z
+def _integers(extents: Any) -> Any:
+    """Extents as Python's integers, of NumPy's too; what holds others as it is, for MLX to refuse.
+
+    Children are sent them as bytes, in which NumPy's would be something else.
+    """
+    try:
+        return tuple(operator.index(extent) for extent in extents)
+    except TypeError:
+        return extents
 
 
 def _segments(

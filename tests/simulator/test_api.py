@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -232,6 +233,26 @@ def test_a_lazy_input_is_evaluated() -> None:
     assert out.tolist() == [2.0] * 8
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda *n: tuple(np.int64(x) for x in n),
+        lambda *n: np.array(n, np.uint8),
+        lambda *n: list(n),
+    ],
+    ids=["scalars", "array", "list"],
+)
+def test_extents_may_be_numbers_of_numpy_as_for_mlx(numbers: Callable[..., Any]) -> None:
+    (out,) = call(
+        build("out[thread_position_in_grid.x] = threads_per_threadgroup.x;"),
+        [mx.zeros((8,))],
+        grid=numbers(8, 1, 1),
+        threadgroup=numbers(4, 1, 1),
+        output_shapes=[numbers(2, 4)],
+    )
+    assert out.tolist() == [[4.0] * 4] * 2
+
+
 # Errors. Those that MLX raises on any machine are compared with MLX itself.
 
 BAD_CONSTRUCTORS: dict[str, dict[str, Any]] = {
@@ -308,6 +329,8 @@ def test_a_bad_call_raises_what_mlx_raises(title: str) -> None:
         (dict(threadgroup=(2048, 1, 1)), r"Thread group size \(2048\) is greater than"),
         (dict(output_shapes=[(-1,)]), "output_shapes"),
         (dict(output_shapes=[(2**33,)]), "output_shapes: expected extents of 32 bits"),
+        (dict(output_shapes=[(np.int64(2**33),)]), "output_shapes: expected extents of 32 bits"),
+        (dict(output_shapes=[np.array([2**33])]), "output_shapes: expected extents of 32 bits"),
         (dict(output_dtypes=[mx.float64]), "float64 is not supported on the GPU"),
         (dict(template=[("T", mx.float64)]), "float64 is not supported on the GPU"),
     ],
