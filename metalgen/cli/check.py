@@ -168,10 +168,12 @@ def command(
     queries are the decode kernel's.
     """
     from metalgen.simulator import limits
+    from metalgen.simulator.launch_limits import LONGEST
 
     if time_limit is not None:
-        if not time_limit > 0:
-            raise click.UsageError(f"--time-limit: expected seconds above 0, but got {time_limit}")
+        if not 0 < time_limit <= LONGEST:
+            expected = "seconds above 0, up to a million"
+            raise click.UsageError(f"--time-limit: expected {expected}, but got {time_limit}")
         ctx.with_resource(limits(seconds=time_limit))
     if limit is not None and not every:
         raise click.UsageError(f"--limit: expected with --all, but got {limit} without it")

@@ -6,7 +6,6 @@ The call is eager: it evaluates its inputs, executes the kernel here, and return
 from __future__ import annotations
 
 import importlib.util
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from metalgen.simulator.generator import (
     TemplateValue,
     generate,
 )
-from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.launch import POISON, check_launch, current_recorder, integers, run
 from metalgen.simulator.memory import LaunchMemory, Segment
 
 if TYPE_CHECKING:
@@ -146,8 +145,8 @@ class MetalKernel:
         kernel runs. Raises what MLX raises for bad arguments, and what ``errors`` lists for a
         source that does not compile or a kernel that cannot finish.
         """
-        output_shapes = [_integers(shape) for shape in output_shapes]
-        grid, threadgroup = _integers(grid), _integers(threadgroup)
+        output_shapes = [integers(shape) for shape in output_shapes]
+        grid, threadgroup = integers(grid), integers(threadgroup)
         self._validate(
             inputs=inputs,
             output_shapes=output_shapes,
@@ -292,17 +291,6 @@ class MetalKernel:
         from metalgen.simulator.lints import lint
 
         return lint(self._unit(generated), generated.kernel_name, include_dirs=(mlx_include_dir(),))
-
-
-def _integers(extents: Any) -> Any:
-    """Extents as Python's integers, of NumPy's too; what holds others as it is, for MLX to refuse.
-
-    Children are sent them as bytes, in which NumPy's would be something else.
-    """
-    try:
-        return tuple(operator.index(extent) for extent in extents)
-    except TypeError:
-        return extents
 
 
 def _segments(

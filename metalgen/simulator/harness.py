@@ -20,17 +20,30 @@ import mlx.core as mx
 from metalgen.simulator import arrays, errors
 from metalgen.simulator.findings import Finding
 from metalgen.simulator.generator import METAL_TYPES
-from metalgen.simulator.launch import POISON, check_launch, current_recorder, run
+from metalgen.simulator.launch import POISON, check_launch, current_recorder, integers, run
 from metalgen.simulator.memory import LaunchMemory, Segment
 
 
 @dataclass(frozen=True)
 class Output:
-    """A buffer that the kernel writes; ``initial`` fills it, else it is poisoned."""
+    """A buffer that the kernel writes; ``initial`` fills it, else it is poisoned.
+
+    Raises ``LaunchError`` for a ``shape`` that is none.
+    """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
     initial: float | None = None
+
+    def __post_init__(self) -> None:
+        shape = integers(self.shape)
+        if not isinstance(shape, tuple) or any(
+            type(extent) is not int or extent < 0 for extent in shape
+        ):
+            raise errors.LaunchError(
+                f"Output.shape: expected extents of at least 0, got {self.shape}"
+            )
+        object.__setattr__(self, "shape", shape)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ def run_metal(
                 f"buffers[{index}]: expected an array, Output, InOut, Constant or bytes, got "
                 f"{type(value).__name__}"
             )
+    grid, threadgroup = integers(grid), integers(threadgroup)
     checked = current_recorder().checked
     given = dict(constants or {})
     folders = tuple(include_dirs) if include_dirs is not None else (mlx_include_dir(),)

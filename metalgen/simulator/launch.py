@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import operator
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from metalgen.arguments import check_integer
 from metalgen.plurals import counted
 from metalgen.simulator import errors, executor, report
 from metalgen.simulator.counters import Counters
@@ -79,8 +81,10 @@ def record(
     ``checked`` runs them under the checker (slower, about 3 times), which fills ``findings`` and
     ``counters``. ``seed`` other than 0 shuffles the order in which threads run. With
     ``raise_on_findings`` a launch with findings raises ``CheckFailed`` instead of returning.
-    Blocks nest: the innermost decides how kernels run, and each collects.
+    Blocks nest: the innermost decides how kernels run, and each collects. Raises ``ArgumentError``
+    for a ``seed`` that is no integer of 64 bits from 0 on.
     """
+    seed = check_integer("seed", seed, 0, (1 << 64) - 1)
     recorder = Recorder(checked, seed, raise_on_findings)
     token = _recorders.set((*_recorders.get(), recorder))
     try:
@@ -95,6 +99,17 @@ def current_recorder() -> Recorder:
     return stack[-1] if stack else Recorder()
 
 
+def integers(extents: Any) -> Any:
+    """Extents as a tuple of Python's integers, of NumPy's too; what holds others stays as it is.
+
+    Children are sent bytes, in which NumPy's would be something else.
+    """
+    try:
+        return tuple(operator.index(extent) for extent in extents)
+    except TypeError:
+        return extents
+
+
 def check_launch(
     grid: tuple[int, int, int], threadgroup: tuple[int, int, int], buffers: int
 ) -> tuple[int, int, int]:
@@ -104,7 +119,8 @@ def check_launch(
     before clamping, as MLX counts them), or more than 31 buffers.
     """
     for name, extents in (("grid", grid), ("threadgroup", threadgroup)):
-        if min(extents) < 1:
+        whole = isinstance(extents, tuple) and all(type(extent) is int for extent in extents)
+        if not whole or len(extents) != 3 or min(extents) < 1:
             raise errors.LaunchError(f"{name}: expected three extents of at least 1, got {extents}")
     threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
     if threads > MAX_THREADS:

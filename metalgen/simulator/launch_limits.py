@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from metalgen.arguments import as_number, check_integer
+from metalgen.errors import ArgumentError
+
+LONGEST = 1e6
+"""Seconds of the longest launch: eleven days, which every clock and timer can count."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -21,6 +27,19 @@ class Limits:
     """Child processes that one launch may use; 0: one for each core this process may use."""
     stack_bytes: int = 64 * 1024
     """Stack of one GPU thread."""
+
+    def __post_init__(self) -> None:
+        seconds = as_number(self.seconds)
+        if seconds is None or not 0 < seconds <= LONGEST:
+            raise ArgumentError("seconds", "a number above 0, up to a million", self.seconds)
+        # As Python's own: children are sent bytes, in which NumPy's would be something else.
+        object.__setattr__(self, "seconds", seconds)
+        for name, low, high in (
+            ("memory_bytes", 0, 1 << 62),
+            ("processes", 0, 1 << 16),
+            ("stack_bytes", 1, 1 << 40),
+        ):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low, high))
 
     @property
     def memory(self) -> int:
@@ -54,7 +73,7 @@ def current_limits() -> Limits:
 def limits(**changes: Any) -> Iterator[Limits]:
     """Change ``Limits`` inside a ``with`` block; the names are the fields of ``Limits``.
 
-    Raises ``TypeError`` for an unknown name.
+    Raises ``TypeError`` for an unknown name, and ``ArgumentError`` for a value that cannot be.
     """
     global _limits
     before = _limits

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from metalgen import simulator
+from metalgen.errors import ArgumentError
 from metalgen.simulator import executor, launch_limits
 from metalgen.simulator.errors import (
     ExecutionError,
@@ -285,6 +287,45 @@ def test_limits_are_restored_and_unknown_ones_are_refused() -> None:
     assert launch_limits.current_limits() == before
     with pytest.raises(TypeError), simulator.limits(minutes=3):
         pass
+
+
+def test_limits_and_seeds_may_be_numbers_of_numpy() -> None:
+    numbers = {
+        "seconds": np.float32(20),
+        "memory_bytes": np.int64(1 << 28),
+        "processes": np.int8(1),
+        "stack_bytes": np.uint32(1 << 17),
+    }
+    with simulator.limits(**numbers), simulator.record(checked=True, seed=np.int64(3)):  # type: ignore[arg-type]
+        assert run(DOUBLE).tolist() == run(DOUBLE).tolist()
+        assert repr(launch_limits.current_limits()) == (
+            "Limits(seconds=20.0, memory_bytes=268435456, processes=1, stack_bytes=131072)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"seconds": 0}, "seconds: expected a number above 0, up to a million, but got 0"),
+        ({"seconds": "9"}, "seconds: expected a number above 0, up to a million, but got '9'"),
+        ({"seconds": float("nan")}, "seconds: expected a number above 0, up to a million, but got"),
+        ({"memory_bytes": -1}, "memory_bytes: expected an integer from 0 to 4611686018427387904"),
+        ({"processes": 1.5}, "processes: expected an integer from 0 to 65536, but got 1.5"),
+        ({"stack_bytes": 0}, "stack_bytes: expected an integer from 1 to 1099511627776, but got 0"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_by_name(limit: dict[str, Any], message: str) -> None:
+    before = launch_limits.current_limits()
+    with pytest.raises(ArgumentError) as caught, simulator.limits(**limit):
+        pass
+    assert str(caught.value).startswith(message)
+    assert launch_limits.current_limits() == before
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64, "a", True])
+def test_a_seed_that_cannot_be_is_refused_by_name(seed: Any) -> None:
+    with pytest.raises(ArgumentError, match="^seed: expected an integer from 0 to 184467440737"):
+        simulator.record(checked=True, seed=seed).__enter__()
 
 
 def test_every_error_of_the_simulator_is_a_metalgen_error() -> None:

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -475,6 +476,30 @@ def test_the_harness_runs_a_kernel_by_name_with_every_kind_of_buffer() -> None:
     )
     assert outputs[1].tolist() == [[6.5, 8.5], [10.5, 12.5]]
     assert outputs[4].tolist() == [14]
+
+
+def test_extents_of_the_harness_may_be_numbers_of_numpy() -> None:
+    source = """
+    [[kernel]] void count(device int* y [[buffer(0)]], uint i [[thread_position_in_grid]],
+                          uint n [[threads_per_threadgroup]]) { y[i] = int(i * n); }
+    """
+    shape: Any = np.array([2, 3])
+    sizes: Any = np.array([6, 1, 1]), [np.int64(2), 1, 1]
+    (out,) = run_metal(source, "count", {0: Output(shape, mx.int32)}, *sizes).values()
+    assert out.tolist() == [[0, 2, 4], [6, 8, 10]]
+
+
+@pytest.mark.parametrize("grid", [8, (8,), (8, 1), (8.0, 1, 1), (8, 0, 1), "811"])
+def test_a_grid_that_is_none_is_refused_by_the_harness(grid: Any) -> None:
+    source = "[[kernel]] void nothing(device int* y [[buffer(0)]]) { y[0] = 1; }"
+    with pytest.raises(simulator.LaunchError, match="^grid: expected three extents of at least 1"):
+        run_metal(source, "nothing", {0: Output((1,), mx.int32)}, grid, (1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [8, (-1,), (2.0,), "8"])
+def test_the_shape_of_an_output_that_is_none_is_refused(shape: Any) -> None:
+    with pytest.raises(simulator.LaunchError, match=r"^Output\.shape: expected extents of at lea"):
+        Output(shape, mx.int32)
 
 
 def test_the_harness_names_a_buffer_of_the_wrong_kind() -> None:
