@@ -83,6 +83,8 @@ def transform(
 
 def literal(value: object) -> str:
     """A function constant's value as C++."""
+    if getattr(value, "ndim", None) == 0:  # of NumPy, or an array without axes
+        value = value.item()  # type: ignore[attr-defined]
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):

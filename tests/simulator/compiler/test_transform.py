@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from metalgen.simulator.compiler.kernels import Parameter
 from metalgen.simulator.compiler.tokens import Tokens
-from metalgen.simulator.compiler.transform import TransformError, transform
+from metalgen.simulator.compiler.transform import TransformError, literal, transform
 
 
 def squeeze(text: str) -> str:
@@ -91,6 +92,20 @@ def test_function_constants_get_their_values() -> None:
     assert by_index == "constant bool a = false; constant int n = 7;"
     defined = rewritten(text + "int x = is_function_constant_defined(n);", n=1.5)
     assert defined.endswith("constant int n = (float)1.5f;int x = true ;")
+
+
+@pytest.mark.parametrize(
+    ("value", "same"),
+    [
+        (np.True_, True),
+        (np.int16(-7), -7),
+        (np.float32(0.1), 0.10000000149011612),
+        (np.float64(1e30), 1e30),
+        (np.array(2.0), 2.0),
+    ],
+)
+def test_function_constants_may_be_numbers_of_numpy(value: object, same: object) -> None:
+    assert literal(value) == literal(same)
 
 
 KERNEL = """
