@@ -142,7 +142,8 @@ def ours(row: Row, changes: Sequence[str]) -> dict[str, float]:
         fields = dict(item.split("=") for item in change.split(","))
         values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in fields.items()}
         schedule = dataclasses.replace(base, **values)
-        schedule = dataclasses.replace(schedule, bq=16 * schedule.row_blocks * schedule.simdgroups)
+        rows = 16 * schedule.row_blocks * schedule.simdgroups // schedule.key_simdgroups
+        schedule = dataclasses.replace(schedule, bq=rows)
         tried[f"ours try     {schedule}"] = schedule
     inputs, scale = row.inputs(), row.config.head_dim**-0.5
     found = {}

@@ -80,6 +80,7 @@ def hooks(
         "chunked": config.max_work is not None,
         "deterministic": config.deterministic and schedule.splits > 1,
         "key_arrays": ["k", "v", *(n for n in names if n[:2] in ("k_", "v_"))],
+        "own_keys": own_keys(schedule),
         "value_part_bytes": _value_part_bytes(config, schedule),
         "tf32": config.tf32,
         "rope": config.rope,
@@ -91,7 +92,9 @@ def hooks(
         "reads_rows": config.array_mask,
         "dropout": config.dropout > 0,
         "masks": [feature(name) for name in _masks(config)],
-        "probabilities": [feature("dropout", BK=schedule.bk)] if config.dropout else [],
+        "probabilities": [feature("dropout", BK=schedule.bk, k0=own_keys(schedule)[0])]
+        if config.dropout
+        else [],
         "outputs": [feature("sinks", less=score.pop("less"))] if config.sinks else [],
         "kept": f" * {1 / (1 - config.dropout):.9e}f" if config.dropout else "",
         "functions": _functions(config, target, packed),
@@ -99,6 +102,11 @@ def hooks(
         "whole": _whole(config),
         **score,
     }
+
+
+def own_keys(schedule: Schedule) -> tuple[str, str]:
+    """What a kernel calls a simdgroup's first key of a pass, and the one behind its last."""
+    return ("k_own", "k_own + OWN_KEYS") if schedule.key_simdgroups > 1 else ("k0", "k0 + BK")
 
 
 def _value_part_bytes(config: AttentionConfig, schedule: Schedule) -> dict[str, int]:

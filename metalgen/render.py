@@ -154,13 +154,16 @@ def _context(
         "SIMDGROUPS": schedule.simdgroups,
         "ROW_BLOCKS": schedule.row_blocks,
         "ROWS": rows,
-        "K_FRAGMENTS": schedule.bk // FRAGMENT,
+        "K_FRAGMENTS": schedule.bk // schedule.key_simdgroups // FRAGMENT,
         "V_FRAGMENTS": padded(width, facts) // FRAGMENT,
         "HEADS_PER_KV": config.heads_per_kv,
     }
-    parts = schedule.splits > 1 and family == "decode"
-    if schedule.splits > 1:
-        constants["SPLITS"] = schedule.splits
+    parts = schedule.joined > 1 and family == "decode"
+    if schedule.joined > 1:
+        constants["SPLITS"] = schedule.joined if family == "combine" else schedule.splits
+    if schedule.key_simdgroups > 1:
+        constants["KEY_SIMDGROUPS"] = schedule.key_simdgroups
+        constants["OWN_KEYS"] = schedule.bk // schedule.key_simdgroups
     if schedule.value_parts > 1:
         constants["VALUE_PARTS"] = schedule.value_parts
     for name in ("window_left", "window_right"):

@@ -11,7 +11,7 @@ from typing import Any
 from metalgen.arguments import as_integer
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.targets import METAL, TARGETS, Target
+from metalgen.targets import CUDA, METAL, TARGETS, Target
 from metalgen.tiles import CudaTiles, cuda_tiles, padded, row_bytes
 
 FRAGMENT = 8
@@ -40,7 +40,8 @@ class Schedule:
     """How the forward or decode family runs a config.
 
     Args:
-        bq: query rows a threadgroup (``row_blocks * simdgroups`` blocks of 8, on CUDA of 16).
+        bq: query rows a threadgroup (``row_blocks * simdgroups / key_simdgroups`` blocks of 8, on
+            CUDA of 16).
         bk: keys a pass of the loop.
         bd: columns of K or V staged at once; smaller ones need less threadgroup memory and more
             barriers. The whole (padded) width where nothing is staged.
@@ -56,6 +57,9 @@ class Schedule:
         splits: threadgroups that share out the keys of a row (decode only; 1: no combine step).
         value_parts: threadgroups that share out the columns of the values of one block of rows,
             each with scores of its own: for outputs too wide for the registers.
+        key_simdgroups: simdgroups that share the same rows, and share out the keys of each pass
+            (decode on CUDA only): few rows keep several busy. Each leaves an output of its own to
+            the combine step.
     """
 
     bq: int
@@ -72,6 +76,7 @@ class Schedule:
     math_mode: str = "safe"
     splits: int = 1
     value_parts: int = 1
+    key_simdgroups: int = 1
 
     def __post_init__(self) -> None:
         for name in _INTEGERS:  # what is none, `check_schedule` and `from_dict` refuse
@@ -83,6 +88,11 @@ class Schedule:
     def threads(self) -> int:
         """Threads a threadgroup."""
         return self.simdgroups * SIMD_WIDTH
+
+    @property
+    def joined(self) -> int:
+        """Outputs of each row that the combine step joins; 1: there is none."""
+        return self.splits * self.key_simdgroups
 
     @property
     def staged(self) -> tuple[str, ...]:
@@ -135,6 +145,7 @@ class Schedule:
         ]
         words += [f"split{self.splits}"] if self.splits > 1 else []
         words += [f"parts{self.value_parts}"] if self.value_parts > 1 else []
+        words += [f"keys{self.key_simdgroups}"] if self.key_simdgroups > 1 else []
         words += [w for w, d in ((self.fragment, "input"), (self.math_mode, "safe")) if w != d]
         return " ".join(words)
 
@@ -154,6 +165,7 @@ CHOICES: dict[str, tuple[Any, ...] | range] = {
     "math_mode": ("safe", "relaxed", "fast"),
     "splits": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "value_parts": (1, 2, 4),
+    "key_simdgroups": (1, 2, 4, 8),
 }
 """Every value that a field of a schedule may take, whatever the config."""
 _INTEGERS = tuple(name for name, choices in CHOICES.items() if type(choices[0]) is int)
@@ -184,7 +196,8 @@ def staged_width(config: AttentionConfig, schedule: Schedule) -> int:
 def shared_tiles(config: AttentionConfig, schedule: Schedule) -> CudaTiles:
     """The tiles of a schedule in shared memory (CUDA)."""
     s, width = schedule, value_width(config, schedule)
-    return cuda_tiles(config, bq=s.bq, bk=s.bk, v_width=width, simdgroups=s.simdgroups)
+    sharing = s.simdgroups // s.key_simdgroups
+    return cuda_tiles(config, bq=s.bq, bk=s.bk, v_width=width, sharing=sharing)
 
 
 def threadgroup_bytes(config: AttentionConfig, schedule: Schedule, target: Target = METAL) -> int:
@@ -246,15 +259,28 @@ def check_schedule(
         s.buffers <= target.buffers,
         f"{target.name} has at most {target.buffers} buffers, not {s.buffers}",
     )
-    rows = target.row_block * s.row_blocks * s.simdgroups
+    shared = s.key_simdgroups > 1
+    require(
+        "key_simdgroups",
+        s.simdgroups % s.key_simdgroups == 0,
+        f"{s.simdgroups} simdgroups are no multiple of {s.key_simdgroups} that share rows",
+    )
+    require(
+        "key_simdgroups",
+        not shared or family == "decode",
+        "only in decode do simdgroups share rows",
+    )
+    rows = target.row_block * s.row_blocks * s.simdgroups // s.key_simdgroups
+    factors = "row_blocks * simdgroups" + (" / key_simdgroups" if shared else "")
     require(
         "bq",
         s.bq == rows,
-        f"bq must be {target.row_block} * row_blocks * simdgroups = {rows}, not {s.bq}",
+        f"bq must be {target.row_block} * {factors} = {rows}, not {s.bq}",
     )
     most = min(limits.threads, target.threads)
     require("threads", s.threads <= most, f"{s.threads} threads of at most {most}")
-    require("bk", s.bk % target.depth == 0, f"bk must be a multiple of {target.depth}, not {s.bk}")
+    depth = target.depth * s.key_simdgroups
+    require("bk", s.bk % depth == 0, f"bk must be a multiple of {depth}, not {s.bk}")
     group = 1 if config.kv_bits is None else config.kv_group
     require(
         "value_parts",
@@ -309,25 +335,20 @@ def default_schedule(
     Forward: four simdgroups, or fewer where their rows do not fit; two row blocks each where the
     accumulator leaves room, else one; K and V staged; the longest pass and the widest slice that
     fit the limits; Q in registers where they are likely to suffice. Decode: one simdgroup of one
-    row block, and eight splits; on CUDA four warps, of which the other three help to copy, a ring
-    of three tiles and 32 splits, which keep a GPU of more than a hundred cores busy with one token.
+    row block, and eight splits; on CUDA as `_cuda_decode` says.
     """
     target = TARGETS[limits.target]
     parts = default_value_parts(config, target)
     widest = widest_row(config, parts, target)
     decode = family == "decode"
     sources: tuple[str, ...]
-    helped = decode and limits.target == "cuda" and config.kv_bits is None
     if limits.target == "cuda":
-        longest = 96 if helped and config.page_size is None else 64
-        sizes = [(bk, widest) for bk in (96, 64, 32, 16) if bk * config.itemsize <= 2 * longest]
-        roomy, buffers, sources = 256 // config.itemsize, 3 if helped else 2, ("threadgroup",)
-        if helped and config.head_dim * config.itemsize <= 256:
-            sources = ("registers", "threadgroup")
+        sizes = [(bk, widest) for bk in (64, 32, 16) if bk * config.itemsize <= 128]
+        roomy, buffers, sources = 256 // config.itemsize, 2, ("threadgroup",)
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
-    candidates = [
+    in_general = [
         Schedule(
             bq=target.row_block * row_blocks * simdgroups,
             bk=bk,
@@ -336,21 +357,48 @@ def default_schedule(
             row_blocks=row_blocks,
             q_source=source,
             buffers=staged,
-            splits=(32 if limits.target == "cuda" else 8) if decode else 1,
+            splits=8 if decode else 1,
             value_parts=parts,
         )
         for staged in sorted({buffers, 1}, reverse=True)  # one where two do not fit
-        for simdgroups in ((1,) if decode and not helped else (4, 2, 1))
+        for simdgroups in ((1,) if decode else (4, 2, 1))
         for row_blocks in ((2, 1) if config.v_dim // parts <= roomy and not decode else (1,))
         for bk, bd in sizes
         for source in sources
     ]
+    helped = decode and limits.target == "cuda"
+    candidates = _cuda_decode(config, parts, widest) if helped else in_general
     valid = [s for s in candidates if is_valid(config, s, limits, family)]
     if not valid:
         raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
     if limits.target == "metal":
         valid = [s for s in valid if register_estimate(config, s) <= REGISTERS] or valid
     return valid[0]
+
+
+def _cuda_decode(config: AttentionConfig, parts: int, widest: int) -> list[Schedule]:
+    """Defaults of decode on CUDA, the best first: one of them fits.
+
+    Four warps see the same 16 rows, more than most calls have, and each a quarter of the keys of a
+    tile; a ring of four tiles, and sixteen splits, keep a GPU of a hundred cores busy with one
+    token of few heads.
+    """
+    kept = config.kv_bits is None and config.head_dim * config.itemsize <= 256
+    return [
+        Schedule(
+            bq=CUDA.row_block,
+            bk=CUDA.depth * warps,
+            bd=widest,
+            simdgroups=warps,
+            key_simdgroups=warps,
+            q_source="registers" if kept else "threadgroup",
+            buffers=buffers,
+            splits=16,
+            value_parts=parts,
+        )
+        for warps, rings in ((4, (4, 3, 2)), (2, (3, 2)), (1, (2, 1)))
+        for buffers in rings
+    ]
 
 
 def _check_choice(name: str, value: object) -> None:

@@ -79,9 +79,9 @@ def _source_hash(
 ) -> str:
     from metalgen.render import render
 
-    splits = family == "decode" and schedule.splits > 1
+    joins = family == "decode" and schedule.joined > 1
     digest = hashlib.sha256(target.encode())
-    for part in (family, "combine") if splits else (family,):
+    for part in (family, "combine") if joins else (family,):
         kernel = render(config, schedule, target, part)
         facts = (
             *(part, kernel.inputs, kernel.outputs, kernel.math_mode, kernel.threads),

@@ -40,6 +40,7 @@ METAL = Target(
     threads=1024,
     dtypes=("float32", "float16", "bfloat16"),
     bytes=True,
+    choices=(("key_simdgroups", (1,)),),
 )
 CUDA = Target(
     "cuda",

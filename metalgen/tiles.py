@@ -83,14 +83,17 @@ class CudaTiles:
 
 
 def cuda_tiles(
-    config: AttentionConfig, *, bq: int, bk: int, v_width: int, simdgroups: int
+    config: AttentionConfig, *, bq: int, bk: int, v_width: int, sharing: int
 ) -> CudaTiles:
-    """The tiles of a schedule's `bq` rows of Q, and `bk` rows of K and of V, `v_width` wide."""
+    """The tiles of a schedule's `bq` rows of Q, and `bk` rows of K and of V, `v_width` wide.
+
+    `sharing` says how many warps read the same keys.
+    """
     widths = {"k": config.head_dim, "v": v_width}
     raw: dict[str, CudaRaw] = {}
     if config.kv_bits is not None:
         raw = {name: _raw(config, width, bk) for name, width in widths.items()}
-    direct = bool(raw) and simdgroups == 1 and config.itemsize == 2
+    direct = bool(raw) and sharing == 1 and config.itemsize == 2
     tile = bk * max(row_bytes(width, config.itemsize, CUDA) for width in widths.values())
     return CudaTiles(
         raw=raw,

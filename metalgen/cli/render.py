@@ -35,6 +35,7 @@ FIELDS = {
     "math_mode": "Metal's math mode.",
     "splits": "Threadgroups that share the keys of a row; decode only.",
     "value_parts": "Threadgroups that share the columns of the values.",
+    "key_simdgroups": "Simdgroups that share the keys of each pass; decode on CUDA only.",
 }
 """What each field of a schedule is, in the words of `--help`."""
 
@@ -76,7 +77,7 @@ def command(
         schedule = change(config, schedule, given, TARGETS[limits.target])
         place += ", changed"
     check_schedule(config, schedule, limits, family)
-    names = [family, "combine"] if schedule.splits > 1 else [family]
+    names = [family, "combine"] if schedule.joined > 1 else [family]
     sources = {name: render(config, schedule, limits.target, name) for name in names}
     if as_json:
         kernels = [
@@ -141,13 +142,13 @@ def change(
     """
     changed = dataclasses.replace(schedule, **given)
     follow: dict[str, Any] = {}
-    rows = target.row_block * changed.row_blocks
+    rows, sharing = target.row_block * changed.row_blocks, changed.key_simdgroups
     if "bq" not in given:
-        follow["bq"] = rows * changed.simdgroups
+        follow["bq"] = rows * changed.simdgroups // sharing
     elif changed.bq % rows == 0:
-        follow["simdgroups"] = changed.bq // rows
+        follow["simdgroups"] = changed.bq // rows * sharing
     elif "row_blocks" not in given and changed.bq % target.row_block == 0:
-        follow |= {"simdgroups": changed.bq // target.row_block, "row_blocks": 1}
+        follow |= {"simdgroups": changed.bq // target.row_block * sharing, "row_blocks": 1}
     widest = widest_row(config, changed.value_parts, target)
     follow["bd"] = min(changed.bd, widest)
     if target.name == "cuda":

@@ -51,7 +51,7 @@ class KernelDevice(Device):
         if self.target == "metal":
             check_buffers(source)
         kernel = self.compile(source)
-        join = self._combine(config, schedule) if schedule.splits > 1 else None
+        join = self._combine(config, schedule) if schedule.joined > 1 else None
         count, threads = len(source.outputs), (source.threads, 1, 1)
         # A threadgroup along y serves a head, or in decode a KV head, and a share of the values.
         per_kv_head = schedule.value_parts * (1 if family == "decode" else config.heads_per_kv)

@@ -58,15 +58,16 @@ def attention_launches(
     splits = schedule.splits
     if config.deterministic and splits > 1:
         splits = -(-keys // share(schedule))
+    joined = splits * schedule.key_simdgroups
     if config.varlen:
         blocks = q_len * rows // schedule.bq + sequences + 1
-        return [Launch((blocks * splits, columns * parts, 1), shape, splits)]
+        return [Launch((blocks * splits, columns * parts, 1), shape, joined)]
     blocks = -(-q_len * rows // schedule.bq)
     if config.max_work is None:
-        return [Launch((blocks * splits, columns * parts, batch), shape, splits)]
+        return [Launch((blocks * splits, columns * parts, batch), shape, joined)]
     whole = _Call(shape, keys, rows, columns, blocks, splits)
     return [
-        dataclasses.replace(launch, groups=(x, y * parts, z))
+        dataclasses.replace(launch, groups=(x, y * parts, z), splits=joined)
         for launch in _cut(whole, schedule.bq, config.max_work, most_groups // parts, most_groups)
         for x, y, z in (launch.groups,)
     ]

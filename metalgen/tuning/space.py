@@ -72,8 +72,9 @@ class Space:
 
     def schedule(self, point: Point) -> Schedule:
         """The schedule of a point; ``bq`` follows from the rows that the simdgroups own."""
-        rows = TARGETS[self.limits.target].row_block
-        return Schedule(bq=rows * point["row_blocks"] * point["simdgroups"], **point)
+        rows = TARGETS[self.limits.target].row_block * point["row_blocks"]
+        sharing = point.get("key_simdgroups", 1)
+        return Schedule(bq=rows * point["simdgroups"] // sharing, **point)
 
     @property
     def default(self) -> Schedule:
@@ -150,6 +151,11 @@ def space(
     def staged(point: Point) -> bool:
         return "threadgroup" in (point["k_source"], point["v_source"])
 
+    def several(point: Point) -> bool:
+        return bool(point["simdgroups"] > 1)
+
+    # Few rows do not keep several warps busy, unless these share out the keys.
+    sharing = (Parameter("key_simdgroups", (1, 2, 4), several, 1),)
     return Space(
         config,
         limits,
@@ -172,6 +178,7 @@ def space(
             Parameter(
                 "value_parts", (own_parts, 2 * own_parts) if 1 < own_parts < 4 else (own_parts,)
             ),
+            *(sharing if (target.name, family) == ("cuda", "decode") else ()),
         ),
     )
 

@@ -57,8 +57,10 @@ def case_of(config: AttentionConfig, family: str = "forward", **sizes: Any) -> C
     case = default_case(config, EmulatedCuda().limits, family)
     fields = {n: sizes.pop(n) for n in list(sizes) if n in Schedule.__dataclass_fields__}
     if "simdgroups" in fields:
-        fields["bq"] = 16 * case.schedule.row_blocks * fields["simdgroups"]
-    return replace(case, schedule=replace(case.schedule, **fields), **sizes)
+        fields = {"key_simdgroups": 1} | fields
+    schedule = replace(case.schedule, **fields)
+    rows = 16 * schedule.row_blocks * schedule.simdgroups // schedule.key_simdgroups
+    return replace(case, schedule=replace(schedule, bq=rows), **sizes)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -97,6 +99,23 @@ def test_features_of_plain_keys(gpu: EmulatedCuda, name: str) -> None:
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
+@pytest.mark.parametrize("name", ["plain", "deterministic", "limited work", *FEATURES])
+def test_warps_share_the_keys_of_a_pass(gpu: EmulatedCuda, name: str) -> None:
+    """Two or four of them, with and without splits; each type takes its turn."""
+    extra: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "deterministic": {"deterministic": True},
+        "limited work": {"max_work": 1 << 16},
+    }
+    fields = extra | FEATURES
+    turn = list(fields).index(name)
+    config = AttentionConfig(64, DTYPES[turn % 3], heads_per_kv=2, return_lse=True, **fields[name])
+    for sharing, splits in ((2, 1), (4, 8)):
+        schedule = {"simdgroups": 4, "key_simdgroups": sharing, "splits": splits}
+        case = case_of(config, "decode", bk=64, kv_len=300, **schedule)
+        assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
+
+
 @pytest.mark.parametrize("cached", [1, 3, 4, 100])
 @pytest.mark.parametrize("fields", [{}, {"value_head_dim": 512}, {"page_size": 8}], ids=str)
 def test_blocks_of_sections_of_heads_are_each_computed_once(
@@ -128,9 +147,9 @@ def test_levels_times_scale_plus_bias_are_rounded_once(
     zeros = mx.zeros_like(scales)
     inputs = Inputs(k_scales=zeros, k_biases=zeros, v_scales=scales, v_biases=biases)
     schedule = replace(
-        default_schedule(config, gpu.limits, "decode"), splits=1, simdgroups=simdgroups
+        default_schedule(config, gpu.limits, "decode"),
+        **{"splits": 1, "simdgroups": simdgroups, "key_simdgroups": 1, "bq": 16 * simdgroups},
     )
-    schedule = replace(schedule, bq=16 * simdgroups)
     out, _ = gpu.build(config, schedule, "decode")(q, words, words, 1.0, inputs)
     levels = np.array(words)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)
     scale, bias = (np.repeat(np.array(x.astype(mx.float32)), 32, axis=3) for x in (scales, biases))
@@ -172,7 +191,7 @@ def test_faults_are_found(gpu: EmulatedCuda, name: str) -> None:
     """The emulator's own test: each of these is wrong, and no other test would say so."""
     simdgroups, text, instead = FAULTS[name]
     config = AttentionConfig(64, kv_bits=8, kv_group=32)
-    case = case_of(config, "decode", simdgroups=simdgroups, splits=1)
+    case = case_of(config, "decode", simdgroups=simdgroups, splits=1, buffers=2)
     assert not fault(gpu, case)
     try:
         found = fault(Changed(lambda source: source.replace(text, instead)), case)
