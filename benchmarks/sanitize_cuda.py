@@ -76,7 +76,8 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
             buffers = default.buffers
             if device.target == "cuda":
                 buffers = 3 if config.head_dim <= 256 else 2
-            other = dataclasses.replace(default, bk=16, buffers=buffers)
+            rows = default.bq * default.key_simdgroups
+            other = dataclasses.replace(default, bk=16, buffers=buffers, bq=rows, key_simdgroups=1)
             for schedule in dict.fromkeys([default, other]):
                 yield (
                     f"{config} {family} {schedule}",

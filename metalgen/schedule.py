@@ -379,25 +379,32 @@ def default_schedule(
 def _cuda_decode(config: AttentionConfig, parts: int, widest: int) -> list[Schedule]:
     """Defaults of decode on CUDA, the best first: one of them fits.
 
-    Four warps see the same 16 rows, more than most calls have, and each a quarter of the keys of a
-    tile; a ring of four tiles, and sixteen splits, keep a GPU of a hundred cores busy with one
-    token of few heads.
+    Sixteen splits keep a GPU of a hundred cores busy with one token of few heads. Two pairs of
+    warps have 32 rows, more than most calls have, and share out the keys of a tile; a ring of four
+    tiles covers the way to memory. Quantized keys are read by warps of their own.
     """
+    if config.kv_bits is not None:
+        sizes, splits = [(1, 1, bk, n) for bk in (64, 32, 16) for n in (2, 1)], 32
+    else:
+        most = min(256 // config.itemsize, 128 if config.page_size is None else 64)
+        lengths = [bk for bk in (128, 64, 32) if bk <= (most if widest <= 256 else 32)]
+        sizes = [(4, 2, bk, n) for bk in lengths for n in ((4, 3, 2) if widest <= 256 else (2, 1))]
+        sizes += [(2, 2, 32, 2), (2, 2, 32, 1), (1, 1, 16, 2), (1, 1, 16, 1)]
+        splits = 16
     kept = config.kv_bits is None and config.head_dim * config.itemsize <= 256
     return [
         Schedule(
-            bq=CUDA.row_block,
-            bk=CUDA.depth * warps,
+            bq=CUDA.row_block * warps // sharing,
+            bk=bk,
             bd=widest,
             simdgroups=warps,
-            key_simdgroups=warps,
+            key_simdgroups=sharing,
             q_source="registers" if kept else "threadgroup",
             buffers=buffers,
-            splits=16,
+            splits=splits,
             value_parts=parts,
         )
-        for warps, rings in ((4, (4, 3, 2)), (2, (3, 2)), (1, (2, 1)))
-        for buffers in rings
+        for warps, sharing, bk, buffers in sizes
     ]
 
 

@@ -42,6 +42,10 @@ class KernelDevice(Device):
         Its outputs are marked where `metalgen.devices.marking.marked_outputs` asks for it.
         """
 
+    def number(self, x: float) -> mx.array:
+        """A number as an array that kernels take, which need not be made at every call."""
+        return _number(x)
+
     def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
         from metalgen.render import render  # brings Jinja, which a look-up does without
 
@@ -94,7 +98,8 @@ class KernelDevice(Device):
                 limits = (self.most_groups, most_kv_heads)
                 return run_in_pieces(run, config, *limits, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
-            bound = [*(_rows(x, facts) for x in (q, k, v)), _exponent_scale(scale)]
+            exponents = self.number(scale * math.log2(math.e))  # of 2
+            bound = [*(_rows(x, facts) for x in (q, k, v)), exponents]
             if inputs is not NOTHING:
                 bound += _more(config, source, schedule, shape, k, inputs, facts)
             keys = key_places(config, k, inputs)
@@ -228,10 +233,7 @@ def arguments(source: KernelSource) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=64)
-def _exponent_scale(scale: float) -> mx.array:
-    """The scale of exponents of 2, as an array that need not be made at every call."""
-    return mx.array(scale * math.log2(math.e))
+_number = functools.lru_cache(maxsize=64)(mx.array)
 
 
 def positive_scale(q: mx.array, scale: float) -> tuple[mx.array, float]:

@@ -148,7 +148,10 @@ def test_levels_times_scale_plus_bias_are_rounded_once(
     inputs = Inputs(k_scales=zeros, k_biases=zeros, v_scales=scales, v_biases=biases)
     schedule = replace(
         default_schedule(config, gpu.limits, "decode"),
-        **{"splits": 1, "simdgroups": simdgroups, "key_simdgroups": 1, "bq": 16 * simdgroups},
+        splits=1,
+        simdgroups=simdgroups,
+        key_simdgroups=1,
+        bq=16 * simdgroups,
     )
     out, _ = gpu.build(config, schedule, "decode")(q, words, words, 1.0, inputs)
     levels = np.array(words)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)

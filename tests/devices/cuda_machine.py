@@ -58,7 +58,10 @@ class CudaMachine:
             shapes = list(zip(output_shapes, output_dtypes, strict=True))
             if init_value is not None and any(part in name for part in self.unlaunched):
                 return [mx.full(shape, init_value).astype(dtype) for shape, dtype in shapes]
-            found = self._right(name, dict(zip(input_names, inputs, strict=True)), output_names)
+            given = dict(zip(input_names, inputs, strict=True))
+            # Several splits, or warps that share out keys, leave an output each: one more axis.
+            parts = output_shapes[0][0] if len(output_shapes[0]) == 5 else 1
+            found = self._right(name, given, output_names, parts)
             return [
                 mx.broadcast_to(x, shape).astype(dtype)
                 for x, (shape, dtype) in zip(found, shapes, strict=True)
@@ -67,24 +70,25 @@ class CudaMachine:
         return call
 
     def _right(
-        self, name: str, given: dict[str, mx.array], outputs: Sequence[str]
+        self, name: str, given: dict[str, mx.array], outputs: Sequence[str], parts: int
     ) -> list[mx.array]:
         if "append" in name:
             rows = plain_rows(self.config, given)
             return [rows[output] for output in outputs]
         if "combine" in name:
-            # The splits are alike, as below; NaN in any of them stays NaN.
-            lse = given["part_lse"].sum(axis=0) / len(given["part_lse"]) + mx.log(mx.array(8.0))
+            # The parts are alike, as below; NaN in any of them stays NaN.
+            count = float(len(given["part_lse"]))
+            lse = given["part_lse"].sum(axis=0) / count + mx.log(mx.array(count))
             return [given["parts"].sum(axis=0) / len(given["parts"]), lse][: len(outputs)]
         dtype = getattr(mx, self.config.dtype)
-        q, k, v = (given[x].view(dtype) for x in "qkv")
-        scale = float(given["scale"].item()) / 1.4426950408889634
+        q, k, v = (given[x] for x in "qkv")
+        assert q.dtype == dtype
+        scale = float(given["scale"][0].item()) / 1.4426950408889634
         features = config_features(dataclasses.replace(self.config, return_lse=True))
         out, lse = attention_mlx(q, k, v, scale=scale, **features)
         assert lse is not None
-        # Every split has an eighth of each key: all have the same rows.
-        splits = 8 if "decode" in name else 1
-        return [out, lse - mx.log(mx.array(float(splits)))][: len(outputs)]
+        # Every part has the same share of each key: all have the same rows.
+        return [out, lse - mx.log(mx.array(float(parts)))][: len(outputs)]
 
 
 def use_cuda(
