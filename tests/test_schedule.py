@@ -70,6 +70,37 @@ def test_an_invalid_schedule_names_the_rule(change: dict[str, object], rule: str
     assert caught.value.rule == rule
 
 
+@pytest.mark.parametrize(
+    ("change", "family", "rule", "words"),
+    [
+        ({}, "decode", "", ""),
+        ({}, "forward", "key_simdgroups", "only in decode do simdgroups share rows"),
+        ({"key_simdgroups": 8}, "decode", "key_simdgroups", "4 simdgroups are no multiple of 8"),
+        (
+            {"bq": 64},
+            "decode",
+            "bq",
+            r"16 \* row_blocks \* simdgroups / key_simdgroups = 32, not 64",
+        ),
+        ({"bk": 48}, "decode", "bk", "bk must be a multiple of 32, not 48"),
+    ],
+)
+def test_simdgroups_share_keys_in_decode_on_cuda(
+    change: dict[str, int], family: str, rule: str, words: str
+) -> None:
+    pairs = Schedule(bq=32, bk=64, bd=64, simdgroups=4, key_simdgroups=2, splits=1)
+    assert (pairs.joined, replace(pairs, splits=8).joined) == (2, 16)
+    own = Limits(101376, 1024, "cuda")
+    if not rule:
+        check_schedule(D64, pairs, own, family)
+        with pytest.raises(InvalidSchedule, match="metal has key_simdgroups in"):
+            check_schedule(D64, pairs, family=family)
+        return
+    with pytest.raises(InvalidSchedule, match=words) as caught:
+        check_schedule(D64, replace(pairs, **change), own, family)
+    assert caught.value.rule == rule
+
+
 def test_limits_are_the_chips() -> None:
     assert is_valid(D64, PLAIN)
     assert not is_valid(D64, PLAIN, Limits(threads=64))
