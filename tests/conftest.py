@@ -40,6 +40,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def the_simulator() -> str:
+    """Its name, for tests that run on no other device; where it is missing they are skipped."""
+    from metalgen.devices import all_devices
+
+    own = {device.name: device for device in all_devices()}["simulator"]
+    if reason := own.unavailable():
+        pytest.skip(f"device simulator: {reason}")
+    return own.name
+
+
 @pytest.fixture(autouse=True)
 def own_database(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has a user database of its own, absent at first; it never sees the user's."""

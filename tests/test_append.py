@@ -410,10 +410,12 @@ class TestKernel:
                 np.testing.assert_allclose(wide(array), wide(expected[name]), bound, 4e-6)
 
     @pytest.mark.parametrize("config", CONFIGS, ids=str)
-    def test_reads_and_writes_each_row_once(self, config: AttentionConfig) -> None:
+    def test_reads_and_writes_each_row_once(
+        self, config: AttentionConfig, the_simulator: str
+    ) -> None:
         given = sample_rows(config, seed=3)
         with simulator.record(checked=True) as runs:
-            got = kernel_rows(config, get_device("simulator"), AppendSchedule())(given)
+            got = kernel_rows(config, get_device(the_simulator), AppendSchedule())(given)
         counters = runs[0].counters
         assert counters is not None
         for name in operands(config):
@@ -474,7 +476,7 @@ class TestKernel:
             render_append(config, AppendSchedule(1024, 64))
 
     def test_a_kernel_that_is_wrong_gives_way_to_plain_mlx_with_a_warning(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, the_simulator: str
     ) -> None:
         from metalgen.cache import launch
 
@@ -487,7 +489,7 @@ class TestKernel:
         k = normal((1, 1, 2, 8), seed=1)
         try:
             with pytest.warns(RuntimeWarning, match="plain MLX.*rows of k are wrong"):
-                keys, _ = append_kv(cache, k, k, offset=1, rope=Rope(), device="simulator")
+                keys, _ = append_kv(cache, k, k, offset=1, rope=Rope(), device=the_simulator)
         finally:
             launch.row_maker.cache_clear()
         expected, _ = append_kv(cache, k, k, offset=1, rope=Rope(), device="reference")

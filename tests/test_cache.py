@@ -446,7 +446,11 @@ WIDE = 1 << 32
 
 @pytest.mark.parametrize("device", ["reference", "simulator"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_integers_beyond_32_bits_do_not_become_valid_ones(device: str, sign: int) -> None:
+def test_integers_beyond_32_bits_do_not_become_valid_ones(
+    device: str, sign: int, request: pytest.FixtureRequest
+) -> None:
+    if device == "simulator":
+        request.getfixturevalue("the_simulator")
     k, v = NEW["k"][:1], NEW["v"][:1]
     table = mx.array([[sign * WIDE, 1]], mx.int64)
     before = _pages()
@@ -466,7 +470,9 @@ def test_integers_beyond_32_bits_do_not_become_valid_ones(device: str, sign: int
         metalgen.attention(q, k, v, kv_lens=lengths, device=device, check=True)
 
 
-def test_the_default_device_is_the_one_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_device_is_the_one_of_now(
+    monkeypatch: pytest.MonkeyPatch, the_simulator: str
+) -> None:
     asked = []
     real = append.row_maker
 
@@ -475,7 +481,7 @@ def test_the_default_device_is_the_one_of_now(monkeypatch: pytest.MonkeyPatch) -
         return real(config, device, schedule)
 
     monkeypatch.setattr(append, "row_maker", row_maker)
-    for name in ("simulator", "reference"):
+    for name in (the_simulator, "reference"):
         monkeypatch.setattr(append, "default_device", lambda name=name: get_device(name))
         append_kv(_dense(), **NEW, offset=0, rope=Rope())
     assert asked == ["simulator", "reference"]
