@@ -135,9 +135,11 @@ def ours(row: Row, changes: Sequence[str]) -> dict[str, float]:
         template_hash(family, "cuda"),
         limits=device.limits,
     )
-    if hit:
-        tried[f"ours tuned   {hit.schedule}"] = hit.schedule
-    tried[f"ours default {base}"] = base
+    if hit and hit.schedule == base:
+        tried[f"ours, tuned as the default {base}"] = base
+    else:
+        tried |= {f"ours tuned   {hit.schedule}": hit.schedule} if hit else {}
+        tried[f"ours default {base}"] = base
     for change in changes:
         fields = dict(item.split("=") for item in change.split(","))
         values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in fields.items()}
@@ -267,7 +269,7 @@ def main() -> None:
                 share = row.kv_bytes / seconds
                 rate = f"{share / 1e12:7.2f} TB/s = {share / copy:.2f} of copy"
             print(
-                f"    {name:68} {seconds * 1e3:8.3f} ms {rate}  {best / seconds:5.2f}", flush=True
+                f"    {name:72} {seconds * 1e3:8.3f} ms {rate}  {best / seconds:5.2f}", flush=True
             )
 
 
