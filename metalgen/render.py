@@ -133,7 +133,7 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     files += sorted((root / "targets" / target).glob("*.jinja"))
     digest = hashlib.sha256()
     plan = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target]
-    modules = plan, "tiles.py", "bounds.py", "hooks.py", "dsl/printer.py"
+    modules = plan, "tiles.py", "targets.py", "bounds.py", "hooks.py", "dsl/printer.py"
     here = Path(__file__)
     for path in [*files, *(here.parent / module for module in modules), here]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
