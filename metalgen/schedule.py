@@ -54,7 +54,8 @@ class Schedule:
         load_width: elements of one vector load a lane: 2, 4 or 8.
         fragment: ``"input"`` (fragments in the input's type) or ``"float32"`` (widened on load).
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
-        splits: threadgroups that share out the keys of a row (decode only; 1: no combine step).
+        splits: threadgroups that share out the keys of a row (decode only). A combine step joins
+            what they leave.
         value_parts: threadgroups that share out the columns of the values of one block of rows,
             each with scores of its own: for outputs too wide for the registers.
         key_simdgroups: simdgroups that share the same rows, and share out the keys of each pass
