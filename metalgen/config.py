@@ -235,6 +235,9 @@ class AttentionConfig:
         """
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
+    def __hash__(self) -> int:
+        return hash(self.key)  # which is kept, as a hash of all fields is not
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and ``head_dim`` and ``dtype`` always."""
         return {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
@@ -356,6 +357,18 @@ def _differentiable(
     kernel as well, and refuse it where it is lazy: MLX has no rules for custom kernels.)
     """
 
+    if inputs is NOTHING:
+        outputs = _function_of(run, config, scale, inputs)(q, k, v)
+    else:
+        outputs = _function(run, config, scale, inputs)(q, k, v, *inputs.arrays)
+    return outputs[0], outputs[1] if config.return_lse else None
+
+
+def _function(
+    run: Runner, config: AttentionConfig, scale: float, inputs: Inputs
+) -> Callable[..., tuple[mx.array, ...]]:
+    """`run` as a function of arrays, of which MLX knows the derivatives."""
+
     def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
         features = config_features(config) | {"inputs": inputs.replaced(arrays)}
         out, lse = attention_mlx(q, k, v, scale=scale, **features)
@@ -381,5 +394,8 @@ def _differentiable(
         given = [[x[n] for n in moved] for x in (primals, tangents)]
         return tuple(mx.jvp(of_moved, *given)[1])
 
-    outputs: tuple[mx.array, ...] = attention(q, k, v, *inputs.arrays)  # type: ignore[assignment]
-    return outputs[0], outputs[1] if config.return_lse else None
+    return cast(Callable[..., tuple[mx.array, ...]], attention)
+
+
+_function_of = functools.lru_cache(maxsize=256)(_function)
+"""The same one when asked again: where a call brings nothing of its own."""

@@ -206,13 +206,14 @@ def check_main(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -
     ):
         if not isinstance(x, mx.array):
             raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
-        if x.ndim != 4:
+        shape = x.shape
+        if len(shape) != 4:
             named = "(B, H, L, D)" if name == "q" else axes
             raise ArgumentError(f"{name}.shape", f"4 axes {named}", x.shape)
-        if x.shape[3] != width:
+        if shape[3] != width:
             quantized = f", {config.kv_bits} bits an element" if dtype == "uint32" else ""
             raise ArgumentError(f"{name}.shape", f"a last axis of {width}{quantized}", x.shape)
-        if str(x.dtype) != f"mlx.core.{dtype}":
+        if x.dtype != getattr(mx, dtype):
             raise ArgumentError(f"{name}.dtype", dtype, str(x.dtype))
     if config.varlen:
         for name, x in (("q", q), ("k", k))[: 1 if config.page_size else 2]:

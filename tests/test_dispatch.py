@@ -328,6 +328,31 @@ def test_gradients_match_finite_differences_of_the_reference(
         np.testing.assert_allclose(np.array(gradient), expected, atol=2e-5)
 
 
+def test_gradients_of_calls_of_one_kernel_are_each_calls_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What MLX knows of a kernel is kept for calls to come, of any shape and scale."""
+    use(monkeypatch, FakeGpu())
+    kernel = metalgen.get_kernel(AttentionConfig(8, "float32", causal=True))
+    plain = get_device("reference").build(AttentionConfig(8, "float32", causal=True))
+    calls = [
+        ([normal((b, 2, length, 8), seed=n + length) for n in range(3)], scale)
+        for b, length, scale in ((1, 5, 0.3), (2, 3, 0.3), (1, 5, 0.6), (1, 5, 0.3))
+    ]
+
+    def loss(arrays: list[mx.array], scale: float) -> mx.array:
+        return (kernel(*arrays, scale=scale) ** 2).sum()
+
+    def loss_of_plain(arrays: list[mx.array], scale: float) -> mx.array:
+        return (plain(*arrays, scale)[0] ** 2).sum()
+
+    pending = [mx.grad(loss)(arrays, scale) for arrays, scale in calls]
+    for (arrays, scale), got in zip(calls, pending, strict=True):
+        expected = mx.grad(loss_of_plain)(arrays, scale)
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(np.array(x), np.array(y), atol=1e-5)
+
+
 def test_calls_take_part_in_compile_and_stay_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, FakeGpu())
     kernel = metalgen.get_kernel(AttentionConfig(40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -38,11 +39,7 @@ class CudaDevice(KernelDevice):
 
         MLX built for CUDA calls itself available on any machine.
         """
-        if not mx.cuda.is_available():
-            return None
-        info = mx.device_info(mx.Device(mx.gpu, 0))
-        major, minor = (info.get(f"compute_capability_{part}") for part in ("major", "minor"))
-        return None if major is None or minor is None else (int(major), int(minor))
+        return _capability(mx.device_info) if mx.cuda.is_available() else None
 
     @property
     def limits(self) -> Limits:
@@ -68,6 +65,14 @@ class CudaDevice(KernelDevice):
         short = arguments(compact(source))
         kernel: Any = mx.fast.cuda_kernel(**short, shared_memory=source.shared_memory)
         return marking(cast(Launcher, kernel))
+
+
+@functools.lru_cache(maxsize=8)
+def _capability(device_info: Callable[[mx.Device], dict[str, Any]]) -> tuple[int, int] | None:
+    """Of the first GPU, as MLX's function says, which need not make its dictionary at each call."""
+    info = device_info(mx.Device(mx.gpu, 0))
+    major, minor = (info.get(f"compute_capability_{part}") for part in ("major", "minor"))
+    return None if major is None or minor is None else (int(major), int(minor))
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,27 @@ class Functions:
 
 
 NO_FUNCTIONS = Functions()
+
+_FIELDS = frozenset(
+    {
+        *("causal", "window_left", "window_right", "softcap"),
+        *("dropout", "deterministic", "tf32", "max_work"),
+    }
+)
+"""Options that a config takes as they are."""
+_SWITCHES = {
+    "alibi_slopes": "alibi",
+    "bias": "bias",
+    "mask": "array_mask",
+    "sinks": "sinks",
+    "cu_seqlens_q": "varlen",
+    "kv_lens": "kv_lens",
+}
+"""Options that are arrays, and what a config says of them."""
+_BRINGING = frozenset((*_SWITCHES, "block_table", "rope", "dropout", "dropout_key"))
+"""Options that may bring arrays to a kernel."""
+
+_config_of = functools.lru_cache(maxsize=1024, typed=True)(AttentionConfig)
 
 
 def call(
@@ -208,37 +230,31 @@ def _config(
     options: Options,
     functions: Functions,
 ) -> AttentionConfig:
-    rope, table = options.get("rope"), options.get("block_table")
-    packed = 1 if bits is None else 32 // bits
-    return AttentionConfig(
-        q.shape[3],
-        str(q.dtype),
-        value_head_dim=value.shape[3] * packed,
-        heads_per_kv=q.shape[1] // key.shape[1],
-        causal=options.get("causal", False),
-        return_lse=return_lse,
-        window_left=options.get("window_left"),
-        window_right=options.get("window_right"),
-        softcap=options.get("softcap"),
-        score_mod=None if functions.score is None else functions.score.graph.text,
-        mask_mod=None if functions.mask is None else functions.mask.graph.text,
-        block_mask=functions.blocks is not None,
-        alibi=options.get("alibi_slopes") is not None,
-        bias=options.get("bias") is not None,
-        array_mask=options.get("mask") is not None,
-        sinks=options.get("sinks") is not None,
-        dropout=options.get("dropout", 0.0),
-        varlen=options.get("cu_seqlens_q") is not None,
-        kv_lens=options.get("kv_lens") is not None and table is None,
-        page_size=None if table is None else key.shape[2],
-        kv_bits=bits,
-        kv_group=group,
-        rope=None if rope is None else rope.style,
-        rope_dims=None if rope is None else rope.dims,
-        deterministic=options.get("deterministic", False),
-        tf32=options.get("tf32", False),
-        max_work=options.get("max_work"),
-    )
+    shape, packed = q.shape, 1 if bits is None else 32 // bits
+    fields: dict[str, Any] = {
+        "value_head_dim": value.shape[3] * packed,
+        "heads_per_kv": shape[1] // key.shape[1],
+        "return_lse": return_lse,
+    }
+    for name, given in options.items():
+        if name in _FIELDS:
+            fields[name] = given
+        elif given is not None and name in _SWITCHES:
+            fields[_SWITCHES[name]] = True
+    if bits is not None:
+        fields |= {"kv_bits": bits, "kv_group": group}
+    if options.get("block_table") is not None:
+        fields |= {"page_size": key.shape[2], "kv_lens": False}
+    if (rope := options.get("rope")) is not None:
+        fields |= {"rope": rope.style, "rope_dims": rope.dims}
+    if functions is not NO_FUNCTIONS:
+        fields["score_mod"] = None if functions.score is None else functions.score.graph.text
+        fields["mask_mod"] = None if functions.mask is None else functions.mask.graph.text
+        fields["block_mask"] = functions.blocks is not None
+    try:
+        return _config_of(shape[3], str(q.dtype), **fields)
+    except TypeError:  # what no dictionary takes, no config does, and it says so
+        return AttentionConfig(shape[3], str(q.dtype), **fields)
 
 
 def _inputs(
@@ -250,6 +266,8 @@ def _inputs(
     functions: Functions,
 ) -> Inputs:
     """The other arrays of a call, in the types that kernels take."""
+    if functions is NO_FUNCTIONS and config.kv_bits is None and _BRINGING.isdisjoint(options):
+        return NOTHING  # soon said, for most calls
     if not has_inputs(config) and options.get("dropout_key") is None:
         return NOTHING
     found: dict[str, Any] = {

@@ -410,3 +410,28 @@ def test_ends_of_packed_keys_are_named_where_they_say_lengths_of_pages(
     options: dict[str, Any] = {"block_table": TABLE} if paged else {}
     with pytest.raises(ArgumentError, match=message):
         packed_attention(q, kv, kv, CU, stops, **options)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "name"),
+    [
+        ({"causal": True}, {"causal": 1}, "causal"),
+        ({"causal": True}, {"causal": 1.0}, "causal"),
+        ({"causal": False}, {"causal": [False]}, "causal"),
+        ({"window_left": 1}, {"window_left": True}, "window_left"),
+        ({"softcap": 1}, {"softcap": True}, "softcap"),
+        ({"softcap": 30.0}, {"softcap": [30.0]}, "softcap"),
+        ({"return_lse": True}, {"return_lse": 1}, "return_lse"),
+        ({"max_work": 1 << 20}, {"max_work": float(1 << 20)}, "max_work"),
+    ],
+)
+def test_what_equals_a_known_option_and_is_of_another_type_is_refused_as_before(
+    good: dict[str, Any], bad: dict[str, Any], name: str
+) -> None:
+    """Configs of calls are kept, by options that may be equal and still be different."""
+    for _ in range(2):
+        attention(Q, K, K, **good)
+        with pytest.raises(ArgumentError) as caught:
+            attention(Q, K, K, **bad)
+        assert caught.value.argument == name
+    attention(Q, K, K, **good)
