@@ -264,7 +264,7 @@ def check_schedule(
     require(
         "key_simdgroups",
         s.simdgroups % s.key_simdgroups == 0,
-        f"{s.simdgroups} simdgroups are no multiple of {s.key_simdgroups} that share rows",
+        f"simdgroups must be a multiple of key_simdgroups={s.key_simdgroups}, not {s.simdgroups}",
     )
     require(
         "key_simdgroups",

@@ -75,7 +75,7 @@ def test_an_invalid_schedule_names_the_rule(change: dict[str, object], rule: str
     [
         ({}, "decode", "", ""),
         ({}, "forward", "key_simdgroups", "only in decode do simdgroups share rows"),
-        ({"key_simdgroups": 8}, "decode", "key_simdgroups", "4 simdgroups are no multiple of 8"),
+        ({"key_simdgroups": 8}, "decode", "key_simdgroups", "multiple of key_simdgroups=8, not 4"),
         (
             {"bq": 64},
             "decode",

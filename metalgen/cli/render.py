@@ -143,6 +143,8 @@ def change(
     changed = dataclasses.replace(schedule, **given)
     follow: dict[str, Any] = {}
     rows, sharing = target.row_block * changed.row_blocks, changed.key_simdgroups
+    if changed.simdgroups % sharing:
+        sharing = 1  # which is complained about by its own name
     if "bq" not in given:
         follow["bq"] = rows * changed.simdgroups // sharing
     elif changed.bq % rows == 0:

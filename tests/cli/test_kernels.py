@@ -79,6 +79,34 @@ def test_shares_of_the_values_are_no_wider_than_they(capsys: pytest.CaptureFixtu
     assert (schedule["bd"], schedule["value_parts"]) == (128, 4)
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [("--key-simdgroups 1", 64), ("--key-simdgroups 4", 16), ("--simdgroups 2", 16)],
+)
+def test_rows_follow_from_the_warps_that_share_them(
+    options: str, rows: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"render --head-dim 64 --q-len 1 --chip H200 {options}".split()
+    assert document(capsys, *given)["schedule"]["bq"] == rows
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--q-len 1 --key-simdgroups 2", "metal has key_simdgroups in (1,), not 2"),
+        ("--chip H200 --q-len 1 --simdgroups 1", "a multiple of key_simdgroups=2, not 1"),
+        ("--q-len 1 --simdgroups 2 --key-simdgroups 2", "metal has key_simdgroups in (1,), not 2"),
+        ("--chip H200 --key-simdgroups 2", "only in decode do simdgroups share rows"),
+        ("--chip H200 --q-len 1 --key-simdgroups 3", "key_simdgroups: expected one of 1, 2, 4, 8"),
+    ],
+)
+def test_simdgroups_that_cannot_share_keys_are_named(
+    options: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(f"render --head-dim 64 {options}".split()) != 0
+    assert words in capsys.readouterr().err
+
+
 def test_few_queries_check_the_decode_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     options = "check --q-len 1 --kv-len 40 --heads 4 --heads-per-kv 2 --splits 1,2".split()
     subjects = document(capsys, *options)["subjects"]
