@@ -341,6 +341,23 @@ def default_schedule(
     target = TARGETS[limits.target]
     parts = default_value_parts(config, target)
     widest = widest_row(config, parts, target)
+    if family == "decode" and limits.target == "cuda":
+        candidates = _cuda_decode(config, parts, widest)
+    else:
+        candidates = _in_general(config, limits, family, parts, widest)
+    valid = [s for s in candidates if is_valid(config, s, limits, family)]
+    if not valid:
+        raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
+    if limits.target == "metal":
+        valid = [s for s in valid if register_estimate(config, s) <= REGISTERS] or valid
+    return valid[0]
+
+
+def _in_general(
+    config: AttentionConfig, limits: Limits, family: str, parts: int, widest: int
+) -> list[Schedule]:
+    """Defaults of both families, the best first, but for decode on CUDA."""
+    target = TARGETS[limits.target]
     decode = family == "decode"
     sources: tuple[str, ...]
     if limits.target == "cuda":
@@ -349,7 +366,7 @@ def default_schedule(
     else:
         sizes = [(32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32))]
         roomy, buffers, sources = 64, 1, ("registers", "threadgroup")
-    in_general = [
+    return [
         Schedule(
             bq=target.row_block * row_blocks * simdgroups,
             bk=bk,
@@ -367,14 +384,6 @@ def default_schedule(
         for bk, bd in sizes
         for source in sources
     ]
-    helped = decode and limits.target == "cuda"
-    candidates = _cuda_decode(config, parts, widest) if helped else in_general
-    valid = [s for s in candidates if is_valid(config, s, limits, family)]
-    if not valid:
-        raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
-    if limits.target == "metal":
-        valid = [s for s in valid if register_estimate(config, s) <= REGISTERS] or valid
-    return valid[0]
 
 
 def _cuda_decode(config: AttentionConfig, parts: int, widest: int) -> list[Schedule]:
@@ -382,7 +391,7 @@ def _cuda_decode(config: AttentionConfig, parts: int, widest: int) -> list[Sched
 
     Sixteen splits keep a GPU of a hundred cores busy with one token of few heads. Two pairs of
     warps have 32 rows, more than most calls have, and share out the keys of a tile; a ring of four
-    tiles covers the way to memory. Quantized keys are read by warps of their own.
+    tiles covers the way to memory. Of quantized keys 32 splits, of one warp each.
     """
     if config.kv_bits is not None:
         sizes, splits = [(1, 1, bk, n) for bk in (64, 32, 16) for n in (2, 1)], 32

@@ -60,6 +60,19 @@ def test_no_modules_import_each_other(uses: dict[str, set[str]]) -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
+def test_the_simulator_is_usable_without_the_rest(uses: dict[str, set[str]]) -> None:
+    """Of metalgen it needs what says which numbers and errors there are, and nothing else."""
+    within = "metalgen.simulator"
+    beside = {
+        used
+        for name, names in uses.items()
+        if name.startswith(within)
+        for used in names
+        if not used.startswith(within)
+    }
+    assert beside <= {"metalgen.arguments", "metalgen.errors", "metalgen.plurals"}
+
+
 @pytest.mark.parametrize(
     ("rooms", "above"),
     [

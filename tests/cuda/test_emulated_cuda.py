@@ -101,7 +101,7 @@ def test_features_of_plain_keys(gpu: EmulatedCuda, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "deterministic", "limited work", *FEATURES])
 def test_warps_share_the_keys_of_a_pass(gpu: EmulatedCuda, name: str) -> None:
-    """Two or four of them, with and without splits; each type takes its turn."""
+    """Two or four of them, with and without splits, Q kept in both ways; types take turns."""
     extra: dict[str, dict[str, Any]] = {
         "plain": {},
         "deterministic": {"deterministic": True},
@@ -110,9 +110,9 @@ def test_warps_share_the_keys_of_a_pass(gpu: EmulatedCuda, name: str) -> None:
     fields = extra | FEATURES
     turn = list(fields).index(name)
     config = AttentionConfig(64, DTYPES[turn % 3], heads_per_kv=2, return_lse=True, **fields[name])
-    for sharing, splits in ((2, 1), (4, 8)):
+    for sharing, splits, kept in ((2, 1, "threadgroup"), (4, 8, "registers")):
         schedule = {"simdgroups": 4, "key_simdgroups": sharing, "splits": splits}
-        case = case_of(config, "decode", bk=64, kv_len=300, **schedule)
+        case = case_of(config, "decode", bk=64, q_source=kept, kv_len=300, **schedule)
         assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
