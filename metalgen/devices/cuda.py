@@ -79,8 +79,8 @@ def _capability(device_info: Callable[[mx.Device], dict[str, Any]]) -> tuple[int
 def _device_number(x: float) -> mx.array:
     """A number in the GPU's own memory, several times.
 
-    MLX keeps arrays of up to 8 bytes in memory that it shares with the host, where every block might
-    have to reach for it across the bus. (By mlx/backend/cuda/allocator.cpp; what it costs was not
+    MLX keeps arrays of up to 8 bytes in memory that it shares with the host, for which every block
+    might have to reach across the bus. (By mlx/backend/cuda/allocator.cpp; what that costs was not
     measured by itself.)
     """
     numbers = mx.full((4,), x)
