@@ -11,7 +11,10 @@ from metalgen.targets import CUDA
 from metalgen.tiles import CHUNK_BYTES, CudaRaw, padded, row_bytes
 
 CACHED_BYTES = 32 << 20
-"""Of keys and values, which stay in the L2 cache of a large GPU while blocks of rows share them."""
+"""Of keys and values, which stay in the L2 cache of a large GPU while blocks of rows share them.
+
+On an H200, of 50 MB, anything from 16 to 64 MiB was as good (measured, 2026-11-21).
+"""
 
 
 @dataclass(frozen=True)

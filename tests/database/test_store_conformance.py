@@ -40,7 +40,7 @@ class TestSqlite(StoreConformance):
 
 
 class TestDefinition(StoreConformance):
-    """Which shares no code with the other, nor a file."""
+    """Which has no SQL, nor a file; of the database's code it calls what joins two rows."""
 
     test_any_calls_do_what_they_do_to_the_definition = None  # type: ignore[assignment]
 
