@@ -13,14 +13,14 @@ from metalgen.chips import get_chip
 from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.config import AttentionConfig
+from metalgen.families import Schedule, default_schedule, is_valid
+from metalgen.kinds import SIMDGROUP
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule, is_valid
-from metalgen.tiles import padded
 
 
 def space(config: AttentionConfig) -> Iterator[Schedule]:
     """Every schedule of a plain grid that the config can run."""
-    widest = max(padded(config.head_dim), padded(config.v_dim))
+    widest = SIMDGROUP.widest_row(config, 1)
     staging = ("threadgroup", "device")
     for blocks, simdgroups, bk, bd, q, k, v, buffers, width in itertools.product(
         (1, 2, 4),

@@ -29,10 +29,10 @@ from metalgen.chips import detect
 from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
+from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.measure import chain
 from metalgen.verify import verify
 
@@ -151,10 +151,10 @@ def ours(row: Row, changes: Sequence[str]) -> dict[str, float]:
     found = {}
     for label, schedule in tried.items():
         try:
-            check = verify(device, row.config, schedule, family=family)
+            check = verify(device, row.config, schedule)
             if not check.ok:
                 raise RuntimeError(f"WRONG: {check.detail}")
-            run = device.build(row.config, schedule, family)
+            run = device.build(row.config, schedule)
             found[label] = seconds_of(lambda q, k, v, run=run: run(q, k, v, scale)[0], inputs)
         except (RuntimeError, ValueError) as error:
             print(f"    {label}: {type(error).__name__} {str(error)[:200]}")

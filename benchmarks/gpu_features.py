@@ -26,11 +26,11 @@ from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.dsl.trace import trace
+from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.samples import sample_call
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.verify import verify
 
 FORWARD = AttentionConfig(128, "bfloat16", causal=True)
@@ -103,10 +103,10 @@ def tuned(row: Row) -> Schedule | None:
 def measured(row: Row, schedule: Schedule) -> float:
     """Median seconds of a row's kernel, which was checked."""
     device = get_device("cuda")
-    check = verify(device, row.config, schedule, family=row.family)
+    check = verify(device, row.config, schedule)
     if not check.ok:
         raise RuntimeError(f"WRONG: {check.detail}")
-    run = device.build(row.config, schedule, row.family)
+    run = device.build(row.config, schedule)
     calls = [
         sample_call(
             row.config,

@@ -23,7 +23,7 @@ from metalgen.cache.render import AppendSchedule
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
-from metalgen.schedule import default_schedule
+from metalgen.families import default_schedule
 from metalgen.verify import verify
 
 SLOPES = mx.arange(8).astype(mx.float32)
@@ -74,14 +74,14 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
         for family in ("forward",) if config.block_mask else ("forward", "decode"):
             default = default_schedule(config, device.limits, family)
             buffers = default.buffers
-            if device.target == "cuda":
+            if device.language == "cuda":
                 buffers = 3 if config.head_dim <= 256 else 2
             rows = default.bq * default.key_simdgroups
             other = dataclasses.replace(default, bk=16, buffers=buffers, bq=rows, key_simdgroups=1)
             for schedule in dict.fromkeys([default, other]):
                 yield (
                     f"{config} {family} {schedule}",
-                    lambda c=config, s=schedule, f=family: verify(device, c, s, family=f).detail,
+                    lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
                 )
     for config in APPENDS:
         for append in (AppendSchedule(), AppendSchedule(32, 1)):

@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from metalgen.config import AttentionConfig
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
+    from metalgen.families import Schedule
     from metalgen.ops.alibi import alibi_slopes
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.rope import Rope
-    from metalgen.schedule import Schedule
 
 _WHERE = {
     "ArgumentError": "metalgen.errors",
@@ -51,7 +51,7 @@ _WHERE = {
     "MetalgenError": "metalgen.errors",
     "PagedKVCache": "metalgen.cache.paged",
     "Rope": "metalgen.ops.rope",
-    "Schedule": "metalgen.schedule",
+    "Schedule": "metalgen.families",
     "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
     "append_kv": "metalgen.ops.append",

@@ -17,11 +17,11 @@ from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
+from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.inputs import NOTHING, Inputs, check_inputs, check_main, has_inputs
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
-from metalgen.schedule import Limits, Schedule, default_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -67,8 +67,7 @@ class Kernel:
         """The source of our kernel for this config and schedule: Metal, or on a CUDA GPU CUDA."""
         from metalgen.render import render
 
-        target = get_device(self.device).target or "metal"
-        return render(self.config, self.schedule, target, self.family).text
+        return render(self.config, self.schedule).text
 
     def explain(self) -> str:
         """Where the schedule came from, what runs, and why; one step a line."""
@@ -203,7 +202,7 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
     config, family = problem.config, problem.family
     path: list[str] = []
     chip = _chip(chip_name, device, path)
-    if device.target is None:
+    if device.language is None:
         path.append("plain MLX operations: no kernel runs on this device")
         return Kernel(
             config,
@@ -215,7 +214,7 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
             _plain(config),
         )
     limits = _limits(device, chip)
-    versions = template_hash(family, device.target)
+    versions = template_hash(family, device.language)
     hit = lookup(problem, chip, versions, limits=limits, trace=path)
     fallback = "no kernel passed its check on this device"
     try:
@@ -234,8 +233,8 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
         return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
     for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
-        if _passes(device, config, candidate, family, versions, path):
-            run = device.build(config, candidate, family)
+        if _passes(device, config, candidate, versions, path):
+            run = device.build(config, candidate)
             return Kernel(config, device.name, "metalgen", family, candidate, tuple(path), run)
     path.append(f"FALLBACK to plain MLX operations: {fallback}")
     return Kernel(config, device.name, "plain", family, schedule, tuple(path), _plain(config))
@@ -243,7 +242,7 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
 
 def _limits(device: Device, chip: Chip | None) -> Limits:
     """What kernels may use: on a GPU what it has; else what the chip has whose kernels they are."""
-    if device.is_gpu or chip is None or chip.limits.target != device.target:
+    if device.is_gpu or chip is None or chip.limits.language != device.language:
         return device.limits
     return chip.limits
 
@@ -258,7 +257,7 @@ def _chip(name: str | None, device: Device, path: list[str]) -> Chip | None:
     own = chips.detect()
     if own:
         path.append(f"chip: {own.name}, this machine's")
-    elif device.target and not device.is_gpu and (last := last_chip()):
+    elif device.language and not device.is_gpu and (last := last_chip()):
         with contextlib.suppress(MetalgenError):
             own = chips.get_chip(last)
             path.append(f"chip: {last}, the one tuned last; this machine's is unknown")
@@ -282,12 +281,11 @@ def _passes(
     device: Device,
     config: AttentionConfig,
     schedule: Schedule,
-    family: str,
     versions: str,
     path: list[str],
 ) -> bool:
     """Whether a kernel was checked on this device; checks it, and records that, if it never was."""
-    status = checked(config, schedule, versions, device=device.name, family=family)
+    status = checked(config, schedule, versions, device=device.name, family=schedule.family)
     if status is not None:
         path.append(f"check on {device.name}: {status}, on record")
         return status == "ok"
@@ -296,7 +294,7 @@ def _passes(
     error = tolerance = None
     shape = ""
     try:
-        result = verify(device, config, schedule, family=family)
+        result = verify(device, config, schedule)
     except InvalidSchedule as problem:
         path.append(f"{schedule}: {problem}")
         return False
@@ -318,7 +316,7 @@ def _passes(
         from metalgen.database.store import Store
         from metalgen.source_hash import source_hash
 
-        digest = source_hash(config, schedule, device.target or "metal", family)
+        digest = source_hash(config, schedule)
         with Store.open(busy=1.0) as store:
             store.record_check(
                 config,
@@ -330,7 +328,7 @@ def _passes(
                 tolerance=tolerance,
                 shape=shape,
                 detail=detail,
-                family=family,
+                family=schedule.family,
                 source_hash=digest,
             )
     except (MetalgenError, OSError) as problem:

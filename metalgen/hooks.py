@@ -9,8 +9,10 @@ from typing import Any
 
 from metalgen.bounds import shift_of
 from metalgen.config import AttentionConfig
+from metalgen.families.launch import split_keys
 from metalgen.inputs import asked_for
-from metalgen.schedule import Schedule, share, value_width
+from metalgen.kinds import value_width
+from metalgen.schedules import Schedule
 
 LN2 = math.log(2)
 Feature = Callable[..., Any]
@@ -49,8 +51,9 @@ def hooks(
         constants["PAGE"] = config.page_size
     if config.kv_bits is not None:
         constants |= {"KV_BITS": config.kv_bits, "KV_GROUP": config.kv_group}
-    if config.deterministic and schedule.splits > 1:
-        constants["SHARE"] = share(schedule)
+    splits = getattr(schedule, "splits", 1)
+    if config.deterministic and splits > 1:
+        constants["SHARE"] = split_keys(schedule)
     if config.dropout:
         dropped = min(round(config.dropout * 2**32), 2**32 - 1)
         lines.append(f"constexpr unsigned int DROPPED = {dropped}u;")
@@ -78,7 +81,7 @@ def hooks(
         or config.rope is not None
         or config.dropout > 0,
         "chunked": config.max_work is not None,
-        "deterministic": config.deterministic and schedule.splits > 1,
+        "deterministic": config.deterministic and splits > 1,
         "key_arrays": ["k", "v", *(n for n in names if n[:2] in ("k_", "v_"))],
         "own_keys": own_keys(schedule),
         "value_part_bytes": _value_part_bytes(config, schedule),
@@ -106,7 +109,11 @@ def hooks(
 
 def own_keys(schedule: Schedule) -> tuple[str, str]:
     """What a kernel calls a simdgroup's first key of a pass, and the one behind its last."""
-    return ("k_own", "k_own + OWN_KEYS") if schedule.key_simdgroups > 1 else ("k0", "k0 + BK")
+    return (
+        ("k_own", "k_own + OWN_KEYS")
+        if getattr(schedule, "key_simdgroups", 1) > 1
+        else ("k0", "k0 + BK")
+    )
 
 
 def _value_part_bytes(config: AttentionConfig, schedule: Schedule) -> dict[str, int]:

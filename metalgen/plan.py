@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import FRAGMENT, Schedule, staged_width, value_width
-from metalgen.tiles import ROW_PAD_BYTES, padded
+from metalgen.kinds import SIMDGROUP, value_width
+from metalgen.kinds.simdgroup import FRAGMENT, ROW_PAD_BYTES
+from metalgen.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class ForwardPlan:
 
 
 def forward_plan(config: AttentionConfig, schedule: Schedule) -> ForwardPlan:
-    """The plan of a valid schedule (see `metalgen.schedule.check_schedule`)."""
+    """The plan of a valid schedule (see `metalgen.families.check_schedule`)."""
     wide = schedule.load_width // 2
     pad = ROW_PAD_BYTES // config.itemsize
     move = min(schedule.load_width, 16 // config.itemsize)
@@ -118,22 +119,24 @@ def forward_plan(config: AttentionConfig, schedule: Schedule) -> ForwardPlan:
         ("v", value_width(config, schedule), schedule.v_source),
     ):
         staged = source == "threadgroup"
-        size = min(schedule.bd, padded(width)) if staged else padded(width)
-        for column in range(0, padded(width), size):
-            columns = min(size, padded(width) - column)
+        size = min(schedule.bd, SIMDGROUP.padded(width)) if staged else SIMDGROUP.padded(width)
+        for column in range(0, SIMDGROUP.padded(width), size):
+            columns = min(size, SIMDGROUP.padded(width) - column)
             runs = _runs(column, columns, width, wide)
             copy = _copy(operand, column, columns, width, move) if staged else None
             steps.append(Step(operand, column, columns, runs, copy))
-    stride = staged_width(config, schedule) + pad
+    stride = SIMDGROUP.staged_width(config, schedule) + pad
     q_staged = schedule.q_source == "threadgroup"
     return ForwardPlan(
         steps=tuple(steps),
         q_runs=tuple(run for step in steps if step.operand == "k" for run in step.runs),
         o_runs=tuple(run for step in steps if step.operand == "v" for run in step.runs),
-        q_stride=padded(config.head_dim) + pad,
+        q_stride=SIMDGROUP.padded(config.head_dim) + pad,
         slot_stride=stride,
         slot=schedule.bk * stride,
-        q_copy=_copy("q", 0, padded(config.head_dim), config.head_dim, move) if q_staged else None,
+        q_copy=_copy("q", 0, SIMDGROUP.padded(config.head_dim), config.head_dim, move)
+        if q_staged
+        else None,
     )
 
 

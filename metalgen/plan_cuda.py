@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import Schedule, shared_tiles, value_width
-from metalgen.targets import CUDA
-from metalgen.tiles import CHUNK_BYTES, CudaRaw, padded, row_bytes
+from metalgen.kinds import MMA, value_width
+from metalgen.schedules import Schedule
+from metalgen.tiles import CHUNK_BYTES, CudaRaw, row_bytes
 
 CACHED_BYTES = 32 << 20
 """Of keys and values, which stay in the L2 cache of a large GPU while blocks of rows share them.
@@ -72,13 +72,13 @@ class CudaPlan:
 
 
 def cuda_plan(config: AttentionConfig, schedule: Schedule) -> CudaPlan:
-    """The plan of a valid schedule (see `metalgen.schedule.check_schedule`)."""
+    """The plan of a valid schedule (see `metalgen.families.check_schedule`)."""
     widths = {"k": config.head_dim, "v": value_width(config, schedule)}
     q, k, v = (
         _copy(width, config.itemsize, schedule.threads)
         for width in (config.head_dim, widths["k"], widths["v"])
     )
-    tiles = shared_tiles(config, schedule)
+    tiles = MMA.tiles(config, schedule)
     return CudaPlan(
         steps=(CudaStep("k"), CudaStep("v")),
         k_chunks=k.chunks,
@@ -105,13 +105,13 @@ def cached_keys(config: AttentionConfig) -> int:
 
 
 def _copy(width: int, itemsize: int, threads: int) -> CudaCopy:
-    chunks = padded(width, CUDA) * itemsize // CHUNK_BYTES
+    chunks = MMA.padded(width) * itemsize // CHUNK_BYTES
     step, rest = divmod(threads, chunks)
     whole = chunks * CHUNK_BYTES == width * itemsize
     repeats = chunks % 8 != 0 or step % 8 == 0  # the swizzle has a period of 8 rows
     return CudaCopy(
         chunks,
         CHUNK_BYTES // itemsize,
-        row_bytes(width, itemsize, CUDA),
+        row_bytes(width, itemsize),
         step if whole and rest == 0 and repeats else 0,
     )

@@ -11,28 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
-from metalgen.errors import ArgumentError
+from metalgen.families import FAMILIES, Limits, Schedule, Step, check_schedule, get_family
+from metalgen.kinds import Kind, get_kind, value_width
+from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
-from metalgen.schedule import (
-    FRAGMENT,
-    Limits,
-    Schedule,
-    check_schedule,
-    threadgroup_bytes,
-    value_width,
-)
-from metalgen.targets import CUDA, TARGETS
-from metalgen.tiles import padded
 
 if TYPE_CHECKING:
     import jinja2
 
-_METAL_TYPES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
-_CUDA_TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"}
-_TEMPLATES = {"forward": "forward", "decode": "forward", "combine": "combine"}
 COMBINE_THREADS = 128
-_NO_LIMITS = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
-"""The largest of any chip: those of compute capability 9.0 for CUDA."""
+_LARGEST = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
+"""The largest limits of any chip by language: for CUDA those of compute capability 9.0."""
 
 
 @dataclass(frozen=True)
@@ -74,48 +63,42 @@ class KernelSource:
         )
 
 
-def render(
-    config: AttentionConfig, schedule: Schedule, target: str = "metal", family: str = "forward"
-) -> KernelSource:
-    """The kernel of a family for a config and a schedule.
+def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None) -> KernelSource:
+    """The kernel of a step of a schedule's family.
 
     Args:
-        family: ``"forward"``, ``"decode"``, or ``"combine"``, which joins what a decode schedule
-            of several splits leaves.
+        config: what to compute.
+        schedule: how; it names the family, and by its matrix kind the language.
+        step: one of the family's steps; None: its main one.
 
     Raises:
         InvalidSchedule: the schedule breaks a rule (of the largest limits; a chip's are checked
-            by whoever chose the schedule).
-        ArgumentError: an unknown target or family.
+            when a schedule is chosen).
     """
-    if target not in TARGETS:
-        raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
-    if family not in _TEMPLATES:
-        raise ArgumentError("family", f"one of {', '.join(_TEMPLATES)}", family)
     from metalgen.hooks import extra_inputs
 
-    combine = family == "combine"
-    check_schedule(config, schedule, _NO_LIMITS[target], "decode" if combine else family)
-    context = _context(config, schedule, target, family)
+    kind = get_kind(schedule.kind)
+    step = step or get_family(schedule.family).main
+    check_schedule(config, schedule, _LARGEST[kind.language])
+    context = _context(config, schedule, kind, step)
     env = _environment()
-    header = env.get_template(f"targets/{target}/header.jinja").render(context)
-    body = _tidy(env.get_template(f"families/{_TEMPLATES[family]}.jinja").render(context))
-    digest = hashlib.sha256(f"{header}\0{body}\0{schedule.math_mode}".encode()).hexdigest()[:10]
-    kind = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[config.dtype]
+    header = env.get_template(f"targets/{kind.language}/header.jinja").render(context)
+    body = _tidy(env.get_template(f"families/{step.template}.jinja").render(context))
+    math_mode = "safe" if step.merges else getattr(schedule, "math_mode", "safe")
+    digest = hashlib.sha256(f"{header}\0{body}\0{math_mode}".encode()).hexdigest()[:10]
+    dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[config.dtype]
     return KernelSource(
-        name=f"metalgen_{family}_{kind}_d{config.head_dim}_{digest}",
+        name=f"metalgen_{step.name}_{dtype}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
         inputs=("parts", "part_lse")
-        if combine
+        if step.merges
         else ("q", "k", "v", "scale", *extra_inputs(config)),
         outputs=("out", "lse") if context["lse"] else ("out",),
-        math_mode="safe" if combine else schedule.math_mode,
-        threads=COMBINE_THREADS if combine else schedule.threads,
+        math_mode=math_mode,
+        threads=COMBINE_THREADS if step.merges else schedule.threads,
         bq=schedule.bq,
-        shared_memory=0
-        if combine or target != "cuda"
-        else threadgroup_bytes(config, schedule, CUDA),
+        shared_memory=0 if step.merges else kind.dynamic_bytes(config, schedule),
     )
 
 
@@ -140,12 +123,13 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     return digest.hexdigest()[:16]
 
 
-def _context(
-    config: AttentionConfig, schedule: Schedule, target: str, family: str
-) -> dict[str, Any]:
-    facts = TARGETS[target]
-    rows = facts.row_block * schedule.row_blocks
-    width = config.v_dim if family == "combine" else value_width(config, schedule)
+def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step) -> dict[str, Any]:
+    from metalgen.hooks import hooks
+
+    few_rows = get_family(schedule.family).few_rows
+    sharing = getattr(schedule, "key_simdgroups", 1)
+    splits = getattr(schedule, "splits", 1)
+    width = config.v_dim if step.merges else value_width(config, schedule)
     constants = {
         "D": config.head_dim,
         "DV": width,
@@ -153,54 +137,56 @@ def _context(
         "BK": schedule.bk,
         "SIMDGROUPS": schedule.simdgroups,
         "ROW_BLOCKS": schedule.row_blocks,
-        "ROWS": rows,
-        "K_FRAGMENTS": schedule.bk // schedule.key_simdgroups // FRAGMENT,
-        "V_FRAGMENTS": padded(width, facts) // FRAGMENT,
+        "ROWS": kind.row_block * schedule.row_blocks,
+        "K_FRAGMENTS": schedule.bk // sharing // 8,
+        "V_FRAGMENTS": kind.padded(width) // 8,
         "HEADS_PER_KV": config.heads_per_kv,
     }
-    parts = schedule.joined > 1 and family == "decode"
-    if schedule.joined > 1:
-        constants["SPLITS"] = schedule.joined if family == "combine" else schedule.splits
-    if schedule.key_simdgroups > 1:
-        constants["KEY_SIMDGROUPS"] = schedule.key_simdgroups
-        constants["OWN_KEYS"] = schedule.bk // schedule.key_simdgroups
+    partial = schedule.partials > 1 and not step.merges
+    if schedule.partials > 1:
+        constants["SPLITS"] = schedule.partials if step.merges else splits
+    if sharing > 1:
+        constants["KEY_SIMDGROUPS"] = sharing
+        constants["OWN_KEYS"] = schedule.bk // sharing
     if schedule.value_parts > 1:
         constants["VALUE_PARTS"] = schedule.value_parts
     for name in ("window_left", "window_right"):
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
-    from metalgen.hooks import hooks
 
-    own = _metal(config, schedule) if target == "metal" else _cuda(config, schedule, family)
-    hooked = hooks(config, schedule, target, family, _feature)
+    own = _metal(config, schedule) if kind.language == "metal" else _cuda(config, schedule)
+    hooked = hooks(config, schedule, kind.language, schedule.family, _feature)
     steps = own["plan"].steps
     return (
         own
         | hooked
         | {
-            "tile_library": f"targets/{target}/tile.jinja",
+            "tile_library": f"targets/{kind.language}/tile.jinja",
             "constants": constants | own["constants"] | hooked["hook_constants"],
             "schedule": schedule,
+            "key_simdgroups": sharing,
+            "splits": splits,
             "k_steps": [step for step in steps if step.operand == "k"],
             "v_steps": [step for step in steps if step.operand == "v"],
             "longest_first": config.causal,
-            "packed": family == "decode",
-            "lse": config.return_lse or parts,
-            "Out": "float" if parts else own["T"],
+            "packed": few_rows,
+            "lse": config.return_lse or partial,
+            "Out": "float" if partial else own["T"],
         }
     )
 
 
 def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     from metalgen import plan
+    from metalgen.kinds import SIMDGROUP
 
     own = plan.forward_plan(config, schedule)
-    constants = {"D_FRAGMENTS": padded(config.head_dim) // FRAGMENT}
+    constants = {"D_FRAGMENTS": SIMDGROUP.padded(config.head_dim) // 8}
     if own.staged:
         constants |= {"KV_STRIDE": own.slot_stride, "KV_SLOT": own.slot}
     if own.q_copy:
         constants |= {"Q_STRIDE": own.q_stride}
-    element = _METAL_TYPES[config.dtype]
+    element = LANGUAGES["metal"].elements[config.dtype]
     return {
         "plan": own,
         "constants": constants,
@@ -209,20 +195,25 @@ def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _cuda(config: AttentionConfig, schedule: Schedule, family: str) -> dict[str, Any]:
+def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
     from metalgen import plan_cuda
+    from metalgen.kinds import MMA
 
     own = plan_cuda.cuda_plan(config, schedule)
     constants = {
-        "D_STEPS": padded(config.head_dim, CUDA) // (8 if config.dtype == "float32" else 16),
+        "D_STEPS": MMA.padded(config.head_dim) // (8 if config.dtype == "float32" else 16),
         "THREADS": schedule.threads,
         "STAGES": schedule.buffers,
         "Q_TILE": own.q_tile,
         "KV_TILE": own.kv_tile,
     }
-    if config.causal and family == "forward" and not config.varlen:
+    if config.causal and not FAMILIES[schedule.family].few_rows and not config.varlen:
         constants["CACHED_KEYS"] = plan_cuda.cached_keys(config)
-    return {"plan": own, "constants": constants, "T": _CUDA_TYPES[config.dtype]}
+    return {
+        "plan": own,
+        "constants": constants,
+        "T": LANGUAGES["cuda"].elements[config.dtype],
+    }
 
 
 @functools.cache

@@ -13,21 +13,18 @@ import re
 
 from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
-from metalgen.schedule import Schedule
+from metalgen.families import FAMILIES, Schedule, decode_schedule, get_family, language_of
+from metalgen.languages import LANGUAGES
 
 
 def present_templates() -> set[str]:
     """The template hashes of all families and targets; rows of any other do not count."""
-    from metalgen.problem import FAMILIES
     from metalgen.render import template_hash
-    from metalgen.targets import TARGETS
 
-    return {template_hash(family, target) for family in FAMILIES for target in TARGETS}
+    return {template_hash(family, language) for family in FAMILIES for language in LANGUAGES}
 
 
-def source_hash(
-    config: AttentionConfig, schedule: Schedule, target: str = "metal", family: str = "forward"
-) -> str:
+def source_hash(config: AttentionConfig, schedule: Schedule) -> str:
     """16 hexadecimal digits that change when anything that a call compiles or launches does.
 
     Covers header, body, arguments, math mode, threads and shared memory of the family's kernel,
@@ -39,7 +36,8 @@ def source_hash(
     """
     from metalgen.render import template_hash
 
-    return _source_hash(config, schedule, target, family, template_hash(family, target))
+    versions = template_hash(schedule.family, language_of(schedule))
+    return _source_hash(config, schedule, versions)
 
 
 class Present:
@@ -64,9 +62,7 @@ class Present:
             try:
                 self._sources[place] = source_hash(
                     AttentionConfig.from_dict(json.loads(config)),
-                    Schedule.from_dict(json.loads(schedule)),
-                    target,
-                    family,
+                    decode_schedule(json.loads(schedule), family, target),
                 )
             except (MetalgenError, ValueError, RecursionError):
                 self._sources[place] = None
@@ -74,17 +70,14 @@ class Present:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _source_hash(
-    config: AttentionConfig, schedule: Schedule, target: str, family: str, templates: str
-) -> str:
+def _source_hash(config: AttentionConfig, schedule: Schedule, templates: str) -> str:
     from metalgen.render import render
 
-    joins = family == "decode" and schedule.joined > 1
-    digest = hashlib.sha256(target.encode())
-    for part in (family, "combine") if joins else (family,):
-        kernel = render(config, schedule, target, part)
+    digest = hashlib.sha256(language_of(schedule).encode())
+    for step in get_family(schedule.family).steps(schedule):
+        kernel = render(config, schedule, step)
         facts = (
-            *(part, kernel.inputs, kernel.outputs, kernel.math_mode, kernel.threads),
+            *(step.name, kernel.inputs, kernel.outputs, kernel.math_mode, kernel.threads),
             *(kernel.bq, kernel.shared_memory),
         )
         digest.update(f"{facts}\0{code_of(kernel.header)}\0{code_of(kernel.source)}\0".encode())

@@ -1,4 +1,4 @@
-"""How tiles lie in threadgroup memory, which a target calls shared memory: rows, and their sizes.
+"""How tiles lie in shared memory (CUDA): rows, and their sizes.
 
 Below schedules, whose rules need the sizes, and below the plans of kernels, which need the places.
 """
@@ -8,27 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalgen.config import AttentionConfig
-from metalgen.targets import CUDA, METAL, Target
 
-ROW_PAD_BYTES = 16
-"""Bytes added to a row in threadgroup memory, so that rows start in different banks (Metal)."""
 CHUNK_BYTES = 16
 """Bytes that are moved at once (CUDA)."""
 
 
-def padded(width: int, target: Target = METAL) -> int:
-    """A head dimension rounded up to whole matrices."""
-    return -(-width // target.depth) * target.depth
+DEPTH = 16
+"""Columns that one product contracts; rows are padded to it."""
 
 
-def row_bytes(width: int, itemsize: int, target: Target = METAL) -> int:
-    """Bytes from one row to the next of a tile in threadgroup memory.
+def row_bytes(width: int, itemsize: int) -> int:
+    """Bytes from one row to the next of a tile.
 
-    On CUDA rows of whole 128 bytes are swizzled, others padded to an odd number of chunks.
+    Rows of whole 128 bytes are swizzled, others padded to an odd number of chunks.
     """
-    if target.name == "metal":
-        return padded(width) * itemsize + ROW_PAD_BYTES
-    chunks = padded(width, target) * itemsize // CHUNK_BYTES
+    chunks = -(-width // DEPTH) * DEPTH * itemsize // CHUNK_BYTES
     return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
 
 
@@ -94,11 +88,11 @@ def cuda_tiles(
     if config.kv_bits is not None:
         raw = {name: _raw(config, width, bk) for name, width in widths.items()}
     direct = bool(raw) and sharing == 1 and config.itemsize == 2
-    tile = bk * max(row_bytes(width, config.itemsize, CUDA) for width in widths.values())
+    tile = bk * max(row_bytes(width, config.itemsize) for width in widths.values())
     return CudaTiles(
         raw=raw,
         direct=direct,
-        q=bq * row_bytes(config.head_dim, config.itemsize, CUDA),
+        q=bq * row_bytes(config.head_dim, config.itemsize),
         work=tile if raw and not direct else 0,
         kv=max(own.size for own in raw.values()) if raw else tile,
     )

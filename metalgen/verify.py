@@ -11,10 +11,10 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
+from metalgen.families import Schedule, get_family
 from metalgen.inputs import Inputs, has_inputs
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
-from metalgen.schedule import Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,29 +59,20 @@ def verify(
     schedule: Schedule,
     *,
     seed: int | None = None,
-    family: str = "forward",
 ) -> Verification:
     """Run a kernel on small ragged shapes and compare it with the float64 reference.
 
-    Two query blocks and three passes over the keys, neither of them whole, two KV heads, keys and
-    values as views (`metalgen.samples.sample_call`); for a causal config also more queries than
-    keys, so that some rows see nothing. Outputs hold NaN before the kernel runs, so that one which
-    is never launched is not taken for an earlier one (`metalgen.devices.marking`).
+    The family names the sizes (`metalgen.families.Family.check_sizes`); two KV heads, keys and
+    values as views (`metalgen.samples.sample_call`). Outputs hold NaN before the kernel runs, so
+    that one which is never launched is not taken for an earlier one (`metalgen.devices.marking`).
 
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
     """
     if seed is None:  # for each kernel its own: what another one left is not right for it either
-        seed = zlib.crc32(f"{family} {schedule.key}".encode())
-    run = device.build(config, schedule, family)
-    q_len, kv_len = schedule.bq + 5, 2 * schedule.bk + 3
-    if family == "decode":  # one query, and several; a share for each split, and one that is short
-        q_len, kv_len = 3, (2 * schedule.splits + 1) * schedule.bk + 3
-    shapes = [(q_len, kv_len)]
-    if family == "decode":
-        shapes.append((1, schedule.bk + 1))
-    if config.causal or config.window_right is not None:
-        shapes.append((schedule.bk + 9, schedule.bk + 1))
+        seed = zlib.crc32(f"{schedule.family} {schedule.key}".encode())
+    run = device.build(config, schedule)
+    shapes = get_family(schedule.family).check_sizes(config, schedule)
     worst, tolerance, faults = 0.0, 0.0, []
     for number, (queries, keys) in enumerate(shapes):
         q, k, v, given = sample_call(

@@ -18,8 +18,8 @@ from metalgen import ArgumentError, AttentionConfig, Schedule
 from metalgen.arguments import as_integer, as_number, check_integer, check_positive
 from metalgen.cache.render import AppendSchedule
 from metalgen.dispatch import check_scale
+from metalgen.families import check_schedule, decode_schedule
 from metalgen.problem import Problem
-from metalgen.schedule import check_schedule
 
 
 class Seven:
@@ -120,7 +120,7 @@ def test_a_schedule_of_numpy_integers_is_that_of_pythons() -> None:
     fields = {"bq": 32, "bk": 16, "bd": 64, "simdgroups": 4, "buffers": 2, "load_width": 4}
     others: dict[str, Any] = {name: np.int32(n) for name, n in fields.items()}
     plain = Schedule(**fields)  # type: ignore[arg-type]
-    for other in (Schedule(**others), Schedule.from_dict(others)):
+    for other in (Schedule(**others), decode_schedule(others, "forward", "metal")):
         assert (plain, plain.key, repr(plain)) == (other, other.key, repr(other))
         check_schedule(AttentionConfig(64), other)
     for value in (True, 4.0, "4"):

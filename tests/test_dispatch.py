@@ -15,9 +15,9 @@ import metalgen
 from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, chips, dispatch
 from metalgen.database.store import Store
 from metalgen.devices import Device, Runner, default_device, get_device
+from metalgen.families import default_schedule
 from metalgen.reference import attention_float64, attention_mlx
 from metalgen.render import template_hash
-from metalgen.schedule import default_schedule
 from metalgen.simulator.errors import LaunchError
 from metalgen.testing.devices import normal
 
@@ -57,7 +57,7 @@ class FakeGpu(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         self.built.append(schedule)
         if self.broken:
             raise RuntimeError(self.broken)

@@ -13,9 +13,9 @@ import pytest
 from metalgen import AttentionConfig, simulator
 from metalgen.devices import get_device
 from metalgen.dsl.trace import trace
+from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
 from metalgen.samples import sample_call
-from metalgen.schedule import Schedule, default_schedule
 
 LENGTH, DIM = 2048, 128
 PLAIN = AttentionConfig(DIM)
@@ -34,7 +34,7 @@ def counted(
 ) -> Any:
     """What a call on one KV head does, counted; no finding of the checker is let pass."""
     q, k, v, made_up = sample_call(config, kv_heads=1, q_len=q_len, kv_len=kv_len, ragged=False)
-    run = get_device("simulator").build(config, schedule, family)
+    run = get_device("simulator").build(config, schedule)
     with simulator.record(checked=True, raise_on_findings=True) as runs:
         mx.eval(run(q, k, v, 0.1, inputs or made_up)[0])
     return runs[0].counters

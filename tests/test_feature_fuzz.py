@@ -15,7 +15,7 @@ from metalgen import simulator
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, all_devices
 from metalgen.errors import InvalidSchedule
-from metalgen.schedule import APPLE
+from metalgen.families import APPLE
 from metalgen.simulator.errors import SimulatorError
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up, smallest
 
@@ -44,7 +44,7 @@ def checked(device: Device, case: Case) -> str:
     if found := found or findings(runs):
         return found
     q, k, v, _ = case.call()
-    runner = device.build(case.config, case.schedule, case.family)
+    runner = device.build(case.config, case.schedule)
     with simulator.record(checked=True) as runs:
         mx.eval(runner(q, k, v, 0.3, hostile(case, case.seed))[0])
     found = findings(runs, between_groups=False)

@@ -23,9 +23,9 @@ from metalgen import (
 from metalgen.devices import get_device
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
+from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import NOTHING, Inputs
 from metalgen.render import render
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.testing.devices import normal
 from metalgen.testing.functions import Case, definition
 from metalgen.verify import relative_error
@@ -131,7 +131,7 @@ def counted(
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_blocks_that_a_mask_empties_are_not_computed(buffers: int) -> None:
     """By hand: 8x8x8 products of each visited tile of 64 queries and 32 keys, of width 64."""
-    length, tile = 512, Schedule(64, 32, 64, 4, row_blocks=2, buffers=buffers)
+    length, tile = 512, Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2, buffers=buffers)
     each = 64 * 32 * (64 + 64) // 8**3
     for mask_mod, seen in (
         (window(64), lambda i, j: (j <= i) & (i - j < 64)),
@@ -187,7 +187,7 @@ def test_a_full_block_is_not_masked() -> None:
     blocks = create_block_mask(lambda b, h, i, j: flags[i, j], None, None, length, length)
     config = AttentionConfig(64, mask_mod=blocks.mask.graph.text, block_mask=True)
     given = Inputs(mask=blocks.mask.arrays, blocks=blocks)
-    schedule = Schedule(32, 32, 64, 4)
+    schedule = Schedule(bq=32, bk=32, bd=64, simdgroups=4)
     read = counted(config, schedule, length, given).buffer("mask_captured_0")
     assert read.distinct_read == 8 * 32 * 32  # the tiles on the diagonal
     config = AttentionConfig(64, mask_mod=config.mask_mod)
@@ -361,11 +361,11 @@ def test_every_target_prints_the_same_functions() -> None:
         ("cuda", ["tanhf(score)", "static_cast<float>(score_", "const __nv_bfloat16 score_"]),
     ):
         schedule = default_schedule(config) if target == "metal" else cuda_schedule()
-        source = render(config, schedule, target)
+        source = render(config, schedule)
         assert source.inputs == ("q", "k", "v", "scale", "block_mask", "score_captured_0")
         for text in [*spelled, "mg_index(", "kv_idx <= q_idx"]:
             assert text in source.text, text
 
 
 def cuda_schedule() -> Schedule:
-    return Schedule(32, 32, 64, simdgroups=2, q_source="threadgroup")
+    return Schedule(bq=32, bk=32, bd=64, simdgroups=2, q_source="threadgroup")

@@ -8,17 +8,17 @@ import pytest
 
 from metalgen import AttentionConfig, InvalidSchedule, Schedule, get_kernel, simulator
 from metalgen.devices import get_device
-from metalgen.devices.launch import attention_launches
+from metalgen.families import default_schedule
+from metalgen.families.launch import attention_launches
 from metalgen.inputs import Inputs
 from metalgen.samples import sample_call
-from metalgen.schedule import default_schedule
 
-TILE = Schedule(32, 16, 32, 2, row_blocks=2)
+TILE = Schedule(bq=32, bk=16, bd=32, simdgroups=2, row_blocks=2)
 
 
 def starts(shape: tuple[int, int, int], keys: int, most: int) -> list[tuple[int, int, int]]:
     config = AttentionConfig(32, max_work=most)
-    found = attention_launches(config, TILE, "forward", shape, keys)
+    found = attention_launches(config, TILE, shape, keys)
     assert all(launch.start is not None for launch in found)
     rows = sum(b * h * length for b, h, length in (launch.shape for launch in found))
     assert rows == shape[0] * shape[1] * shape[2]
@@ -51,7 +51,7 @@ def test_no_dispatch_computes_more_than_the_bound(family: str) -> None:
     schedule = default_schedule(config, family=family)
     q_len = 300 if family == "forward" else 60
     q, k, v, given = sample_call(config, batch=2, kv_heads=2, q_len=q_len, kv_len=500)
-    run = get_device("simulator").build(config, schedule, family)
+    run = get_device("simulator").build(config, schedule)
     with simulator.record(checked=True, raise_on_findings=True) as runs:
         mx.eval(run(q, k, v, 0.2, given)[0])
     joins = len(runs) // 2 if family == "decode" else 0
@@ -92,7 +92,7 @@ def test_a_deterministic_row_has_the_same_bits_alone_and_in_any_batch(q_len: int
 def test_a_deterministic_row_has_the_same_bits_beside_longer_sequences() -> None:
     config = AttentionConfig(32, varlen=True, deterministic=True)
     q, k, v, _ = sample_call(AttentionConfig(32), kv_heads=1, q_len=8, kv_len=3000)
-    run = get_device("simulator").build(config, default_schedule(config, family="decode"), "decode")
+    run = get_device("simulator").build(config, default_schedule(config, family="decode"))
 
     def call(cu_q: list[int], cu_k: list[int], rows: slice, keys: slice) -> np.ndarray:
         given = Inputs(cu_q=mx.array(cu_q, mx.int32), cu_k=mx.array(cu_k, mx.int32))
@@ -120,7 +120,7 @@ def test_more_buffers_than_metal_has_are_refused_before_anything_is_compiled() -
     with pytest.raises(
         InvalidSchedule, match=r"\(buffers\): the kernel binds 32, and Metal has 31"
     ):
-        device.build(config, schedule, "decode")
+        device.build(config, schedule)
     kernel = get_kernel(config, q_len=1, device="simulator")
     assert kernel.backend == "plain"
     assert "the kernel binds 32" in kernel.explain() and "FALLBACK" in kernel.explain()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from metalgen import ArgumentError, AttentionConfig, InvalidSchedule, Schedule, render
+from metalgen.families import default_schedule
 from metalgen.plan import Run, forward_plan
 from metalgen.render import template_hash
-from metalgen.schedule import default_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAIN = Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)
@@ -96,7 +96,9 @@ def test_wide_loads_cover_every_column_once() -> None:
     for head_dim in range(8, 257):
         for width in (2, 4, 8):
             for bd in (24, 64, 256):
-                schedule = Schedule(32, 8, min(bd, -(-head_dim // 8) * 8), 4, load_width=width)
+                schedule = Schedule(
+                    bq=32, bk=8, bd=min(bd, -(-head_dim // 8) * 8), simdgroups=4, load_width=width
+                )
                 plan = forward_plan(AttentionConfig(head_dim), schedule)
                 for runs in (plan.q_runs, plan.o_runs):
                     columns = [
@@ -112,7 +114,7 @@ def test_wide_loads_cover_every_column_once() -> None:
 
 
 def test_a_ragged_width_by_hand() -> None:
-    plan = forward_plan(AttentionConfig(76), Schedule(32, 16, 80, 4))
+    plan = forward_plan(AttentionConfig(76), Schedule(bq=32, bk=16, bd=80, simdgroups=4))
     # 76 columns in fragments of 8: two blocks of four fragments, and one of two, partly empty.
     assert plan.q_runs == (Run(0, 0, 2, 4, False), Run(64, 64, 1, 2, True))
     (k_step, v_step) = plan.steps

@@ -5,16 +5,8 @@ from dataclasses import replace
 import pytest
 
 from metalgen import ArgumentError, AttentionConfig, InvalidSchedule, Schedule
-from metalgen.schedule import (
-    Limits,
-    check_schedule,
-    default_schedule,
-    is_valid,
-    register_estimate,
-    threadgroup_bytes,
-)
-from metalgen.targets import CUDA
-from metalgen.tiles import padded
+from metalgen.families import Limits, check_schedule, default_schedule, is_valid, threadgroup_bytes
+from metalgen.kinds import MMA, SIMDGROUP
 
 D64 = AttentionConfig(64)
 PLAIN = Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)
@@ -71,33 +63,33 @@ def test_an_invalid_schedule_names_the_rule(change: dict[str, object], rule: str
 
 
 @pytest.mark.parametrize(
-    ("change", "family", "rule", "words"),
+    ("change", "rule", "words"),
     [
-        ({}, "decode", "", ""),
-        ({}, "forward", "key_simdgroups", "only in decode do simdgroups share rows"),
-        ({"key_simdgroups": 8}, "decode", "key_simdgroups", "multiple of key_simdgroups=8, not 4"),
+        ({}, "", ""),
+        ({"key_simdgroups": 8}, "key_simdgroups", "multiple of key_simdgroups=8, not 4"),
         (
             {"bq": 64},
-            "decode",
             "bq",
             r"16 \* row_blocks \* simdgroups / key_simdgroups = 32, not 64",
         ),
-        ({"bk": 48}, "decode", "bk", "bk must be a multiple of 32, not 48"),
+        ({"bk": 48}, "bk", "bk must be a multiple of 32, not 48"),
     ],
 )
 def test_simdgroups_share_keys_in_decode_on_cuda(
-    change: dict[str, int], family: str, rule: str, words: str
+    change: dict[str, int], rule: str, words: str
 ) -> None:
-    pairs = Schedule(bq=32, bk=64, bd=64, simdgroups=4, key_simdgroups=2, splits=1)
-    assert (pairs.joined, replace(pairs, splits=8).joined) == (2, 16)
+    pairs = Schedule(
+        bq=32, bk=64, bd=64, simdgroups=4, key_simdgroups=2, family="decode", kind="mma"
+    )
+    assert (pairs.partials, replace(pairs, splits=8).partials) == (2, 16)
     own = Limits(101376, 1024, "cuda")
     if not rule:
-        check_schedule(D64, pairs, own, family)
-        with pytest.raises(InvalidSchedule, match="metal has key_simdgroups in"):
-            check_schedule(D64, pairs, family=family)
+        check_schedule(D64, pairs, own)
+        with pytest.raises(InvalidSchedule, match="metal has no mma kernels"):
+            check_schedule(D64, pairs)
         return
     with pytest.raises(InvalidSchedule, match=words) as caught:
-        check_schedule(D64, replace(pairs, **change), own, family)
+        check_schedule(D64, replace(pairs, **change), own)
     assert caught.value.rule == rule
 
 
@@ -143,18 +135,18 @@ def test_threadgroup_memory_by_hand() -> None:
     ],
 )
 def test_shared_memory_by_hand(config: AttentionConfig, simdgroups: int, size: int) -> None:
-    bq, bd = 16 * simdgroups, max(padded(config.head_dim, CUDA), config.v_dim)
-    schedule = Schedule(bq=bq, bk=64, bd=bd, simdgroups=simdgroups, buffers=2)
+    bq, bd = 16 * simdgroups, MMA.widest_row(config, 1)
+    schedule = Schedule(bq=bq, bk=64, bd=bd, simdgroups=simdgroups, buffers=2, kind="mma")
     check_schedule(config, schedule, Limits(size, 1024, "cuda"))
-    assert threadgroup_bytes(config, schedule, CUDA) == size
+    assert threadgroup_bytes(config, schedule) == size
     with pytest.raises(InvalidSchedule, match=f"{size} bytes of at most {size - 1}"):
         check_schedule(config, schedule, Limits(size - 1, 1024, "cuda"))
 
 
 def test_register_estimate_by_hand() -> None:
     # 16 rows: O 64, S 32, Q 32 half-registers, and 85.
-    assert register_estimate(D64, PLAIN) == 64 + 32 + 32 + 85
-    assert register_estimate(D64, replace(PLAIN, q_source="threadgroup")) == 64 + 32 + 85
+    assert SIMDGROUP.registers(D64, PLAIN) == 64 + 32 + 32 + 85
+    assert SIMDGROUP.registers(D64, replace(PLAIN, q_source="threadgroup")) == 64 + 32 + 85
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

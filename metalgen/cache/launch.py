@@ -50,7 +50,7 @@ def kernel_rows(config: AttentionConfig, device: Device, schedule: AppendSchedul
 
     if not isinstance(device, KernelDevice):
         raise TypeError(f"{device.name} runs no kernels")
-    source = render_append(config, schedule, device.target)
+    source = render_append(config, schedule, device.language)
     kernel = device.compile(source)
     first, many = operands(config)[0], len(operands(config))
     forms = functools.lru_cache(maxsize=64)(functools.partial(_forms, config))

@@ -9,8 +9,8 @@ from typing import Any
 from metalgen.arguments import as_integer
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
+from metalgen.languages import LANGUAGES
 from metalgen.render import KernelSource, _environment, _tidy
-from metalgen.targets import TARGETS
 
 THREADS = (32, 64, 128, 256, 512, 1024)
 ELEMENTS = (1, 2, 4, 8, 16, 32, 64)
@@ -117,8 +117,8 @@ def render_append(
         InvalidSchedule: the schedule takes too much threadgroup memory.
         ArgumentError: an unknown target, or a config for which no kernel is needed.
     """
-    if target not in TARGETS:
-        raise ArgumentError("target", f"one of {', '.join(TARGETS)}", target)
+    if target not in LANGUAGES:
+        raise ArgumentError("target", f"one of {', '.join(LANGUAGES)}", target)
     if not operands(config):
         raise ArgumentError("config", "one that places, rotates or quantizes rows", str(config))
     schedule = schedule or AppendSchedule()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from metalgen.chips import facts
 from metalgen.errors import ArgumentError
-from metalgen.schedule import Limits
+from metalgen.families import Limits
 
 
 class UnknownChip(ArgumentError):

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from metalgen.bounds import shift_of
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
-from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, threadgroup_bytes, value_width
-from metalgen.tiles import padded
+from metalgen.families import SIMD_WIDTH, Schedule, threadgroup_bytes
+from metalgen.kinds import SIMDGROUP, value_width
+from metalgen.kinds.simdgroup import FRAGMENT
 
 COVERED = frozenset(
     "head_dim dtype value_head_dim heads_per_kv causal return_lse window_left window_right softcap "
@@ -88,7 +89,7 @@ class Counts(NamedTuple):
 def forward_counts(
     config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int, kv_len: int
 ) -> Counts:
-    """The counts of one launch of a valid schedule (see `metalgen.schedule.check_schedule`).
+    """The counts of one launch of a valid schedule (see `metalgen.families.check_schedule`).
 
     Args:
         batch_heads: batch entries times query heads.
@@ -182,7 +183,7 @@ def combine_counts(
 
 
 def _check_target(schedule: Schedule) -> None:
-    if schedule.bq != FRAGMENT * schedule.row_blocks * schedule.simdgroups:
+    if schedule.kind != SIMDGROUP.name:
         raise InvalidSchedule(
             "target", f"only kernels for Metal are counted, which {schedule} is not"
         )
@@ -204,7 +205,7 @@ def _counts(
     bk, blocks = s.bk, s.row_blocks
     item = config.itemsize
     k_width, v_width = config.head_dim, value_width(config, s)
-    k_padded, v_padded = padded(k_width), padded(v_width)
+    k_padded, v_padded = SIMDGROUP.padded(k_width), SIMDGROUP.padded(v_width)
     k_staged, v_staged = s.k_source == "threadgroup", s.v_source == "threadgroup"
     q_staged = s.q_source == "threadgroup"
     simdgroups = groups * s.simdgroups

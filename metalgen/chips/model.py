@@ -18,8 +18,8 @@ from metalgen.chips.coefficients import DEFAULT, Coefficients
 from metalgen.chips.counts import covers, decode_counts, forward_counts
 from metalgen.chips.work import Work, combine_work, forward_work
 from metalgen.config import AttentionConfig
+from metalgen.families import SIMD_WIDTH, Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import SIMD_WIDTH, Schedule
 
 HALF_REGISTER_BYTES = 2 * SIMD_WIDTH
 """Bytes that a 16-bit register takes for a whole simdgroup."""

@@ -8,8 +8,9 @@ from metalgen.bounds import shift_of
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
 from metalgen.config import AttentionConfig
-from metalgen.schedule import FRAGMENT, SIMD_WIDTH, Schedule, register_estimate, value_width
-from metalgen.tiles import padded
+from metalgen.families import SIMD_WIDTH, Schedule
+from metalgen.kinds import SIMDGROUP, value_width
+from metalgen.kinds.simdgroup import FRAGMENT
 
 REGISTERS = 256
 """16-bit registers that a thread can address."""
@@ -94,7 +95,7 @@ def forward_work(
     """
     s = schedule
     blocks, fragments, wide = s.row_blocks, s.bk // FRAGMENT, s.load_width // 2
-    k_padded, v_padded = padded(config.head_dim), padded(value_width(config, s))
+    k_padded, v_padded = SIMDGROUP.padded(config.head_dim), SIMDGROUP.padded(value_width(config, s))
     k_fragments, v_fragments = k_padded // FRAGMENT, v_padded // FRAGMENT
     item = config.itemsize
 
@@ -150,7 +151,7 @@ def forward_work(
     return Work(
         groups=counts.groups,
         simdgroups=s.simdgroups,
-        registers=register_estimate(config, s),
+        registers=SIMDGROUP.registers(config, s),
         threadgroup_memory=counts.threadgroup_memory,
         products=counts.multiply_accumulates,
         exponentials=counts.exponentials / SIMD_WIDTH,

@@ -18,11 +18,12 @@ from click.core import ParameterSource
 
 from metalgen.cli.locating import line_in
 from metalgen.cli.options import Sizes, chip_option, described_options, json_option, print_json
-from metalgen.cli.render import FIELDS, change, starting_point
+from metalgen.cli.render import change, starting_point
 from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
+from metalgen.families import Schedule, check_schedule, is_valid
 from metalgen.plurals import counted
-from metalgen.schedule import CHOICES, Schedule, check_schedule, is_valid
+from metalgen.schedules import all_knobs
 
 if TYPE_CHECKING:
     from metalgen.devices import Device
@@ -103,7 +104,7 @@ class Subject:
 def _values(ctx: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> Any:
     """Split ``16,32`` and repeated options into the values that a schedule's field may take."""
     name = str(parameter.name)
-    choices = CHOICES[name]
+    choices = all_knobs()[name].choices
     values = []
     for word in ",".join(given).split(",") if given else ():
         value: Any = int(word) if word.isdigit() and isinstance(choices[0], int) else word
@@ -119,13 +120,13 @@ def _values(ctx: click.Context, parameter: click.Parameter, given: tuple[str, ..
 
 
 def _schedule_options(function: Any) -> Any:
-    for field in reversed(dataclasses.fields(Schedule)):
+    for name in reversed(all_knobs()):
         function = click.option(
-            "--" + field.name.replace("_", "-"),
+            "--" + name.replace("_", "-"),
             multiple=True,
             callback=_values,
             metavar="A[,B...]",
-            help=FIELDS[field.name],
+            help=all_knobs()[name].help,
         )(function)
     return function
 
@@ -190,10 +191,9 @@ def command(
             for name in ("q_len", "kv_len")
         ]
         chosen = sizes if any(given) else None
-        family = sizes.problem(config).family
         subjects = []
         for schedule in schedules:
-            subjects.append(_check_schedule(config, family, schedule, chosen, seed))
+            subjects.append(_check_schedule(config, schedule, chosen, seed))
             if not as_json:
                 _print(subjects[-1], counters)
     if as_json:
@@ -222,14 +222,16 @@ def _schedules(
 ) -> tuple[list[Schedule], int]:
     """Return the valid schedules that were asked for, and how many combinations were not valid."""
     start, _, limits = starting_point(config, sizes, chip)
-    if limits.target != "metal":
+    if limits.language != "metal":
         raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
     family = sizes.problem(config).family
     if every:
-        from metalgen.tuning.space import enumerate_valid
+        from metalgen.families import enumerate_valid
 
         schedules = enumerate_valid(config, limits, family)
-        chosen = [s for s in schedules if all(getattr(s, n) in v for n, v in fields.items() if v)]
+        chosen = [
+            s for s in schedules if all(getattr(s, n, None) in v for n, v in fields.items() if v)
+        ]
         if not chosen:
             raise click.UsageError("--all: no valid schedule has the fields that were given")
         return chosen[:limit], 0
@@ -238,14 +240,19 @@ def _schedules(
         change(config, start, dict(zip(given, values, strict=True))) if given else start
         for values in itertools.product(*given.values())
     ]
-    valid = [schedule for schedule in combinations if is_valid(config, schedule, limits, family)]
+    valid = [schedule for schedule in combinations if is_valid(config, schedule, limits)]
     if not valid:
-        check_schedule(config, combinations[0], limits, family)  # names the rule
+        check_schedule(config, combinations[0], limits)  # names the rule
     return valid, len(combinations) - len(valid)
 
 
+def _has(schedule: Schedule, fields: dict[str, tuple[Any, ...]]) -> bool:
+    """Whether a schedule has one of the values that were given for each knob."""
+    return all(getattr(schedule, name, None) in values for name, values in fields.items() if values)
+
+
 def _check_schedule(
-    config: AttentionConfig, family: str, schedule: Schedule, sizes: Sizes | None, seed: int
+    config: AttentionConfig, schedule: Schedule, sizes: Sizes | None, seed: int
 ) -> Subject:
     from metalgen.devices import get_device
     from metalgen.simulator import record
@@ -255,18 +262,16 @@ def _check_schedule(
     with record(checked=True, seed=seed) as runs:
         try:
             if sizes is None:
-                result = verify(device, config, schedule, family=family)
+                result = verify(device, config, schedule)
                 wrong = "" if result.ok else result.detail
             else:
-                wrong = _launch(device, config, family, schedule, sizes)
+                wrong = _launch(device, config, schedule, sizes)
         except MetalgenError as error:
             return Subject(str(schedule), list(runs), failure=str(error))
     return Subject(str(schedule), list(runs), wrong)
 
 
-def _launch(
-    device: Device, config: AttentionConfig, family: str, schedule: Schedule, sizes: Sizes
-) -> str:
+def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> str:
     """Run a call of these sizes; what is wrong with its numbers."""
     from metalgen.inputs import has_inputs
     from metalgen.samples import sample_call
@@ -281,7 +286,7 @@ def _launch(
         ragged=False,
     )
     given = (inputs,) if has_inputs(config) else ()
-    out, lse = device.build(config, schedule, family)(q, k, v, config.head_dim**-0.5, *given)
+    out, lse = device.build(config, schedule)(q, k, v, config.head_dim**-0.5, *given)
     *_, fault = judge(config, q, k, v, inputs, out, lse)
     return f"Lq={sizes.q_len} Lk={sizes.kv_len}: {fault}" if fault else ""
 

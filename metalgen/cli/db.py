@@ -450,16 +450,16 @@ def pin(config: AttentionConfig, sizes: Sizes, chip: str | None, text: str, note
     """Make look-ups of a problem answer with a schedule, for A/B tests."""
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
-    from metalgen.schedule import APPLE, Schedule, check_schedule
+    from metalgen.families import APPLE, check_schedule, decode_schedule
 
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ArgumentError("--schedule", "a JSON object", text[:80]) from error
     problem = sizes.problem(config)
-    schedule = Schedule.from_dict(fields)
     limits = get_chip(chip).limits if chip else APPLE
-    check_schedule(config, schedule, limits, problem.family)
+    schedule = decode_schedule(fields, problem.family, limits.language)
+    check_schedule(config, schedule, limits)
     with Store.open() as store:
         store.pin(problem, schedule, note)
     click.echo(f"Pinned {problem} to {schedule}; `metalgen db unpin` undoes it.")

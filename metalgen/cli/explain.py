@@ -45,7 +45,7 @@ def command(
     problem = sizes.problem(config)
     found, how = _chip(chip)
     path: list[str] = []
-    target = found.limits.target if found else "metal"
+    target = found.limits.language if found else "metal"
     hit = lookup(problem, found, template_hash("forward", target), trace=path)
     kernel = get_kernel(
         config,

@@ -9,47 +9,27 @@ import click
 
 from metalgen.cli.options import Sizes, chip_option, config_options, json_option, print_json
 from metalgen.config import AttentionConfig
-from metalgen.schedule import (
+from metalgen.errors import ArgumentError
+from metalgen.families import (
     APPLE,
-    CHOICES,
     Limits,
     Schedule,
     check_schedule,
     default_schedule,
-    widest_row,
+    get_family,
 )
-from metalgen.targets import METAL, TARGETS, Target
-
-FIELDS = {
-    "bq": "Query rows of a threadgroup.",
-    "bk": "Keys of one pass.",
-    "bd": "Columns of K or V staged at once.",
-    "simdgroups": "Simdgroups of a threadgroup.",
-    "row_blocks": "Blocks of 8 rows (CUDA: 16) of a simdgroup.",
-    "q_source": "Where Q is kept.",
-    "k_source": "Where K is read from.",
-    "v_source": "Where V is read from.",
-    "buffers": "Staging buffers.",
-    "load_width": "Elements of one vector load.",
-    "fragment": "Type of matrix fragments.",
-    "math_mode": "Metal's math mode.",
-    "splits": "Threadgroups that share the keys of a row; decode only.",
-    "value_parts": "Threadgroups that share the columns of the values.",
-    "key_simdgroups": "Simdgroups that share the keys of each pass; decode on CUDA only.",
-}
-"""What each field of a schedule is, in the words of `--help`."""
+from metalgen.kinds import get_kind
+from metalgen.schedules import all_knobs
 
 
 def schedule_options(function: Any) -> Any:
-    """One option a field of `Schedule`; the command gets those that were given, as ``changes``."""
-    for field in reversed(dataclasses.fields(Schedule)):
-        choices = CHOICES[field.name]
-        number = isinstance(choices[0], int)
+    """One option per knob; the command gets those that were given, as ``changes``."""
+    for knob in reversed(all_knobs().values()):
         function = click.option(
-            "--" + field.name.replace("_", "-"),
-            type=int if number else click.Choice(list(choices)),
-            metavar="N" if number else None,
-            help=FIELDS[field.name],
+            "--" + knob.name.replace("_", "-"),
+            type=int if knob.is_integer else click.Choice(list(knob.choices)),
+            metavar="N" if knob.is_integer else None,
+            help=knob.help,
         )(function)
     return function
 
@@ -74,11 +54,11 @@ def command(
     schedule, place, limits = starting_point(config, sizes, chip)
     given = {name: value for name, value in changes.items() if value is not None}
     if given:
-        schedule = change(config, schedule, given, TARGETS[limits.target])
+        schedule = change(config, schedule, given)
         place += ", changed"
-    check_schedule(config, schedule, limits, family)
-    names = [family, "combine"] if schedule.joined > 1 else [family]
-    sources = {name: render(config, schedule, limits.target, name) for name in names}
+    check_schedule(config, schedule, limits)
+    steps = get_family(family).steps(schedule)
+    sources = {step.name: render(config, schedule, step) for step in steps}
     if as_json:
         kernels = [
             {
@@ -98,8 +78,8 @@ def command(
                 "config": config.to_dict(),
                 "schedule": schedule.to_dict(),
                 "place": place,
-                "template_hash": template_hash(family, limits.target),
-                "target": limits.target,
+                "template_hash": template_hash(family, limits.language),
+                "target": limits.language,
                 **kernels[0],
                 "combine": kernels[1] if len(kernels) > 1 else None,
             }
@@ -126,37 +106,25 @@ def starting_point(
     from metalgen.render import template_hash
 
     found = get_chip(chip)
-    hit = lookup(problem, found, template_hash(problem.family, found.limits.target))
+    hit = lookup(problem, found, template_hash(problem.family, found.limits.language))
     if hit:
         return hit.schedule, f"{hit.place}, {hit.provenance}", found.limits
     return default_schedule(config, found.limits, problem.family), "default", found.limits
 
 
-def change(
-    config: AttentionConfig, schedule: Schedule, given: dict[str, Any], target: Target = METAL
-) -> Schedule:
-    """A schedule with some fields changed; those that follow from them follow unless given too.
+def change(config: AttentionConfig, schedule: Schedule, given: dict[str, Any]) -> Schedule:
+    """A schedule with some knobs changed; those that follow from them follow unless given too.
 
-    ``bq`` follows from the rows that the simdgroups own, or their number from ``bq`` where only
-    that is given; without anything staged there is one buffer, and ``bd`` is the whole width.
+    Raises:
+        ArgumentError: a knob that the schedule does not have.
     """
+    for name, value in given.items():
+        if name not in schedule.knobs:
+            knobs = ", ".join(schedule.knobs)
+            expected = f"a knob of {schedule.family} with {schedule.kind} ({knobs})"
+            raise ArgumentError(name, expected, value)
     changed = dataclasses.replace(schedule, **given)
-    follow: dict[str, Any] = {}
-    rows, sharing = target.row_block * changed.row_blocks, changed.key_simdgroups
-    if changed.simdgroups % sharing:
-        sharing = 1  # which is complained about by its own name
-    if "bq" not in given:
-        follow["bq"] = rows * changed.simdgroups // sharing
-    elif changed.bq % rows == 0:
-        follow["simdgroups"] = changed.bq // rows * sharing
-    elif "row_blocks" not in given and changed.bq % target.row_block == 0:
-        follow |= {"simdgroups": changed.bq // target.row_block * sharing, "row_blocks": 1}
-    widest = widest_row(config, changed.value_parts, target)
-    follow["bd"] = min(changed.bd, widest)
-    if target.name == "cuda":
-        follow["bd"] = widest
-    elif not changed.staged:
-        follow |= {"bd": widest, "buffers": 1}
+    follow = get_kind(schedule.kind).follow(config, changed, given)
     return dataclasses.replace(
         changed, **{name: value for name, value in follow.items() if name not in given}
     )

@@ -35,11 +35,11 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.errors import MissingDatabase
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
+    from metalgen.languages import LANGUAGES
     from metalgen.render import template_hash
-    from metalgen.targets import TARGETS
 
     name = get_chip(chip).name if chip else None
-    current = {target: template_hash("forward", target) for target in TARGETS}
+    current = {target: template_hash("forward", target) for target in LANGUAGES}
     try:
         with Store.open(read_only=True) as store:
             rows = store.measurements(chip=name)

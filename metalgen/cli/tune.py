@@ -195,8 +195,8 @@ def _require_model(chip: Chip) -> None:
     """Raise `IncompleteChip` where the chip model cannot predict for a chip."""
     from metalgen.chips.model import predict
     from metalgen.config import AttentionConfig
+    from metalgen.families import default_schedule
     from metalgen.problem import Problem
-    from metalgen.schedule import default_schedule
 
     config = AttentionConfig(head_dim=64)
     predict(Problem(config, 1, 1, 1), default_schedule(config), chip)
@@ -213,7 +213,7 @@ def local_gpu() -> tuple[Chip | None, Device | None]:
 
 def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
-    from metalgen.tuning.space import enumerate_valid
+    from metalgen.families import enumerate_valid
 
     limits = plan.device.limits if plan.device else plan.chip.limits
     modes = ("safe", "fast") if plan.device else ("safe",)

@@ -31,9 +31,9 @@ from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, WARM, user_
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
+from metalgen.families import APPLE, Limits, Schedule, check_schedule, decode_schedule
 from metalgen.plurals import counted
 from metalgen.problem import Problem
-from metalgen.schedule import APPLE, Limits, Schedule, check_schedule
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -426,8 +426,9 @@ class _Search:
         try:
             if not isinstance(key, str) or len(key) > MAX_TEXT:
                 raise ValueError("its schedule is not a text")
-            schedule = Schedule.from_dict(json.loads(key))
-            check_schedule(self.problem.config, schedule, self.limits, self.problem.family)
+            fields, family = json.loads(key), self.problem.family
+            schedule = decode_schedule(fields, family, self.limits.language)
+            check_schedule(self.problem.config, schedule, self.limits)
         except (MetalgenError, ValueError, RecursionError) as error:
             self.path.append(f"{place}: a row was passed over ({error})")
             return None

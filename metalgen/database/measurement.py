@@ -15,9 +15,10 @@ from typing import Any
 from metalgen.arguments import as_number
 from metalgen.config import AttentionConfig
 from metalgen.database.layout import CHAINED, MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
+from metalgen.database.schedules import schedule_on
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule
 from metalgen.problem import FAMILIES, Problem
-from metalgen.schedule import Schedule
 
 
 def now() -> str:
@@ -169,7 +170,8 @@ class Measurement:
             shape["kv_len"],
             family=shape["family"],
         )
-        return cls.from_fields(problem, Schedule.from_dict(shape["schedule"]), fields)
+        schedule = schedule_on(fields.get("chip"), problem.family, shape["schedule"])
+        return cls.from_fields(problem, schedule, fields)
 
     @classmethod
     def from_fields(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 if TYPE_CHECKING:
     from metalgen.config import AttentionConfig
     from metalgen.database.measurement import Measurement
+    from metalgen.families import Schedule
     from metalgen.problem import Problem
-    from metalgen.schedule import Schedule
 
 
 @dataclass(frozen=True)

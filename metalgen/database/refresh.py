@@ -26,8 +26,8 @@ from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, T
 from metalgen.database.store import Store, explained
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
+from metalgen.languages import LANGUAGES
 from metalgen.problem import Problem
-from metalgen.targets import TARGETS
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _target_of(chip: str) -> str:
     from metalgen.chips import get_chip
 
     try:
-        return get_chip(chip).limits.target
+        return get_chip(chip).limits.language
     except MetalgenError:
         return "metal"
 
@@ -212,8 +212,8 @@ def _measurements(
         where += " AND problem IN (SELECT id FROM problems WHERE key IN (SELECT value FROM "
         where += "json_each(?)))"
         values.append(json.dumps([problem.key for problem in problems]))
-    done = f"template_hash IN ({', '.join('?' * len(TARGETS))}) AND source_hash <> ''"
-    values += [present.template_hash(target) for target in TARGETS]
+    done = f"template_hash IN ({', '.join('?' * len(LANGUAGES))}) AND source_hash <> ''"
+    values += [present.template_hash(target) for target in LANGUAGES]
     counts.current += store.db.execute(
         f"SELECT count(*) FROM measurements WHERE {where} AND {done}", values
     ).fetchone()[0]

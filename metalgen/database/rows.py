@@ -24,6 +24,7 @@ from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError
 from metalgen.database.layout import STATUSES
 from metalgen.database.measurement import Measurement
+from metalgen.database.schedules import chip_limits, schedule_on
 from metalgen.database.summary import Summary
 from metalgen.database.untrusted import (
     is_database,
@@ -33,8 +34,8 @@ from metalgen.database.untrusted import (
     schema_version,
 )
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
+from metalgen.families import Limits, Schedule, check_schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule, check_schedule
 
 IDENTITY = (
     *("problem", "schedule", "template_hash", "chip", "cores", "device"),
@@ -108,7 +109,11 @@ def row_of_measurement(m: Measurement) -> Row:
 def measurement_of_row(row: Row) -> Measurement:
     """The measurement of a row."""
     fields = dict(zip(COLUMNS[2:], (*row.key[2:], *row[1:]), strict=True))
-    return Measurement(_problem(row.key[0]), _schedule(row.key[1]), **fields)
+    return Measurement(
+        _problem(row.key[0]),
+        _schedule(row.key[1], _problem(row.key[0]).family, fields["chip"]),
+        **fields,
+    )
 
 
 # Joining
@@ -309,7 +314,7 @@ class Reader:
     def _may_be(self, place: tuple[str, str, str]) -> bool:
         config, schedule, chip = place
         family, _, key = config.partition(" ")
-        legal = not _fault(_config(key), family, _schedule(schedule), chip)
+        legal = not _fault(_config(key), _schedule(schedule, family, chip), chip)
         if legal:
             self._remember(self._legal, place)
         return legal
@@ -324,7 +329,9 @@ class Reader:
             raise ValueError("its samples are not text")
         fields["samples"] = json.loads(fields["samples"])
         fields["verified"] = {0: False, 1: True}[fields["verified"]]
-        m = Measurement.from_fields(_problem(problem), _schedule(schedule), fields)
+        m = Measurement.from_fields(
+            _problem(problem), _schedule(schedule, _problem(problem).family, fields["chip"]), fields
+        )
         check(m)
         return self._learned(m)
 
@@ -389,8 +396,8 @@ def _problem(key: str) -> Problem:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _schedule(key: str) -> Schedule:
-    schedule = Schedule.from_dict(parse_object(key))
+def _schedule(key: str, family: str, chip: Any) -> Schedule:
+    schedule = schedule_on(chip, family, parse_object(key))
     if schedule.key != key:
         raise ArgumentError("schedule", "the canonical key of a schedule", key[:80])
     return schedule
@@ -410,30 +417,23 @@ def check(m: Measurement) -> None:
     if m.verified and m.status != "ok":
         raise ArgumentError("verified", "false for a row that is not ok", m.status)
     if m.status == "ok":
-        fault = _fault(m.problem.config, m.problem.family, m.schedule, m.chip)
+        fault = _fault(m.problem.config, m.schedule, m.chip)
         if fault:
             raise InvalidSchedule("schedule", fault)
 
 
-def _fault(config: AttentionConfig, family: str, schedule: Schedule, chip: str) -> str:
+def _fault(config: AttentionConfig, schedule: Schedule, chip: str) -> str:
     try:
-        return _breaks(config, family, schedule, _limits(chip))
+        return _breaks(config, schedule, chip_limits(chip))
     except MetalgenError as error:
         return str(error)
 
 
-@functools.lru_cache(maxsize=1 << 10)
-def _limits(chip: str) -> Limits:
-    from metalgen.chips import get_chip
-
-    return get_chip(chip).limits
-
-
 @functools.lru_cache(maxsize=1 << 16)
-def _breaks(config: AttentionConfig, family: str, schedule: Schedule, limits: Limits) -> str:
+def _breaks(config: AttentionConfig, schedule: Schedule, limits: Limits) -> str:
     """Which rule a schedule breaks; empty where none."""
     try:
-        check_schedule(config, schedule, limits, family)
+        check_schedule(config, schedule, limits)
     except MetalgenError as error:
         return str(error)
     return ""

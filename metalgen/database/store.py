@@ -36,8 +36,8 @@ from metalgen.database.measurement import (
 from metalgen.database.protocol import Check, Run
 from metalgen.database.schema import migrate
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process before the database counts as locked."""

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.errors import DeviceError
-from metalgen.schedule import APPLE, Limits, Schedule
+from metalgen.families import APPLE, Limits, Schedule
 
 Runner = Callable[..., "tuple[mx.array, mx.array | None]"]
 """``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked.
@@ -19,17 +19,17 @@ A `metalgen.inputs.Inputs` follows the scale where the config asks for more arra
 
 
 class Device(abc.ABC):
-    """Executes the kernels of one target.
+    """Executes the kernels of one language.
 
     Attributes:
         name: how users name it.
-        target: the language of the sources that it runs, or None where it runs none.
+        language: name of the language of the sources that it runs, or None where it runs none.
         has_clock: whether its times are worth storing as measured.
         is_gpu: whether it is this machine's GPU, so that MLX's own kernels compete on it.
     """
 
     name: str
-    target: str | None = None
+    language: str | None = None
     has_clock: bool = False
     is_gpu: bool = False
 
@@ -43,7 +43,7 @@ class Device(abc.ABC):
         """Why this device cannot be used here; None when it can."""
 
     @abc.abstractmethod
-    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         """A runner of one kernel; lazy where the device is lazy.
 
         Raises:

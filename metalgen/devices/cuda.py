@@ -11,7 +11,7 @@ import mlx.core as mx
 from metalgen.devices.compact import compact
 from metalgen.devices.kernel import KernelDevice, arguments
 from metalgen.devices.marking import Launcher, marking
-from metalgen.schedule import Limits
+from metalgen.families import Limits
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
@@ -28,7 +28,7 @@ class CudaDevice(KernelDevice):
     """This machine's NVIDIA GPU, of compute capability 8.0 or later."""
 
     name = "cuda"
-    target = "cuda"
+    language = "cuda"
     has_clock = True
     is_gpu = True
     most_groups = 65535  # CUDA C++ Programming Guide: y- and z-dimension of a grid

@@ -12,26 +12,22 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
-from metalgen.devices.launch import Launch, attention_launches
 from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
+from metalgen.families import Schedule, check_schedule, get_family
+from metalgen.families.launch import Launch
 from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
-from metalgen.schedule import Schedule, check_schedule
-from metalgen.targets import TARGETS, Target
+from metalgen.languages import Language, get_language
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource
 
 
-METAL_BUFFERS = 31
-"""Buffers that a Metal kernel may bind (Metal feature set tables: buffers per stage)."""
-
-
 class KernelDevice(Device):
-    """A device of a target: a subclass says how MLX compiles its sources."""
+    """A device of a language: a subclass says how MLX compiles its sources."""
 
-    target: str
+    language: str
     most_groups: int = (1 << 31) - 1
     """Threadgroups of one dispatch along y (heads) and along z (batch entries)."""
 
@@ -46,19 +42,18 @@ class KernelDevice(Device):
         """A number as an array that kernels take, which need not be made at every call."""
         return _number(x)
 
-    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         from metalgen.render import render  # brings Jinja, which a look-up does without
 
-        check_schedule(config, schedule, self.limits, family)
-        facts = TARGETS[self.target]
-        source = render(config, schedule, self.target, family)
-        if self.target == "metal":
-            check_buffers(source)
+        check_schedule(config, schedule, self.limits)
+        family, language = get_family(schedule.family), get_language(self.language)
+        source = render(config, schedule)
+        check_buffers(source, language)
         kernel = self.compile(source)
-        join = self._combine(config, schedule) if schedule.joined > 1 else None
+        merge = self._merge(config, schedule)
         count, threads = len(source.outputs), (source.threads, 1, 1)
         # A threadgroup along y serves a head, or in decode a KV head, and a share of the values.
-        per_kv_head = schedule.value_parts * (1 if family == "decode" else config.heads_per_kv)
+        per_kv_head = schedule.value_parts * (1 if family.few_rows else config.heads_per_kv)
         most_kv_heads = max(1, self.most_groups // per_kv_head)
 
         @functools.lru_cache(maxsize=64)
@@ -67,12 +62,12 @@ class KernelDevice(Device):
         ) -> list[tuple[Launch, list[mx.array], dict[str, Any]]]:
             """Each dispatch of a call of these sizes, its own input, and the kernel's arguments."""
             found = []
-            for launch in attention_launches(
-                config, schedule, family, shape, keys, sequences, self.most_groups
+            for launch in family.launches(
+                config, schedule, shape, keys, sequences, self.most_groups
             ):
                 shapes = [(*launch.shape, config.v_dim), launch.shape]
                 dtypes = [dtype, mx.float32]
-                if join:
+                if merge:
                     dtypes[0] = mx.float32
                     shapes = [(launch.splits, *own) for own in shapes]
                 x, y, z = launch.groups
@@ -99,16 +94,16 @@ class KernelDevice(Device):
                 return run_in_pieces(run, config, *limits, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
             exponents = self.number(scale * math.log2(math.e))  # of 2
-            bound = [*(_rows(x, facts) for x in (q, k, v)), exponents]
+            bound = [*(_rows(x, language) for x in (q, k, v)), exponents]
             if inputs is not NOTHING:
-                bound += _more(config, source, schedule, shape, k, inputs, facts)
+                bound += _more(config, source, schedule, shape, k, inputs, language)
             keys = key_places(config, k, inputs)
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
             found = []
             launches = dispatches(shape[:3], keys, sequences, q.dtype)
             for _, start, arguments in launches:
                 outputs = kernel(inputs=bound + start, **arguments)
-                found.append(join(outputs[0], outputs[1], q.dtype) if join else outputs)
+                found.append(merge(outputs[0], outputs[1], q.dtype) if merge else outputs)
             outputs = found[0]
             if len(found) > 1:
                 outputs = _joined(found, launches[0][0], *shape[:3])
@@ -116,13 +111,17 @@ class KernelDevice(Device):
 
         return run
 
-    def _combine(
+    def _merge(
         self, config: AttentionConfig, schedule: Schedule
-    ) -> Callable[[mx.array, mx.array, mx.Dtype], list[mx.array]]:
-        """The kernel that joins the outputs of several splits."""
+    ) -> Callable[[mx.array, mx.array, mx.Dtype], list[mx.array]] | None:
+        """The kernel that merges partial outputs; None where a call leaves whole ones."""
         from metalgen.render import render
 
-        source = render(config, schedule, self.target, "combine")
+        steps = get_family(schedule.family).steps(schedule)
+        merging = next((step for step in steps if step.merges), None)
+        if merging is None:
+            return None
+        source = render(config, schedule, merging)
         kernel = self.compile(source)
 
         def run(parts: mx.array, part_lse: mx.array, dtype: mx.Dtype) -> list[mx.array]:
@@ -146,7 +145,7 @@ def _more(
     shape: tuple[int, ...],
     k: mx.array,
     inputs: Inputs,
-    facts: Target,
+    language: Language,
 ) -> list[mx.array]:
     """A kernel's inputs beside q, k, v and the scale."""
     bound = []
@@ -159,15 +158,15 @@ def _more(
             whole = (*shape[:3], key_places(config, k, inputs))
             bound.append(mx.broadcast_to(array, whole))
         elif name.endswith(("_scales", "_biases")):
-            bound.append(_rows(array, facts))
+            bound.append(_rows(array, language))
         else:
             bound.append(mx.contiguous(array))
     return bound
 
 
-def _rows(x: mx.array, facts: Target) -> mx.array:
-    """An array of rows (of Q, keys, or what belongs to keys) as a target's kernels take it."""
-    if not facts.bytes:
+def _rows(x: mx.array, language: Language) -> mx.array:
+    """An array of rows (of Q, keys, or what belongs to keys) as a language's kernels take it."""
+    if not language.byte_rows:
         return x
     x = x.view(mx.uint8)
     # MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie.
@@ -207,8 +206,8 @@ def _joined(
     return outputs
 
 
-def check_buffers(source: KernelSource) -> None:
-    """Whether a Metal kernel's arrays, shapes and strides can all be bound.
+def check_buffers(source: KernelSource, language: Language) -> None:
+    """Whether a kernel's arrays, shapes and strides can all be bound in a language.
 
     Raises:
         InvalidSchedule: they cannot; so it is when nearly all features come at once.
@@ -216,8 +215,9 @@ def check_buffers(source: KernelSource) -> None:
     buffers = len(source.inputs) + len(source.outputs)
     for name in source.inputs:
         buffers += sum(f"{name}_{fact}" in source.source for fact in ("shape", "strides"))
-    if buffers > METAL_BUFFERS:
-        detail = f"the kernel binds {buffers}, and Metal has {METAL_BUFFERS}: too many features"
+    most = language.most_buffers
+    if most is not None and buffers > most:
+        detail = f"the kernel binds {buffers}, and {language.label} has {most}: too many features"
         raise InvalidSchedule("buffers", detail)
 
 

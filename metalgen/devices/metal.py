@@ -17,7 +17,7 @@ class MetalDevice(KernelDevice):
     """This machine's Apple GPU."""
 
     name = "metal"
-    target = "metal"
+    language = "metal"
     has_clock = True
     is_gpu = True
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 
 from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
+from metalgen.families import Schedule
 from metalgen.inputs import NOTHING, Inputs
 from metalgen.reference import attention_mlx, config_features
-from metalgen.schedule import Schedule
 
 
 class ReferenceDevice(Device):
@@ -19,9 +19,7 @@ class ReferenceDevice(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(
-        self, config: AttentionConfig, schedule: Schedule | None = None, family: str = "forward"
-    ) -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
         features = config_features(config)
 
         def run(

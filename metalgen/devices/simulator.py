@@ -16,7 +16,7 @@ class SimulatorDevice(KernelDevice):
     """Runs the very source that a Mac would compile; eager, right, and no measure of speed."""
 
     name = "simulator"
-    target = "metal"
+    language = "metal"
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("ziglang") is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from metalgen._version import __version__
 from metalgen.database.measurement import now
+from metalgen.families import Schedule
 from metalgen.plurals import counted
 from metalgen.report import charts
 from metalgen.report.results import (
@@ -28,11 +29,12 @@ from metalgen.report.results import (
 )
 from metalgen.report.sources import Sources, policy_words
 from metalgen.report.writing import check_target, write_whole
-from metalgen.schedule import CHOICES, Schedule
+from metalgen.schedules import all_knobs
 
 OPEN = 3
 """Up to so many results of a kind are unfolded from the start."""
-SELDOM = tuple(CHOICES)[tuple(CHOICES).index("fragment") + 1 :]
+KNOBS = all_knobs()
+SELDOM = tuple(KNOBS)[tuple(KNOBS).index("fragment") + 1 :]
 """Fields of a schedule that nearly always have their defaults."""
 MOST_RESULTS = 400
 """Results of one page, in their order; the rest is counted."""
@@ -195,9 +197,9 @@ def _fields(r: Result) -> list[tuple[str, str, str]]:
     both = [s for s in (mine, default) if s]
     return [
         (name, str(getattr(mine, name)), str(getattr(default, name)) if default else "unknown")
-        for name in CHOICES
+        for name, knob in mine.knobs.items()
         # What is seldom chosen is told only where it was.
-        if name not in SELDOM or any(getattr(s, name) != getattr(Schedule, name) for s in both)
+        if name not in SELDOM or any(getattr(s, name) != knob.default for s in both)
     ]
 
 

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import MetalgenError
+from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
-from metalgen.schedule import CHOICES, Schedule, default_schedule
+from metalgen.schedules import all_knobs
 from metalgen.source_hash import present_templates
 
 LEAST_ROWS = 20
 """Times below which no parameter is called important."""
 MOST_ROWS = 1000
 """Times from which importance is reckoned."""
-PARAMETERS = tuple(name for name in CHOICES if name != "bq")
+PARAMETERS = tuple(name for name in all_knobs() if name != "bq")
 """Fields of a schedule that are free: ``bq`` follows from the rows that the simdgroups own."""
 PREDICTED = 24
 """Modelled results whose whole space is predicted for a report; each takes half a second."""
@@ -130,9 +131,9 @@ class Result:
 
     def _predicted(self) -> dict[Schedule, float] | None:
         from metalgen.chips import get_chip
+        from metalgen.families import enumerate_valid
         from metalgen.tuning.modelled import model_version
         from metalgen.tuning.search import rank
-        from metalgen.tuning.space import enumerate_valid
 
         try:
             if json.loads(self.policy)["model"] != model_version():
@@ -302,7 +303,7 @@ def importances(times: Mapping[Schedule, float]) -> list[tuple[str, float]]:
 
     choices: dict[str, list[str]] = {}
     for name in PARAMETERS:  # as texts: what is compared is whether two values are the same
-        values = sorted({getattr(s, name) for s in times})
+        values = sorted({getattr(s, name) for s in times if name in s.knobs})
         if len(values) > 1:
             choices[name] = [str(value) for value in values]
     if not choices:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import MetalgenError
+from metalgen.families import Space, space
 from metalgen.report.results import Result, results
 from metalgen.report.sources import Sources
 from metalgen.report.writing import check_target, replacing
-from metalgen.tuning.space import Space, space
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

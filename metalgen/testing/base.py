@@ -10,7 +10,7 @@ import pytest
 from metalgen import devices
 from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
-from metalgen.targets import TARGETS
+from metalgen.kinds import kinds_in
 
 
 class OnDevice:
@@ -47,6 +47,6 @@ class OnDevice:
 
     def require(self, dtype: str) -> None:
         """Skip the test where the device's target has no kernels of a type."""
-        target = self.device.limits.target
-        if dtype not in TARGETS[target].dtypes:
+        target = self.device.limits.language
+        if dtype not in kinds_in(target)[0].dtypes:
             pytest.skip(f"{target} has no {dtype} kernels")

@@ -18,13 +18,12 @@ import pytest
 from metalgen.config import AttentionConfig
 from metalgen.devices.kernel import KernelDevice
 from metalgen.errors import InvalidSchedule
+from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
+from metalgen.kinds import MMA, SIMDGROUP
 from metalgen.reference import attention_float64, config_features
 from metalgen.render import render
-from metalgen.schedule import Schedule, default_schedule
-from metalgen.targets import CUDA
 from metalgen.testing.base import OnDevice
-from metalgen.tiles import padded
 from metalgen.tuning.verifying import failure_status, first_line
 from metalgen.verify import TOLERANCE, relative_error, verify
 
@@ -36,7 +35,7 @@ def normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> mx.
 
 def schedules_of(config: AttentionConfig) -> dict[str, Schedule]:
     """Schedules that together take every path of the forward template, by what they show."""
-    whole = max(padded(config.head_dim), padded(config.v_dim))
+    whole = SIMDGROUP.widest_row(config, 1)
     plain = Schedule(bq=32, bk=16, bd=whole, simdgroups=2, row_blocks=2)
     direct: dict[str, Any] = {"k_source": "device", "v_source": "device"}
     found = {
@@ -60,10 +59,10 @@ def schedules_of(config: AttentionConfig) -> dict[str, Schedule]:
 
 def cuda_schedules(config: AttentionConfig) -> dict[str, Schedule]:
     """The same for CUDA."""
-    whole = max(padded(config.head_dim, CUDA), padded(config.v_dim, CUDA))
-    plain = Schedule(32, 32, whole, simdgroups=2, q_source="threadgroup")
+    whole = MMA.widest_row(config, 1)
+    plain = Schedule(bq=32, bk=32, bd=whole, simdgroups=2, q_source="threadgroup", kind="mma")
     return {
-        "one simdgroup": Schedule(16, 16, whole, simdgroups=1),
+        "one simdgroup": Schedule(bq=16, bk=16, bd=whole, simdgroups=1, kind="mma"),
         "rows of four blocks": replace(plain, bq=128, row_blocks=4),
         "two buffers": replace(plain, buffers=2),
         "three buffers": replace(plain, buffers=3),
@@ -100,7 +99,7 @@ class DeviceConformance(OnDevice):
 
     def schedules(self, config: AttentionConfig) -> dict[str, Schedule]:
         """Schedules that together take every path of the forward template here."""
-        return schedules_of(config) if self.device.target != "cuda" else cuda_schedules(config)
+        return schedules_of(config) if self.device.language != "cuda" else cuda_schedules(config)
 
     def check(
         self, config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, **options: Any
@@ -256,7 +255,7 @@ class DeviceConformance(OnDevice):
         inputs = Inputs(sinks=mx.array([-cap]))
         q, k, v = (x.astype(getattr(mx, dtype)) for x in (q, k, v))
         schedule = default_schedule(config, self.device.limits, family)
-        run = self.device.build(config, schedule, family)
+        run = self.device.build(config, schedule)
         out, lse = run(q, k, v, 1.0, inputs)
         exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (q, k, v)]
         expected, expected_lse = attention_float64(
@@ -270,7 +269,7 @@ class DeviceConformance(OnDevice):
         config = AttentionConfig(64, "float32", causal=True, tf32=True)
         result = verify(self.device, config, default_schedule(config, self.device.limits))
         assert result.ok, result.detail
-        exact = self.device.target != "cuda"
+        exact = self.device.language != "cuda"
         assert (result.error <= TOLERANCE["float32"]) == exact
 
     def test_nan_stays_in_the_rows_that_see_it(self) -> None:
@@ -300,7 +299,7 @@ class DeviceConformance(OnDevice):
     def test_a_schedule_that_breaks_a_rule_is_refused_when_it_is_built(
         self, rule: str, changes: dict[str, Any]
     ) -> None:
-        if self.device.target is None:
+        if self.device.language is None:
             pytest.skip(f"{self.name} runs no kernels")
         config = AttentionConfig(256, "float32")
         schedule = replace(default_schedule(config, self.device.limits), **changes)
@@ -313,7 +312,7 @@ class DeviceConformance(OnDevice):
             pytest.skip(f"{self.name} compiles nothing")
         config = AttentionConfig(16)
         schedule = default_schedule(config, self.device.limits)
-        source = render(config, schedule, self.device.target)
+        source = render(config, schedule)
         broken = replace(source, name=f"{source.name}_broken", source="  this is no statement;\n")
         kernel = self.device.compile(broken)
         with pytest.raises(RuntimeError) as caught:
@@ -342,7 +341,7 @@ class DeviceConformance(OnDevice):
         schedule = replace(schedule, splits=splits)
         q = normal((2, 6, q_len, 40), dtype, 1)
         k, v = (normal((2, kv_len, 2, 40), dtype, s).swapaxes(1, 2) for s in (2, 3))
-        out, lse = self.device.build(config, schedule, "decode")(q, k, v, 0.2)
+        out, lse = self.device.build(config, schedule)(q, k, v, 0.2)
         exact = [np.array(x.astype(mx.float32), dtype=np.float64) for x in (q, k, v)]
         expected, expected_lse = attention_float64(*exact, scale=0.2, **config_features(config))
         assert out.dtype == q.dtype

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from metalgen.block_mask import create_block_mask
 from metalgen.config import AttentionConfig
 from metalgen.dsl.trace import trace
+from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import PATHS, cuda_schedules, normal, schedules_of
 from metalgen.verify import TOLERANCE, relative_error, verify
@@ -133,7 +133,7 @@ class FunctionConformance(OnDevice):
         if splits:
             schedule = replace(schedule, splits=splits)
         if path is not None:
-            of = schedules_of if self.device.target != "cuda" else cuda_schedules
+            of = schedules_of if self.device.language != "cuda" else cuda_schedules
             found: Schedule | None = of(config).get(path)
             if found is None:
                 pytest.skip(f"{self.name} has no such path for {dtype}")
@@ -144,7 +144,7 @@ class FunctionConformance(OnDevice):
         inputs = Inputs(score.arrays if score else (), mask.arrays if mask else (), given)
         q = normal((batch, HEADS, q_len, 32), dtype, 1)
         k, v = (normal((batch, HEADS // 2, kv_len, 32), dtype, s) for s in (2, 3))
-        out, lse = self.device.build(config, schedule, family)(q, k, v, 0.25, inputs)
+        out, lse = self.device.build(config, schedule)(q, k, v, 0.25, inputs)
         expected, expected_lse = definition(case, q, k, v, 0.25)
         assert relative_error(out, expected) <= TOLERANCE[dtype]
         assert lse is not None

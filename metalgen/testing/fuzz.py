@@ -17,13 +17,12 @@ from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
 from metalgen.errors import ArgumentError, InvalidSchedule
+from metalgen.families import Limits, Schedule, default_schedule, space
 from metalgen.inputs import Inputs, check_call
+from metalgen.kinds import kinds_in
 from metalgen.problem import DECODE_QUERIES
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
-from metalgen.schedule import Limits, Schedule, default_schedule
-from metalgen.targets import TARGETS
-from metalgen.tuning.space import space
 from metalgen.verify import (
     FUNCTION_FACTOR,
     MOST_FOR_FUNCTIONS,
@@ -107,7 +106,7 @@ def made_up(number: int, limits: Limits, *, small: bool = False) -> Case:
     Chosen at random, not by Hypothesis, of whose 1,000 examples only half were different kernels.
     """
     random = Random(number)
-    config = _config(random, limits.target, small)
+    config = _config(random, limits.language, small)
     family = "forward" if config.block_mask else random.choice(("forward", "decode"))
     schedule = _schedule(random, config, limits, family, small)
     q_len = random.randint(1, random.choice((12, 80)) if family == "forward" else 12)
@@ -127,7 +126,7 @@ def _config(random: Random, target: str, small: bool) -> AttentionConfig:
         return random.choice(choices) if random.random() < share else default
 
     fields: dict[str, Any] = {
-        "dtype": random.choice(TARGETS[target].dtypes),
+        "dtype": random.choice(kinds_in(target)[0].dtypes),
         "heads_per_kv": random.choice((1, 1, 2, 3, 8)),
         "causal": random.random() < 0.5,
         "return_lse": random.random() < 0.7,
@@ -236,7 +235,7 @@ def fault(device: Device, case: Case) -> str:
     q, k, v, inputs = case.call()
     scale = config.head_dim**-0.5
     with marked_outputs():
-        out, lse = device.build(config, case.schedule, case.family)(q, k, v, scale, inputs)
+        out, lse = device.build(config, case.schedule)(q, k, v, scale, inputs)
     features = config_features(config) | {"inputs": inputs}
     expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
     if out.dtype != q.dtype or out.shape != expected.shape:

@@ -31,8 +31,8 @@ from metalgen.database.measurement import (
 )
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
+from metalgen.families import Limits, Schedule, check_schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule, check_schedule
 
 Kernel = tuple[str, str, str, str]
 """Family, key of the config, key of the schedule, template hash."""
@@ -352,7 +352,7 @@ def _field(m: Measurement, name: str) -> Any:
 
 def _runs(problem: Problem, schedule: Schedule, limits: Limits) -> bool:
     try:
-        check_schedule(problem.config, schedule, limits, problem.family)
+        check_schedule(problem.config, schedule, limits)
     except InvalidSchedule:
         return False
     return True

@@ -7,8 +7,8 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement, host
+from metalgen.families import APPLE, Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import APPLE, Schedule
 
 HASH = "0123456789abcdef"
 OTHER_HASH = "f" * 16

@@ -14,15 +14,15 @@ from metalgen.database.exchange import Summary
 from metalgen.database.lookup import Hit, lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
+from metalgen.families import Limits, Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Limits
 from metalgen.testing.rows import CHIP, CONFIG, HASH, NEIGHBOURS, PROBLEM, SECOND
 
 NEAR = replace(PROBLEM, kv_len=2048)
 LONGER = replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = replace(PROBLEM, q_len=16384, kv_len=16384)
 DECODE = Problem(CONFIG, 32, 1, 4096)
-SPLIT = replace(SECOND, bq=8, simdgroups=1, splits=4)
+SPLIT = Schedule(bq=8, bk=SECOND.bk, bd=SECOND.bd, simdgroups=1, splits=4, family="decode")
 CHAINED_POLICY = '{"cache":"cold","chained":true}'
 WARM_POLICY = '{"cache":"warm","repetitions":7}'
 

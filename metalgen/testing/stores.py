@@ -26,9 +26,9 @@ from metalgen.database.lookup import Hit
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device
+from metalgen.families import Limits, Schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
-from metalgen.schedule import Limits, Schedule
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import (
     CHIP,

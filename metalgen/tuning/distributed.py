@@ -28,11 +28,10 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.rows import FAULTS, check, row_of_measurement, short
 from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule, Space
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
 from metalgen.tuning.heart import BEAT, Heart
 from metalgen.tuning.search import FAILED, Search
-from metalgen.tuning.space import Space
 from metalgen.tuning.storage import StorageError, explained, masked
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError, MetalgenError
+from metalgen.families import Schedule
 from metalgen.inputs import has_inputs
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
 from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.racing import Race, race
 from metalgen.verify import Verification
@@ -78,9 +78,7 @@ class Executor(abc.ABC):
         """Time finalists, interleaved, until it is settled who wins or the clock says so."""
 
     @abc.abstractmethod
-    def verify(
-        self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
-    ) -> Verification:
+    def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
         """`metalgen.verify.verify` on this executor's device, which `device` is."""
 
     @abc.abstractmethod
@@ -120,7 +118,7 @@ class Here(Executor):
         self.beat = beat
         self.keep = keep
         self._bench: Bench | None = None
-        self._built: dict[tuple[str, str, Schedule], Runner] = {}
+        self._built: dict[tuple[str, Schedule], Runner] = {}
         self._suspect = ""  # what a kernel failed with, which the device may not have survived
 
     def compile(self, problem: Problem, schedule: Schedule) -> None:
@@ -130,13 +128,13 @@ class Here(Executor):
             KernelFailure: the device launched nothing, and said nothing (of a kernel that takes no
                 time at all a search would make much).
         """
-        key = (problem.config.key, problem.family, schedule)
+        key = (problem.config.key, schedule)
         if key in self._built:
             return
         if any(other[:2] != key[:2] for other in self._built):
             self._built.clear()
         with self._watched():
-            runner = self.device.build(problem.config, schedule, problem.family)
+            runner = self.device.build(problem.config, schedule)
             q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
             more = (inputs,) if has_inputs(problem.config) else ()
             with marked_outputs():
@@ -167,13 +165,11 @@ class Here(Executor):
         with self._alone(problem) as bench:
             return race(bench, runners, default.key if default else None, deadline)
 
-    def verify(
-        self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
-    ) -> Verification:
+    def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
         from metalgen.verify import verify
 
         with self._watched():
-            return verify(self.device, config, schedule, family=family)
+            return verify(self.device, config, schedule)
 
     def close(self) -> None:
         self._bench = None
@@ -181,7 +177,7 @@ class Here(Executor):
 
     def _runner(self, problem: Problem, schedule: Schedule) -> Runner:
         self.compile(problem, schedule)
-        return self._built[problem.config.key, problem.family, schedule]
+        return self._built[problem.config.key, schedule]
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:

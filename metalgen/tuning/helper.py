@@ -76,8 +76,7 @@ def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]
 
     try:
         if operation == "check":
-            config, schedule, family = arguments
-            return "done", here.verify(here.device, config, schedule, family=family)
+            return "done", here.verify(here.device, *arguments)
         return "done", getattr(here, operation)(*arguments)
     except NoRoom as error:
         return "no room", str(error)

@@ -27,8 +27,8 @@ from metalgen.arguments import as_integer, as_number
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
+from metalgen.families import Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
 from metalgen.tuning.executing import Executor, KernelFailure, NoRoom
 from metalgen.tuning.helper import BEAT, serve
 from metalgen.tuning.measure import Policy, Timing
@@ -54,8 +54,8 @@ END_SECONDS = 10.0
 LIMITED = {"compile": "compiling it", "check": "its check"}
 """What took too long, in words."""
 
-Kernel = tuple[str, str, Schedule]
-"""What a helper compiles once: config, family, schedule."""
+Kernel = tuple[str, Schedule]
+"""What a helper compiles once: the key of a config, and a schedule."""
 
 
 @dataclass
@@ -211,13 +211,11 @@ class Helpers(Executor):
             self.deadline = budget
         return found
 
-    def verify(
-        self, device: Device, config: AttentionConfig, schedule: Schedule, *, family: str
-    ) -> Verification:
+    def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
         """Check a kernel in a helper."""
-        kernel = (config.key, family, schedule)
+        kernel = (config.key, schedule)
         helper = self._free(lambda h: kernel in h.compiled)
-        found: Verification = self._do(helper, "check", (config, schedule, family), kernel)
+        found: Verification = self._do(helper, "check", (config, schedule), kernel)
         return found
 
     def close(self) -> None:
@@ -430,7 +428,7 @@ class Helpers(Executor):
 
 
 def _kernel(problem: Problem, schedule: Schedule) -> Kernel:
-    return problem.config.key, problem.family, schedule
+    return problem.config.key, schedule
 
 
 def _how_it_ended(helper: Helper) -> str:

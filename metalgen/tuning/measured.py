@@ -15,7 +15,7 @@ from typing import Any
 from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
-from metalgen.schedule import Limits, Schedule
+from metalgen.families import Limits, Schedule
 from metalgen.tuning.ahead import Ahead, Asks
 from metalgen.tuning.executing import Executor
 from metalgen.tuning.measure import Policy
@@ -228,7 +228,7 @@ class MeasuredSession(Session):
         for row in ran:
             if len(finalists) == FINALISTS or len(rejected) == CHECKS_A_PROBLEM:
                 break
-            check = self.checker.check(self.problem.config, row.schedule, self.problem.family)
+            check = self.checker.check(self.problem.config, row.schedule)
             if check.ok:
                 finalists.append(row.schedule)
             else:
@@ -239,7 +239,7 @@ class MeasuredSession(Session):
         self.show(phase="finals")
         known = {*finalists, *(r.schedule for r in rejected)}
         if any(m.schedule == self.default for m in ran) and self.default not in known:
-            check = self.checker.check(self.problem.config, self.default, self.problem.family)
+            check = self.checker.check(self.problem.config, self.default)
             if check.ok:
                 finalists.append(self.default)
             else:  # wrong figures are nothing to compare with
@@ -297,7 +297,7 @@ class MeasuredSession(Session):
                 samples=race.timings[schedule.key].samples,
                 default_seconds=default,
                 mlx_seconds=own.median if own else None,
-                error=self.checker.error(self.problem.config, schedule, self.problem.family),
+                error=self.checker.error(self.problem.config, schedule),
                 detail=race.reservation(schedule.key),
             )
             for schedule in schedules

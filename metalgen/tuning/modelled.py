@@ -13,7 +13,7 @@ from pathlib import Path
 
 from metalgen.chips.counts import covers, forward_counts
 from metalgen.database.measurement import Measurement
-from metalgen.schedule import Limits, Schedule
+from metalgen.families import Limits, Schedule
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search import Search, rank
 from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
@@ -136,7 +136,7 @@ class ModelledSession(Session):
         rejected: list[Rejected] = []
         for row in rows:
             try:
-                check = self.checker.check(self.problem.config, row.schedule, self.problem.family)
+                check = self.checker.check(self.problem.config, row.schedule)
             except CannotCheck as error:
                 return None, rejected, f"not checked: {first_line(error)}"
             if check.ok:

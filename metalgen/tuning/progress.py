@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from metalgen.database.measurement import Measurement
+from metalgen.families import Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
 
 
 @dataclass

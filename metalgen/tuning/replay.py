@@ -18,7 +18,7 @@ from typing import Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError, MetalgenError
-from metalgen.tuning.space import Parameter
+from metalgen.families import Parameter
 
 MAX_BYTES = 1 << 28
 """Bytes of the largest recording that is read, unpacked."""
@@ -99,28 +99,35 @@ def _text(path: Path) -> str:
 
 def _ours(path: Path) -> list[Recording]:
     from metalgen.chips import get_chip
-    from metalgen.schedule import CHOICES, default_schedule
+    from metalgen.families import default_schedule
 
     groups: dict[tuple[str, str, str, str], dict[Entry, float | None]] = {}
     starts: dict[tuple[str, str, str, str], Entry] = {}
-    names = [name for name in CHOICES if name not in ("bq", "math_mode")]
+    names: dict[tuple[str, str, str, str], list[str]] = {}
     for number, line in enumerate(_text(path).splitlines(), 1):
         try:
             m = Measurement.from_line(line)
         except MetalgenError as error:
             raise ArgumentError("spaces", f"records in {path.name}:{number}", str(error)) from error
-        if m.phase != "search" or m.provenance != "measured" or m.schedule.math_mode != "safe":
+        if (
+            m.phase != "search"
+            or m.provenance != "measured"
+            or getattr(m.schedule, "math_mode", "safe") != "safe"
+        ):
             continue
         key = (str(m.problem), m.chip, m.problem.family, m.template_hash)
-        entry = tuple(getattr(m.schedule, name) for name in names)
+        own = names.setdefault(
+            key, [name for name in m.schedule.knobs if name not in ("bq", "math_mode")]
+        )
+        entry = tuple(getattr(m.schedule, name) for name in own)
         groups.setdefault(key, {})[entry] = m.seconds if m.status == "ok" else None
         if key not in starts:
             problem = m.problem
             default = default_schedule(problem.config, get_chip(m.chip).limits, problem.family)
-            starts[key] = tuple(getattr(default, name) for name in names)
+            starts[key] = tuple(getattr(default, name) for name in own)
     return [
-        _recording(group, chip, names, times, starts.get((group, chip, family, versions)), family)
-        for (group, chip, family, versions), times in groups.items()
+        _recording(key[0], key[1], names[key], times, starts.get(key), key[2])
+        for key, times in groups.items()
     ]
 
 

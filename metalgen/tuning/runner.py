@@ -93,7 +93,7 @@ def tune(
             "store", "an SQLite database, into which others' rows are merged", store
         )
     executing = checker or device
-    versions = template_hash("forward", (executing.target if executing else None) or "metal")
+    versions = template_hash("forward", (executing.language if executing else None) or "metal")
     start = clock()
     report = Report("", chip.name, "measured" if device else "modelled", versions)
     deadline = math.inf if budget is None else start + budget

@@ -14,9 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from metalgen.errors import ArgumentError
+from metalgen.families import Parameter, Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule
-from metalgen.tuning.space import Parameter
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
+from metalgen.families import Limits, Schedule, Space, default_schedule, enumerate_valid, space
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.tuning.executing import NoRoom
 from metalgen.tuning.measure import Clock
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
-from metalgen.tuning.space import Space, enumerate_valid, space
 from metalgen.tuning.verifying import Checker, first_line
 
 if TYPE_CHECKING:
@@ -146,9 +145,7 @@ class Session(abc.ABC):
             "problem": self.problem,
             "schedule": schedule,
             "template_hash": self.report.template_hash,
-            "source_hash": self.checker.source_hash(
-                self.problem.config, schedule, self.problem.family
-            ),
+            "source_hash": self.checker.source_hash(self.problem.config, schedule),
             "chip": self.chip.name,
             "cores": self.chip.cores,
             "device": device,

@@ -12,7 +12,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
-from metalgen.schedule import Schedule
+from metalgen.families import Schedule
 from metalgen.tuning.ahead import Asks
 from metalgen.tuning.distributed import Share, SharedStudy
 from metalgen.tuning.measured import MeasuredSession

@@ -8,10 +8,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from metalgen.config import AttentionConfig
+from metalgen.families import Limits, Schedule
+from metalgen.kinds import get_kind
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule
-from metalgen.targets import TARGETS
-from metalgen.tiles import padded
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -78,10 +77,8 @@ def translated(
     schedule: Schedule, source: AttentionConfig, config: AttentionConfig, limits: Limits
 ) -> Schedule:
     """A schedule of one config for another: a head-dimension block stays whole, or fits."""
-    target = TARGETS[limits.target]
-    here, there = (
-        max(padded(c.head_dim, target), padded(c.v_dim, target)) for c in (config, source)
-    )
+    kind = get_kind(schedule.kind)
+    here, there = (kind.widest_row(c, 1) for c in (config, source))
     return dataclasses.replace(
         schedule, bd=here if schedule.bd == there else min(schedule.bd, here)
     )

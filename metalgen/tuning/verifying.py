@@ -10,12 +10,12 @@ from metalgen.config import AttentionConfig
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.schedule import Schedule
+from metalgen.families import Schedule
 from metalgen.tuning.executing import KernelFailure, NoRoom
 from metalgen.verify import Verification, of_compiler
 
 Verify = Callable[..., Verification]
-"""``verify(device, config, schedule, *, family)``, as `metalgen.verify.verify`."""
+"""``verify(device, config, schedule)``, as `metalgen.verify.verify`."""
 
 
 class CannotCheck(MetalgenError):
@@ -90,44 +90,37 @@ class Checker:
         self.device = device
         self.template_hash = template_hash
         self._verify = verify
-        self.target = (device.target if device else None) or "metal"
         self.checked = 0
 
-    def source_hash(
-        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
-    ) -> str:
-        """What a kernel is, on the device or the target of a chip model; empty if it is none."""
+    def source_hash(self, config: AttentionConfig, schedule: Schedule) -> str:
+        """What a kernel is; empty if it is none."""
         from metalgen.source_hash import source_hash
 
         try:
-            return source_hash(config, schedule, self.target, family)
+            return source_hash(config, schedule)
         except MetalgenError:
             return ""
 
-    def known(
-        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
-    ) -> Check | None:
+    def known(self, config: AttentionConfig, schedule: Schedule) -> Check | None:
         """The check on record: a failed one on any device, else one on this device, or None."""
         kernel = (config, schedule, self.template_hash)
-        found = self.store.find_check(*kernel, family=family)
+        found = self.store.find_check(*kernel, family=schedule.family)
         if found is None or not found.ok or self.device is None or not self.device.is_gpu:
             return found
-        return self.store.find_check(*kernel, self.device.name, family=family)
+        return self.store.find_check(*kernel, self.device.name, family=schedule.family)
 
-    def error(
-        self, config: AttentionConfig, schedule: Schedule, family: str = "forward"
-    ) -> float | None:
+    def error(self, config: AttentionConfig, schedule: Schedule) -> float | None:
         """The relative error that is on record of a kernel."""
-        found = self.known(config, schedule, family)
+        found = self.known(config, schedule)
         return found.error if found else None
 
-    def check(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Check:
+    def check(self, config: AttentionConfig, schedule: Schedule) -> Check:
         """The check of a kernel: the one on record, or a new one, which is recorded.
 
         Raises:
             CannotCheck: there is none on record and the device cannot make one.
         """
-        found = self.known(config, schedule, family)
+        found = self.known(config, schedule)
         if found is not None:
             return found
         if self.device is None:
@@ -135,7 +128,7 @@ class Checker:
         error = tolerance = None
         shape = detail = ""
         try:
-            result = self._run(config, schedule, family)
+            result = self._run(config, schedule)
         except (MetalgenError, RuntimeError, ValueError, MemoryError) as problem:
             status, detail = failure_status(problem), first_line(problem)
             if no_memory(problem):  # a check is small: something else took it all
@@ -155,11 +148,11 @@ class Checker:
             tolerance=tolerance,
             shape=shape,
             detail=detail,
-            family=family,
-            source_hash=self.source_hash(config, schedule, family),
+            family=schedule.family,
+            source_hash=self.source_hash(config, schedule),
         )
         found = self.store.find_check(
-            config, schedule, self.template_hash, self.device.name, family=family
+            config, schedule, self.template_hash, self.device.name, family=schedule.family
         )
         assert found is not None
         return found
@@ -172,6 +165,6 @@ class Checker:
 
         return verify
 
-    def _run(self, config: AttentionConfig, schedule: Schedule, family: str) -> Verification:
+    def _run(self, config: AttentionConfig, schedule: Schedule) -> Verification:
         assert self.device is not None
-        return self._function(self.device, config, schedule, family=family)
+        return self._function(self.device, config, schedule)

@@ -11,7 +11,7 @@ from metalgen.chips import detect as detect_this_machine
 from metalgen.chips.detection import identify
 from metalgen.chips.facts import NVIDIA_CHIPS
 from metalgen.devices.cuda import CudaDevice
-from metalgen.schedule import Limits
+from metalgen.families import Limits
 
 # Core counts as Apple sells them: the full chip first.
 SOLD = {

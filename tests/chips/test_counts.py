@@ -18,7 +18,7 @@ from metalgen.chips.counts import (
 )
 from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
-from metalgen.schedule import Limits, Schedule, default_schedule, threadgroup_bytes
+from metalgen.families import Limits, Schedule, default_schedule, threadgroup_bytes
 
 
 @given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))
@@ -150,7 +150,14 @@ def test_queries_before_the_first_key_make_no_pass() -> None:
 def test_a_decode_launch_counts_as_by_hand() -> None:
     config = AttentionConfig(64, heads_per_kv=4, causal=True, window_left=40)
     schedule = Schedule(
-        bq=8, bk=8, bd=64, simdgroups=1, k_source="device", v_source="device", splits=2
+        bq=8,
+        bk=8,
+        bd=64,
+        simdgroups=1,
+        k_source="device",
+        v_source="device",
+        splits=2,
+        family="decode",
     )
     # 2 KV heads, 3 queries each of 4 heads: 12 rows in 2 tiles, each in 2 splits. The first query
     # stands beside key 97 of 100 and sees keys from 57 on; passes begin at key 56: 44 keys, 6

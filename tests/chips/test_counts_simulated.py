@@ -19,8 +19,7 @@ from metalgen.chips.counts import (
 )
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
-from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.space import enumerate_valid
+from metalgen.families import Schedule, default_schedule, enumerate_valid
 
 HEAD_DIMS = ((64, None), (128, None), (80, None), (20, 9), (33, 64), (8, 8), (48, 72), (256, None))
 NARROW = ((8, 8), (16, 40), (20, 9), (33, 24), (24, None), (40, 16))
@@ -61,7 +60,7 @@ def simulated(
     q = mx.ones((2, heads, q_len, config.head_dim), dtype)
     k = mx.ones((2, kv_heads, kv_len, config.head_dim), dtype)
     v = mx.ones((2, kv_heads, kv_len, config.v_dim), dtype)
-    kernel = get_device("simulator").build(config, schedule, family)
+    kernel = get_device("simulator").build(config, schedule)
     with simulator.record(checked=True) as runs:
         out, lse = kernel(q, k, v, 0.125)
         mx.eval(out if lse is None else (out, lse))

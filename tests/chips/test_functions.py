@@ -15,8 +15,8 @@ from metalgen.chips.work import forward_work
 from metalgen.config import AttentionConfig
 from metalgen.dsl.operations import ARITY
 from metalgen.dsl.trace import trace
+from metalgen.families import default_schedule
 from metalgen.problem import Problem
-from metalgen.schedule import default_schedule
 
 PLAIN = AttentionConfig(64)
 SLOPES = mx.ones((8,))

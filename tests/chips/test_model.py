@@ -14,9 +14,8 @@ from metalgen.chips.counts import combine_counts, forward_counts, pass_sums
 from metalgen.chips.model import estimate, predict, predict_sizes, resident_groups
 from metalgen.chips.work import Work, combine_work
 from metalgen.config import AttentionConfig
+from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.space import enumerate_valid
 
 M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]

@@ -19,8 +19,8 @@ from metalgen.cli.app import COMMANDS, run
 from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule, default_schedule
 from metalgen.render import render, template_hash
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.presets import preset
 from metalgen.tuning.runner import tune
 from metalgen.verify import Verification

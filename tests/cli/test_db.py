@@ -16,9 +16,9 @@ from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
+from metalgen.families import Schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
-from metalgen.schedule import Schedule
 from metalgen.source_hash import source_hash
 
 CONFIG = AttentionConfig(head_dim=64)

@@ -10,8 +10,8 @@ import pytest
 
 from metalgen.cli.app import run
 from metalgen.config import AttentionConfig
+from metalgen.families import DECODE, Schedule, default_schedule
 from metalgen.render import render
-from metalgen.schedule import Schedule, default_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def test_few_queries_render_the_decode_kernel_and_the_one_that_joins_its_splits(
 ) -> None:
     config = AttentionConfig(128, heads_per_kv=4)
     schedule = default_schedule(config, family="decode")
-    sources = [render(config, schedule, "metal", name) for name in ("decode", "combine")]
+    sources = [render(config, schedule, step) for step in DECODE.steps(schedule)]
     options = "render --head-dim 128 --heads-per-kv 4 --q-len 1 --kv-len 4096".split()
     found = document(capsys, *options)
     assert (found["family"], found["source"]) == ("decode", sources[0].source)

@@ -21,8 +21,8 @@ import numpy as np
 
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
+from metalgen.families import Limits
 from metalgen.render import KernelSource
-from metalgen.schedule import Limits
 from metalgen.simulator.compiler import toolchain
 
 TYPES = {

@@ -13,9 +13,9 @@ from emulated_cuda import EmulatedCuda
 
 from metalgen import plan_cuda
 from metalgen.config import AttentionConfig
+from metalgen.families import default_schedule
 from metalgen.inputs import Inputs
 from metalgen.render import KernelSource
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.testing.features import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up
 
@@ -55,11 +55,13 @@ def gpu() -> EmulatedCuda:
 def case_of(config: AttentionConfig, family: str = "forward", **sizes: Any) -> Case:
     """A case of the default schedule, with a schedule's fields changed."""
     case = default_case(config, EmulatedCuda().limits, family)
-    fields = {n: sizes.pop(n) for n in list(sizes) if n in Schedule.__dataclass_fields__}
-    if "simdgroups" in fields:
+    knobs = case.schedule.knobs
+    fields = {n: sizes.pop(n) for n in list(sizes) if n in knobs}
+    if "simdgroups" in fields and "key_simdgroups" in knobs:
         fields = {"key_simdgroups": 1} | fields
     schedule = replace(case.schedule, **fields)
-    rows = 16 * schedule.row_blocks * schedule.simdgroups // schedule.key_simdgroups
+    sharing = getattr(schedule, "key_simdgroups", 1)
+    rows = 16 * schedule.row_blocks * schedule.simdgroups // sharing
     return replace(case, schedule=replace(schedule, bq=rows), **sizes)
 
 
@@ -69,7 +71,7 @@ def test_features_of_quantized_keys(gpu: EmulatedCuda, name: str, way: str) -> N
     dtype = DTYPES[(QUANTIZED.index(name) + list(WAYS).index(way)) % len(DTYPES)]
     config = AttentionConfig(64, dtype, heads_per_kv=2, return_lse=True, **FEATURES[name])
     family, splits = WAYS[way]
-    case = case_of(config, family, splits=splits)
+    case = case_of(config, family, **({"splits": splits} if family == "decode" else {}))
     assert not (wrong := fault(gpu, case)), f"{wrong}\n{case}"
 
 
@@ -153,7 +155,7 @@ def test_levels_times_scale_plus_bias_are_rounded_once(
         key_simdgroups=1,
         bq=16 * simdgroups,
     )
-    out, _ = gpu.build(config, schedule, "decode")(q, words, words, 1.0, inputs)
+    out, _ = gpu.build(config, schedule)(q, words, words, 1.0, inputs)
     levels = np.array(words)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)
     scale, bias = (np.repeat(np.array(x.astype(mx.float32)), 32, axis=3) for x in (scales, biases))
     exact = scale.astype(np.float64) * levels.reshape(out.shape) + bias
@@ -172,7 +174,7 @@ def test_hostile_tables_and_lengths_read_nothing_else(
     case = case_of(config, "decode", simdgroups=simdgroups)
     q, k, v, _ = case.call()
     for seed in range(3):
-        run = gpu.build(case.config, case.schedule, case.family)
+        run = gpu.build(case.config, case.schedule)
         mx.eval(run(q, k, v, 0.25, hostile(case, seed))[0])  # raises for a read out of bounds
 
 

@@ -15,8 +15,8 @@ from metalgen.database.lookup import Hit, checked, last_chip, lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
+from metalgen.families import Limits, Schedule
 from metalgen.problem import Problem
-from metalgen.schedule import Limits, Schedule
 from metalgen.testing.rows import (
     CHIP,
     CONFIG,

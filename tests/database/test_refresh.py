@@ -26,17 +26,17 @@ from metalgen.database.refresh import (
     refreshed_records,
 )
 from metalgen.database.store import Store
+from metalgen.families import APPLE, Limits, Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.resources import templates_dir, tuning_db_dir
-from metalgen.schedule import APPLE, Limits, Schedule, default_schedule
 from metalgen.source_hash import Present, _source_hash, code_of, source_hash
 from metalgen.testing.fuzz import made_up
 from metalgen.testing.rows import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
 OLD = "f" * 16
 DECODE = Problem(CONFIG, 32, 1, 4096)
-SPLIT = dataclasses.replace(SECOND, bq=8, simdgroups=1, splits=4)
+SPLIT = Schedule(bq=8, bk=SECOND.bk, bd=SECOND.bd, simdgroups=1, splits=4, family="decode")
 
 
 def old(schedule: Schedule = FIRST, **changes: object) -> Measurement:
@@ -93,7 +93,7 @@ def test_a_source_hash_belongs_to_one_kernel() -> None:
     seen |= {
         source_hash(dataclasses.replace(CONFIG, softcap=cap), FIRST) for cap in (None, 30.0, 50.0)
     }
-    seen |= {source_hash(CONFIG, SPLIT, "metal", "decode")}
+    seen |= {source_hash(CONFIG, SPLIT)}
     assert len(seen) == 6
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in seen)
 
@@ -104,7 +104,7 @@ def test_a_source_hash_covers_all_of_a_kernel_but_its_name(
 ) -> None:
     """Of a call's second kernel, too."""
     rendered = metalgen.render.render
-    family, schedule = ("forward", FIRST) if part == "forward" else ("decode", SPLIT)
+    schedule = FIRST if part == "forward" else SPLIT
     changes: dict[str, object] = {
         "name": "another", "header": "int x;", "source": "int x;", "inputs": ("x",),
         "outputs": ("x",), "math_mode": "fast", "threads": 7, "bq": 7, "shared_memory": 7,
@@ -112,13 +112,13 @@ def test_a_source_hash_covers_all_of_a_kernel_but_its_name(
     assert changes.keys() == {f.name for f in dataclasses.fields(metalgen.render.KernelSource)}
 
     def digest(**changed: Any) -> str:
-        def render(config: Any, schedule: Any, target: str, name: str) -> Any:
-            found = rendered(config, schedule, target, name)
-            return dataclasses.replace(found, **changed) if name == part else found
+        def render(config: Any, schedule: Any, step: Any) -> Any:
+            found = rendered(config, schedule, step)
+            return dataclasses.replace(found, **changed) if step.name == part else found
 
         monkeypatch.setattr(metalgen.render, "render", render)
         _source_hash.cache_clear()
-        return source_hash(CONFIG, schedule, family=family)
+        return source_hash(CONFIG, schedule)
 
     plain = digest()
     found = {name: digest(**{name: value}) for name, value in changes.items()}
@@ -147,7 +147,7 @@ def test_an_edit_of_comments_or_spacing_keeps_every_row(
 ) -> None:
     was = template_hash()
     rows = [row(s, template_hash=was, source_hash=source_hash(CONFIG, s)) for s in (FIRST, SECOND)]
-    split = source_hash(CONFIG, SPLIT, "metal", "decode")
+    split = source_hash(CONFIG, SPLIT)
     rows.append(row(SPLIT, problem=DECODE, template_hash=was, source_hash=split))
     edit(templates, name, before, after)
     assert template_hash() != was
@@ -189,8 +189,8 @@ def test_a_kernel_is_the_same_when_its_config_and_schedule_are_read_back(limits:
     for number in range(20):
         case = made_up(number, limits)
         digests = {
-            Present().source_hash(case.family, case.config.key, case.schedule.key, limits.target),
-            source_hash(case.config, case.schedule, limits.target, case.family),
+            Present().source_hash(case.family, case.config.key, case.schedule.key, limits.language),
+            source_hash(case.config, case.schedule, limits.language, case.family),
         }
         assert len(digests) == 1 and None not in digests, case
         seen |= digests
@@ -394,7 +394,7 @@ def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_render
     for path in sorted(tuning_db_dir().glob("*.jsonl")):
         for line in path.read_text().splitlines():
             m = Measurement.from_line(line)
-            target = get_chip(m.chip).limits.target
+            target = get_chip(m.chip).limits.language
             if m.template_hash == template_hash(m.problem.family, target):
                 digest = source_hash(m.problem.config, m.schedule, target, m.problem.family)
                 assert m.source_hash == digest, (path.name, str(m.problem), str(m.schedule))

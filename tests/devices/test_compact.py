@@ -10,8 +10,8 @@ import pytest
 from metalgen.cache.render import render_append
 from metalgen.config import AttentionConfig
 from metalgen.devices.compact import compact
+from metalgen.families import Limits, default_schedule, get_family
 from metalgen.render import KernelSource, render
-from metalgen.schedule import Limits, default_schedule
 from metalgen.source_hash import code_of
 
 LIMITS = Limits(232448, 1024, "cuda")
@@ -24,7 +24,9 @@ CONFIGS = (
 
 def rendered(config: AttentionConfig, family: str) -> KernelSource:
     shape = "decode" if family == "combine" else family
-    return render(config, default_schedule(config, LIMITS, shape), "cuda", family)
+    schedule = default_schedule(config, LIMITS, shape)
+    steps = {step.name: step for step in get_family(shape).steps(schedule)}
+    return render(config, schedule, steps[family])
 
 
 @pytest.mark.parametrize("family", ["forward", "decode", "combine"])

@@ -21,10 +21,9 @@ from metalgen.devices import cuda, default_device, get_device
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
+from metalgen.families import Limits, default_schedule, space
 from metalgen.reference import attention_float64
 from metalgen.render import render
-from metalgen.schedule import Limits, default_schedule
-from metalgen.tuning.space import space
 from metalgen.verify import verify
 
 # MLX has no fused kernel for this width.
@@ -112,7 +111,7 @@ def test_every_config_has_a_default_schedule_on_the_smallest_gpu_that_is_support
             for family in ("forward", "decode"):
                 config = AttentionConfig(head_dim, dtype)
                 default = default_schedule(config, limits, family)
-                source = render(config, default, "cuda", family)
+                source = render(config, default)
                 assert source.shared_memory <= 99 * 1024
                 assert space(config, limits, family).point(default) is not None
 
@@ -138,7 +137,7 @@ def test_a_kernel_keeps_to_the_gpu_that_is_here_whichever_chip_is_asked_for(
     use_cuda(monkeypatch, CudaMachine(AttentionConfig(256)), (8, 6))
     for chip in ("H200", None):
         kernel = metalgen.get_kernel(AttentionConfig(256), q_len=100, device="cuda", chip=chip)
-        source = render(kernel.config, kernel.schedule, "cuda")
+        source = render(kernel.config, kernel.schedule)
         assert source.shared_memory <= 99 * 1024
 
 
@@ -162,7 +161,7 @@ def test_what_a_kernel_is_checked_with_runs_on_the_made_up_machine(
     device = get_device("cuda")
     for family in ("forward", "decode"):
         schedule = default_schedule(CONFIG, device.limits, family)
-        assert verify(device, CONFIG, schedule, family=family).ok
+        assert verify(device, CONFIG, schedule).ok
     kinds = {launch["name"].split("_")[1] for launch in machine.launched}
     assert kinds == {"forward", "decode", "combine"}
     assert all(launch["threads"] <= 256 for launch in machine.launched)
@@ -177,7 +176,7 @@ def test_a_kernel_that_is_never_launched_fails_though_its_memory_holds_the_right
     use_cuda(monkeypatch, CudaMachine(CONFIG, unlaunched=(kernel,)))
     device = get_device("cuda")
     schedule = default_schedule(CONFIG, device.limits, family)
-    result = unmarked(lambda: verify(device, CONFIG, schedule, family=family))
+    result = unmarked(lambda: verify(device, CONFIG, schedule))
     assert not result.ok
     assert result.error == float("inf")
     assert "relative error inf (all of it is NaN, as where nothing is launched)" in result.detail

@@ -14,15 +14,14 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
+from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem import Problem
 from metalgen.render import render
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning import executing
 from metalgen.tuning.executing import Here
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
-from metalgen.tuning.space import enumerate_valid
 from metalgen.tuning.verifying import CannotCheck
 
 CONFIG = AttentionConfig(16)
@@ -63,7 +62,7 @@ def asked(tmp_path: Path) -> list[Schedule]:
 
 
 def name_of(schedule: Schedule) -> str:
-    return render(CONFIG, schedule, "cuda").name
+    return render(CONFIG, schedule).name
 
 
 def by_schedule(store: Store) -> dict[Schedule, Measurement]:
@@ -149,7 +148,7 @@ def test_every_schedule_that_is_tried_fits_the_smallest_gpu_that_is_supported(
     for head_dim in (64, 256):
         config = AttentionConfig(head_dim)
         for schedule in enumerate_valid(config, device.limits)[::7]:
-            source = render(config, schedule, "cuda")
+            source = render(config, schedule)
             assert source.shared_memory <= 99 * 1024
             assert source.threads <= 256
 

@@ -13,8 +13,8 @@ from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.dsl.trace import trace
+from metalgen.families import default_schedule
 from metalgen.samples import sample_call
-from metalgen.schedule import default_schedule
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None,
@@ -52,9 +52,9 @@ def test_pieces_give_the_same_rows_as_one_grid(config: AttentionConfig, family: 
         config, batch=5, kv_heads=5, q_len=7 if family == "decode" else 19, kv_len=37, seed=4
     )
     schedule = default_schedule(config, family=family)
-    whole = get_device("simulator").build(config, schedule, family)(q, k, v, 0.3, inputs)
+    whole = get_device("simulator").build(config, schedule)(q, k, v, 0.3, inputs)
     with simulator.record() as runs:
-        pieces = Narrow().build(config, schedule, family)(q, k, v, 0.3, inputs)
+        pieces = Narrow().build(config, schedule)(q, k, v, 0.3, inputs)
         mx.eval(pieces[0])
     grids = [run.grid for run in runs if "combine" not in run.kernel]
     assert len(grids) > 1

@@ -11,8 +11,8 @@ from metalgen.cache.render import inputs, operands, outputs, render_append
 from metalgen.config import AttentionConfig
 from metalgen.devices import Runner
 from metalgen.devices.reference import ReferenceDevice
+from metalgen.families import Limits, Schedule, check_schedule
 from metalgen.render import render
-from metalgen.schedule import Limits, Schedule, check_schedule
 
 
 def test_every_field_of_a_config_is_used() -> None:
@@ -42,9 +42,7 @@ def test_a_wrong_kernel_is_said_to_be_wrong_and_is_the_exit_code(
     class Wrong(ReferenceDevice):
         """Its results are doubled."""
 
-        def build(
-            self, config: AttentionConfig, schedule: Schedule | None = None, family: str = ""
-        ) -> Runner:
+        def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
             run = super().build(config)
             return lambda *call: (2 * run(*call)[0], run(*call)[1])
 
@@ -90,12 +88,10 @@ def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() 
         target = "cuda"
         limits = Limits(232448, 1024, "cuda")
 
-        def build(
-            self, config: AttentionConfig, schedule: Schedule | None = None, family: str = ""
-        ) -> Runner:
+        def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
             assert schedule is not None
-            check_schedule(config, schedule, self.limits, family)
-            found.append(render(config, schedule, "cuda", family).name)
+            check_schedule(config, schedule, self.limits)
+            found.append(render(config, schedule).name)
             return super().build(config)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
-from metalgen.targets import TARGETS
 
 FOLDER = templates_dir()
 SHARED = sorted([*(FOLDER / "families").iterdir(), *(FOLDER / "features").iterdir()])
@@ -30,7 +30,7 @@ def test_there_are_the_families_and_features_that_are_looked_at() -> None:
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
 def test_no_family_and_no_feature_knows_its_target(path: Path) -> None:
     text = code(path)
-    names = "|".join([*TARGETS, "nvidia", "apple", "warp"])
+    names = "|".join([*LANGUAGES, "nvidia", "apple", "warp"])
     assert re.findall(rf"\b({names})\b", text, re.IGNORECASE) == []
     decided = re.findall(r"\{%-? *(?:el)?if ([^%]*)%\}", text)
     assert [found for found in decided if "target" in found or "limits" in found] == []
@@ -45,6 +45,6 @@ def test_every_target_spells_the_same_operations() -> None:
     """Those that the families and features call; a macro of one library only is its own affair."""
     called = set(re.findall(r"\btile\.(\w+)\(", "".join(map(code, SHARED))))
     assert len(called) > 15
-    for target in TARGETS:
+    for target in LANGUAGES:
         library = (FOLDER / "targets" / target / "tile.jinja").read_text()
         assert called - set(re.findall(r"\{%-? *macro (\w+)\(", library)) == set()

@@ -12,11 +12,13 @@ import dataclasses
 from metalgen import targets
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
-from metalgen.schedule import Schedule
+from metalgen.families import Schedule
 from metalgen.verify import verify
 
 device, config = get_device("cuda"), AttentionConfig(128, "bfloat16")
-wide = Schedule(256, 32, 128, 8, row_blocks=2, q_source="threadgroup", buffers=2)
+wide = Schedule(
+    bq=256, bk=32, bd=128, simdgroups=8, row_blocks=2, q_source="threadgroup", buffers=2, kind="mma"
+)
 assert verify(device, config, wide).ok
 # Twice the threads, as no schedule may have: more than half of a block's registers each.
 targets.TARGETS["cuda"] = dataclasses.replace(targets.CUDA, threads=512)

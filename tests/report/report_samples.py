@@ -11,11 +11,11 @@ from typing import Any
 from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
+from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.report.results import Result, results
 from metalgen.report.sources import read_sources
-from metalgen.schedule import Schedule, default_schedule
 
 CONFIG = AttentionConfig(head_dim=64, causal=True, heads_per_kv=4)
 PROBLEM = Problem(CONFIG, batch_heads=32, q_len=1024, kv_len=1024)

@@ -28,11 +28,11 @@ from report_samples import (
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError
+from metalgen.families import enumerate_valid
 from metalgen.report import charts
 from metalgen.report.page import number, write_report
 from metalgen.report.sources import read_sources
 from metalgen.report.study import write_studies
-from metalgen.tuning.space import enumerate_valid
 
 
 def page_of(folder: Path, *paths: Path) -> Page:

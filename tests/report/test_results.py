@@ -27,12 +27,11 @@ from report_samples import (
 from metalgen.chips import get_chip
 from metalgen.chips.model import predict
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule, enumerate_valid
 from metalgen.report import charts
 from metalgen.report.results import drawn, heat_maps, importances, milestones, steps
 from metalgen.report.sources import Notes, read_sources
-from metalgen.schedule import Schedule
 from metalgen.tuning.modelled import model_version
-from metalgen.tuning.space import enumerate_valid
 
 
 def test_the_winner_is_the_best_checked_final_and_is_compared_within_its_own_race(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 from metalgen import simulator
 from metalgen.config import AttentionConfig
+from metalgen.families import default_schedule
 from metalgen.render import render
-from metalgen.schedule import default_schedule
 from metalgen.simulator import lints
 from metalgen.simulator.api import PREAMBLE, mlx_include_dir
 from metalgen.simulator.lints import HELPER_VARIABLE, NARROWING, RECURSION, UNQUALIFIED

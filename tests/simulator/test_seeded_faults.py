@@ -18,8 +18,8 @@ from metalgen import simulator
 from metalgen.config import AttentionConfig
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
+from metalgen.families import Schedule, default_schedule
 from metalgen.render import KernelSource
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.simulator.errors import ExecutionError
 from metalgen.verify import verify
 

@@ -9,8 +9,8 @@ from tuning_fakes import FakeGpu, FakeVerify
 from metalgen.chips import get_chip
 from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
+from metalgen.families import default_schedule
 from metalgen.problem import Problem
-from metalgen.schedule import default_schedule
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune

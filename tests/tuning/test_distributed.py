@@ -29,13 +29,12 @@ from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
-from metalgen.schedule import Schedule
+from metalgen.families import Schedule, enumerate_valid, space
 from metalgen.tuning import distributed
 from metalgen.tuning.distributed import LOSSES, Share, SharedStudy
 from metalgen.tuning.progress import BudgetSpent, Progress
 from metalgen.tuning.runner import tune
 from metalgen.tuning.search import Search
-from metalgen.tuning.space import enumerate_valid, space
 from metalgen.tuning.storage import StorageError, close_storage, open_storage
 
 TRIALS = 20
@@ -61,7 +60,7 @@ WORKER = textwrap.dedent(
             if stuck_after == len(self.built):
                 print("stuck", schedule.key, flush=True)
                 time.sleep(600)
-            return super().build(config, schedule, family)
+            return super().build(config, schedule)
 
     url, database = sys.argv[2:4]
     stuck_after, trials = int(sys.argv[4]), int(sys.argv[5])

@@ -17,9 +17,9 @@ from metalgen.config import AttentionConfig
 from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
+from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
-from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.tuning import executing, racing
 from metalgen.tuning.measure import Bench
 from metalgen.tuning.measured import MeasuredSession
@@ -44,8 +44,8 @@ def test_a_finalist_that_fails_in_the_race_is_a_row_and_the_others_race_without_
             self.tires, self.left = tires, left
             self.runs: Counter[Schedule] = Counter()
 
-        def build(self, config: AttentionConfig, schedule: Schedule, family: str = "") -> Any:
-            run = super().build(config, schedule, family)
+        def build(self, config: AttentionConfig, schedule: Schedule) -> Any:
+            run = super().build(config, schedule)
 
             def tired(*call: Any) -> Any:
                 self.runs[schedule] += 1

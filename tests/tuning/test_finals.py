@@ -17,9 +17,9 @@ from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, lookup
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
+from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.render import template_hash
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import Outcome
 from metalgen.tuning.racing import Race

@@ -20,14 +20,13 @@ from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError
+from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.executing import KernelFailure, one_at_a_time
 from metalgen.tuning.helpers import Helpers, usual_jobs
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.runner import tune
-from metalgen.tuning.space import enumerate_valid
 
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 VALID = enumerate_valid(SMALL.config)

@@ -15,9 +15,9 @@ from metalgen.config import AttentionConfig
 from metalgen.devices import Runner, get_device
 from metalgen.devices.marking import marking
 from metalgen.errors import ArgumentError
+from metalgen.families import default_schedule
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
-from metalgen.schedule import default_schedule
 from metalgen.tuning.measure import (
     Bench,
     Policy,

@@ -16,11 +16,10 @@ from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
+from metalgen.families import APPLE, Schedule, enumerate_valid
 from metalgen.problem import Problem
-from metalgen.schedule import APPLE, Schedule
 from metalgen.tuning.replay import Recording, read_recordings
 from metalgen.tuning.search import STRATEGIES, Search
-from metalgen.tuning.space import enumerate_valid
 from metalgen.tuning.starts import borrow, borrowed_schedules, related, translated
 
 CACHE = {

@@ -11,10 +11,9 @@ from metalgen.chips import get_chip
 from metalgen.chips.model import predict
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.families import Schedule, default_schedule, enumerate_valid, space
 from metalgen.problem import Problem
-from metalgen.schedule import Schedule, default_schedule
 from metalgen.tuning.search import Search, rank
-from metalgen.tuning.space import enumerate_valid, space
 
 CONFIG = AttentionConfig(head_dim=64)
 SPACE = space(CONFIG)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid
-from metalgen.targets import TARGETS
-from metalgen.tiles import padded
-from metalgen.tuning.space import enumerate_valid, space
+from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid, is_valid, space
+from metalgen.kinds import kinds_in
 
 CONFIGS = [
     AttentionConfig(head_dim=64),
@@ -23,34 +22,29 @@ CONFIGS = [
 
 def brute_force(config: AttentionConfig, limits: Limits) -> set[Schedule]:
     """Every valid schedule of the documented choices, by trying all combinations."""
-    target = TARGETS[limits.target]
-    widest = max(padded(config.head_dim, target), padded(config.v_dim, target))
+    kind = kinds_in(limits.language)[0]
+    widest = max(kind.padded(config.head_dim), kind.padded(config.v_dim))
+    metal = kind.name == "simdgroup"
+    choices: dict[str, Any] = {
+        "row_blocks": (1, 2, 4),
+        "simdgroups": (1, 2, 4, 8, 16),
+        "bk": (8, 16, 32, 64) if metal else (16, 32, 48, 64, 96, 128),
+        "q_source": ("registers", "threadgroup"),
+        "bd": {32, 64, 128, widest, default_schedule(config, limits).bd},
+        "buffers": (1, 2) if metal else (1, 2, 3, 4),
+    }
+    if metal:
+        choices |= {
+            "k_source": ("threadgroup", "device"),
+            "v_source": ("threadgroup", "device"),
+            "load_width": (2, 4, 8),
+            "fragment": ("input", "float32") if config.dtype == "bfloat16" else ("input",),
+        }
     found = set()
-    for blocks, groups, bk, q, k, v, bd, buffers, width, fragment in itertools.product(
-        (1, 2, 4),
-        (1, 2, 4, 8, 16),
-        (16, 32, 48, 64, 96, 128) if target.name == "cuda" else (8, 16, 32, 64),
-        CHOICES["q_source"],
-        CHOICES["k_source"],
-        CHOICES["v_source"],
-        {32, 64, 128, widest, default_schedule(config, limits).bd},
-        range(1, target.buffers + 1),
-        (2, 4, 8),
-        CHOICES["fragment"] if config.dtype == "bfloat16" else ("input",),
-    ):
-        schedule = Schedule(
-            bq=target.row_block * blocks * groups,
-            bk=bk,
-            bd=bd,
-            simdgroups=groups,
-            row_blocks=blocks,
-            q_source=q,
-            k_source=k,
-            v_source=v,
-            buffers=buffers,
-            load_width=width,
-            fragment=fragment,
-        )
+    for values in itertools.product(*choices.values()):
+        point = dict(zip(choices, values, strict=True))
+        rows = kind.row_block * point["row_blocks"] * point["simdgroups"]
+        schedule = Schedule(bq=rows, kind=kind.name, **point)
         if is_valid(config, schedule, limits):
             found.add(schedule)
     return found

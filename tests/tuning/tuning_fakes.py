@@ -13,7 +13,7 @@ import mlx.core as mx
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.simulator import SimulatorDevice
-from metalgen.schedule import Schedule
+from metalgen.families import Schedule
 from metalgen.tuning.executing import NoRoom
 from metalgen.verify import Verification
 
@@ -60,7 +60,7 @@ class FakeGpu(Device):
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         self.built.append(schedule)
         error = self.fails(schedule)
         if error:
@@ -82,9 +82,7 @@ class FakeVerify:
         self.wrong = wrong
         self.asked: list[tuple[AttentionConfig, Schedule]] = []
 
-    def __call__(
-        self, device: Device, config: AttentionConfig, schedule: Schedule, family: str = "forward"
-    ) -> Verification:
+    def __call__(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
         self.asked.append((config, schedule))
         if self.wrong(schedule):
             return Verification(False, 0.5, 1e-3, "Lq=9 Lk=9", "relative error 5e-01")
@@ -125,7 +123,7 @@ class ProcessGpu(Device):
         self._write("start", time.monotonic(), "")
         return self.missing
 
-    def build(self, config: AttentionConfig, schedule: Schedule, family: str = "forward") -> Runner:
+    def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         begin = time.monotonic()
         kind = self.trouble.get(schedule.key, "")
         self._happen(kind, "build")

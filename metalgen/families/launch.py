@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metalgen.config import AttentionConfig
-from metalgen.schedule import Schedule, share
+from metalgen.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,26 @@ class Launch:
     start: tuple[int, int, int] | None = None
 
 
+DETERMINISTIC_KEYS = 16384
+"""Keys over all splits of a deterministic decode: a split has a fixed share of this many, however
+many keys there are."""
+
+
+def split_keys(schedule: Schedule) -> int:
+    """Keys of one split of a deterministic decode: whole tiles."""
+    tiles = -(-DETERMINISTIC_KEYS // (schedule.splits * schedule.bk))
+    return int(tiles * schedule.bk)
+
+
 def attention_launches(
     config: AttentionConfig,
     schedule: Schedule,
-    family: str,
     shape: tuple[int, int, int],
     keys: int,
     sequences: int = 0,
     most_groups: int = (1 << 31) - 1,
+    *,
+    few_rows: bool = False,
 ) -> list[Launch]:
     """The dispatches of a call, in the order of the rows that they compute.
 
@@ -50,15 +62,17 @@ def attention_launches(
         keys: how many keys a sequence has at most.
         sequences: how many packed sequences there are.
         most_groups: threadgroups of a dispatch along y and along z.
+        few_rows: whether a block holds the rows of all heads that share a KV head.
     """
     batch, heads, q_len = shape
-    packed = family == "decode"
-    rows = config.heads_per_kv if packed else 1
+    rows = config.heads_per_kv if few_rows else 1
     columns, parts = heads // rows, schedule.value_parts
-    splits = schedule.splits
+    splits = getattr(schedule, "splits", 1)
+    joined = schedule.partials
     if config.deterministic and splits > 1:
-        splits = -(-keys // share(schedule))
-    joined = splits * schedule.key_simdgroups
+        joined = joined // splits
+        splits = -(-keys // split_keys(schedule))
+        joined *= splits
     if config.varlen:
         blocks = q_len * rows // schedule.bq + sequences + 1
         return [Launch((blocks * splits, columns * parts, 1), shape, joined)]

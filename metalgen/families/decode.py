@@ -1,0 +1,71 @@
+"""Decode: few queries, so the rows of all heads that share a KV head make a block."""
+
+from __future__ import annotations
+
+from metalgen.config import AttentionConfig
+from metalgen.families.base import Family, Step, at_most
+from metalgen.families.forward import hidden_rows
+from metalgen.families.launch import Launch, attention_launches
+from metalgen.kinds import Kind
+from metalgen.kinds.base import Require
+from metalgen.schedules import Knob, Schedule
+
+DECODE_QUERIES = 64
+"""Most queries of a call that belongs to the family."""
+
+SPLITS = Knob(
+    "splits",
+    (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "Threadgroups that share the keys of a row.",
+    1,
+    cost="more threadgroups for few rows; each writes, and the combine step reads, float outputs",
+    tried=(1, 2, 4, 8, 16, 32, 64),
+)
+COMBINE = Step("combine", "combine", merges=True)
+
+
+class Decode(Family):
+    """Attention of few queries: K and V are read once for all heads that share them, and the keys
+    of a row are shared out among threadgroups, whose outputs a combine step merges."""
+
+    name = "decode"
+    few_rows = True
+    main = Step("decode", "forward")
+
+    def knobs(self, kind: Kind) -> tuple[Knob, ...]:
+        few = at_most(kind.knobs, {"row_blocks": 2, "simdgroups": 4})
+        return (SPLITS, *few, *kind.few_row_knobs)
+
+    def steps(self, schedule: Schedule) -> tuple[Step, ...]:
+        return (self.main, COMBINE) if schedule.partials > 1 else (self.main,)
+
+    def takes(self, config: AttentionConfig, q_len: int) -> bool:
+        # Rows of a block mask are those of one head.
+        return q_len <= DECODE_QUERIES and not config.block_mask
+
+    def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
+        require("family", not config.block_mask, "decode takes no block mask")
+
+    def launches(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        shape: tuple[int, int, int],
+        keys: int,
+        sequences: int = 0,
+        most_groups: int = (1 << 31) - 1,
+    ) -> list[Launch]:
+        return attention_launches(
+            config, schedule, shape, keys, sequences, most_groups, few_rows=True
+        )
+
+    def check_sizes(self, config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
+        """Several queries, and one; a share of the keys for each split, and one that is short."""
+        return [
+            (3, (2 * schedule.splits + 1) * schedule.bk + 3),
+            (1, schedule.bk + 1),
+            *hidden_rows(config, schedule),
+        ]
+
+
+DECODE = Decode()

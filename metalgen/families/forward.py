@@ -1,0 +1,44 @@
+"""Forward: the queries of one head make the rows of a block."""
+
+from __future__ import annotations
+
+from metalgen.config import AttentionConfig
+from metalgen.families.base import Family, Step
+from metalgen.families.launch import Launch, attention_launches
+from metalgen.schedules import Schedule
+
+
+class Forward(Family):
+    """Attention of any number of queries."""
+
+    name = "forward"
+    main = Step("forward", "forward")
+
+    def takes(self, config: AttentionConfig, q_len: int) -> bool:
+        return True
+
+    def launches(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        shape: tuple[int, int, int],
+        keys: int,
+        sequences: int = 0,
+        most_groups: int = (1 << 31) - 1,
+    ) -> list[Launch]:
+        return attention_launches(config, schedule, shape, keys, sequences, most_groups)
+
+    def check_sizes(self, config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
+        """Two query blocks and three passes over the keys, neither of them whole; with a mask that
+        hides later keys also more queries than keys, so that some rows see nothing."""
+        return [(schedule.bq + 5, 2 * schedule.bk + 3), *hidden_rows(config, schedule)]
+
+
+def hidden_rows(config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
+    """Sizes by which some rows see no key, for configs that hide later keys."""
+    if config.causal or config.window_right is not None:
+        return [(schedule.bk + 9, schedule.bk + 1)]
+    return []
+
+
+FORWARD = Forward()

@@ -1,0 +1,239 @@
+"""8x8 simdgroup matrices of Metal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metalgen.config import AttentionConfig
+from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
+from metalgen.schedules import Knob, Limits, Point, Schedule
+
+FRAGMENT = 8
+"""Rows and columns of a simdgroup matrix."""
+ROW_PAD_BYTES = 16
+"""Bytes added to a row in threadgroup memory, so that rows start in different banks."""
+REGISTERS = 250
+"""Estimated 16-bit registers per thread up to which a kernel is likely not to spill (of 256)."""
+
+
+def _is_staged(point: Point) -> bool:
+    return "threadgroup" in (point["k_source"], point["v_source"])
+
+
+class Simdgroup(Kind):
+    """``simdgroup_matrix<T, 8, 8>``; K and V are staged in threadgroup memory or read directly."""
+
+    name = "simdgroup"
+    language = "metal"
+    row_block = 8
+    depth = 8
+    threads = 1024
+    most_registers = REGISTERS
+
+    def __init__(self) -> None:
+        self.knobs = (
+            Knob(
+                "bq",
+                range(8, 1025, 8),
+                "Query rows per threadgroup.",
+                cost="more rows share each K and V tile that is staged; fewer groups, longer tail",
+            ),
+            Knob(
+                "row_blocks",
+                range(1, 9),
+                "Blocks of 8 rows (mma: 16) per simdgroup.",
+                1,
+                cost="each K or V fragment loaded serves that many products; O, S and Q grow",
+                tried=(1, 2, 4),
+            ),
+            Knob("simdgroups", range(1, 33), "Simdgroups per threadgroup.", tried=(1, 2, 4, 8, 16)),
+            Knob(
+                "bk",
+                range(8, 257, 8),
+                "Keys per pass.",
+                cost="larger: fewer passes, barriers and rescalings; S takes more registers",
+                tried=(8, 16, 32, 64),
+            ),
+            q_source(),
+            Knob(
+                "k_source",
+                ("threadgroup", "device"),
+                "Where K is read from.",
+                "threadgroup",
+                cost="threadgroup: read from memory once per group, for barriers; device: once "
+                "per simdgroup",
+                tried=("threadgroup", "device"),
+            ),
+            Knob(
+                "v_source",
+                ("threadgroup", "device"),
+                "Where V is read from.",
+                "threadgroup",
+                cost="as k_source",
+                tried=("threadgroup", "device"),
+            ),
+            Knob(
+                "bd",
+                range(8, 577, 8),
+                "Columns of K or V staged at once.",
+                cost="narrower: less threadgroup memory, more barriers",
+                tried=self._slices,
+                active=_is_staged,
+                inactive=lambda config: self.widest_row(config, self.default_value_parts(config)),
+            ),
+            Knob(
+                "buffers",
+                (1, 2),
+                "Staging buffers.",
+                1,
+                cost="2: the next tile is fetched while one is used, half of the barriers",
+                tried=(1, 2),
+                active=_is_staged,
+                inactive=1,
+            ),
+            Knob(
+                "load_width",
+                (2, 4, 8),
+                "Elements per vector load.",
+                8,
+                cost="narrower: more loads",
+                tried=(2, 4, 8),
+            ),
+            Knob(
+                "fragment",
+                ("input", "float32"),
+                "Type of matrix fragments.",
+                "input",
+                cost="float32: elements are widened when they are loaded",
+                tried=lambda config, limits: (
+                    ("input", "float32") if config.dtype == "bfloat16" else ("input",)
+                ),
+            ),
+            Knob(
+                "math_mode",
+                ("safe", "relaxed", "fast"),
+                "Metal's math mode.",
+                "safe",
+                cost="special values and last bits, for speed",
+                tried=("safe",),
+            ),
+            value_parts(self),
+        )
+
+    def _slices(self, config: AttentionConfig, limits: Limits) -> tuple[int, ...]:
+        """Widths of staged slices; those of the default schedules are among them."""
+        widest = self.widest_row(config, self.default_value_parts(config))
+        return tuple(sorted({w for w in (32, 64, 128) if w <= widest} | {widest}))
+
+    def row_bytes(self, width: int, itemsize: int) -> int:
+        """Bytes from one row to the next of a tile in threadgroup memory."""
+        return self.padded(width) * itemsize + ROW_PAD_BYTES
+
+    def staged(self, schedule: Schedule) -> tuple[str, ...]:
+        """Which of ``"k"`` and ``"v"`` go through threadgroup memory."""
+        sources = (("k", schedule.k_source), ("v", schedule.v_source))
+        return tuple(name for name, source in sources if source == "threadgroup")
+
+    def staged_width(self, config: AttentionConfig, schedule: Schedule) -> int:
+        """Columns of the widest K or V slice that is staged at once; 0 when none is."""
+        widths = {
+            "k": self.padded(config.head_dim),
+            "v": self.padded(value_width(config, schedule)),
+        }
+        staged = self.staged(schedule)
+        return max((min(int(schedule.bd), widths[name]) for name in staged), default=0)
+
+    def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
+        """The Q tile where it is staged, and the staging buffers."""
+        total = 0
+        if schedule.q_source == "threadgroup":
+            total += schedule.bq * self.row_bytes(config.head_dim, config.itemsize)
+        width = self.staged_width(config, schedule)
+        if width:
+            row = self.row_bytes(width, config.itemsize)
+            total += schedule.buffers * schedule.bk * row
+        return total
+
+    def registers(self, config: AttentionConfig, schedule: Schedule) -> int:
+        """O, S and Q of a thread's rows, and 85 for everything else, of 256.
+
+        From a static study of one kernel compiled with Mesa's compiler, not Apple's; it ranks
+        schedules and refuses none.
+        """
+        rows = FRAGMENT * schedule.row_blocks
+        out = rows * self.padded(value_width(config, schedule)) // 16
+        scores = rows * schedule.bk // 16
+        wide = 4 if schedule.fragment == "float32" else config.itemsize
+        queries = rows * self.padded(config.head_dim) * wide // 64
+        return int(out + scores + (queries if schedule.q_source == "registers" else 0) + 85)
+
+    def words(self, schedule: Schedule) -> list[str]:
+        s = schedule
+        short = {"registers": "reg", "threadgroup": "tg", "device": "dev"}
+        words = [
+            f"{s.bq}x{s.bk}x{s.bd}",
+            f"sg{s.simdgroups}x{s.row_blocks}",
+            f"q:{short[s.q_source]} k:{short[s.k_source]} v:{short[s.v_source]}",
+            f"buf{s.buffers}",
+            f"w{s.load_width}",
+        ]
+        splits = getattr(s, "splits", 1)
+        words += [f"split{splits}"] if splits > 1 else []
+        words += [f"parts{s.value_parts}"] if s.value_parts > 1 else []
+        words += [w for w, d in ((s.fragment, "input"), (s.math_mode, "safe")) if w != d]
+        return words
+
+    def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
+        s = schedule
+        widest = self.widest_row(config, s.value_parts)
+        require("bd", s.bd <= widest, f"bd={s.bd} is wider than the padded head dimension {widest}")
+        if not self.staged(s):
+            require("bd", s.bd == widest, f"nothing is staged: bd must be {widest}, not {s.bd}")
+            require("buffers", s.buffers == 1, "nothing is staged: buffers must be 1")
+        require(
+            "fragment",
+            s.fragment == "input" or config.dtype != "float32",
+            "float32 inputs need no widening: fragment must be 'input'",
+        )
+
+    def defaults(
+        self, config: AttentionConfig, limits: Limits, *, few_rows: bool
+    ) -> list[dict[str, Any]]:
+        """Four simdgroups, or fewer where their rows do not fit; two row blocks each where the
+        accumulator leaves room, else one; K and V staged; the longest pass and the widest slice
+        that fit; Q in registers. For few rows one simdgroup of one row block, and eight splits.
+        Those that are likely to spill come last.
+        """
+        parts = self.default_value_parts(config)
+        widest = self.widest_row(config, parts)
+        roomy = config.v_dim // parts <= 64 and not few_rows
+        return [
+            {
+                "bq": self.row_block * row_blocks * simdgroups,
+                "bk": bk,
+                "bd": bd,
+                "simdgroups": simdgroups,
+                "row_blocks": row_blocks,
+                "q_source": source,
+                "splits": 8 if few_rows else 1,
+                "value_parts": parts,
+            }
+            for simdgroups in ((1,) if few_rows else (4, 2, 1))
+            for row_blocks in ((2, 1) if roomy else (1,))
+            for bk, bd in ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32)))
+            for source in ("registers", "threadgroup")
+        ]
+
+    def follow(
+        self, config: AttentionConfig, schedule: Schedule, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Also: without anything staged there is one buffer, and slices of the whole width."""
+        changes = super().follow(config, schedule, given)
+        widest = self.widest_row(config, schedule.value_parts)
+        changes["bd"] = min(schedule.bd, widest)
+        if not self.staged(schedule):
+            changes |= {"bd": widest, "buffers": 1}
+        return changes
+
+
+SIMDGROUP = Simdgroup()

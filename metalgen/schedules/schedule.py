@@ -1,0 +1,204 @@
+"""How to run an attention: values of the knobs that a family has with a matrix kind.
+
+A schedule is typed by its family and its kind: a knob that means nothing there is no attribute of
+it. The types are made from declarations (`metalgen.schedules.knob.Knob`) and registered by
+`metalgen.families`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from metalgen.errors import ArgumentError
+from metalgen.schedules.knob import Knob
+
+SIMD_WIDTH = 32
+"""Threads per simdgroup, on Apple GPUs and NVIDIA GPUs alike."""
+
+
+class _Typed(type):
+    """Makes ``Schedule(..., family=, kind=)`` an instance of the type of that pair."""
+
+    def __call__(cls, **values: Any) -> Any:
+        if cls is not Schedule:
+            return super().__call__(**values)
+        family, kind = values.pop("family", "forward"), values.pop("kind", "simdgroup")
+        return schedule_type(family, kind)(**values)
+
+
+class Schedule(metaclass=_Typed):
+    """The values of all knobs of a family with a kind; keyword arguments only.
+
+    ``Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)`` is a forward schedule for
+    simdgroup matrices; ``family="decode"`` and ``kind="mma"`` name others. Values are checked
+    against a config by `metalgen.families.check_schedule`, not here.
+
+    Attributes:
+        family, kind: what it is a schedule of.
+        knobs: the declarations of its attributes, by name, in the order in which a search
+            enumerates them.
+        required_kind: whether stored keys state the kind: they leave out the first of a language.
+    """
+
+    family: ClassVar[str]
+    kind: ClassVar[str]
+    knobs: ClassVar[dict[str, Knob]] = {}
+    required_kind: ClassVar[bool] = False
+    words: ClassVar[Callable[[Any], list[str]]]
+
+    if TYPE_CHECKING:  # what the types made by `define_schedule` have
+        __dataclass_fields__: ClassVar[dict[str, Any]]
+
+        def __init__(self, **values: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        bq: int
+        bk: int
+        simdgroups: int
+
+    def __post_init__(self) -> None:
+        for name, knob in self.knobs.items():
+            value = getattr(self, name)
+            if (plain := knob.canonical(value)) is not value:
+                object.__setattr__(self, name, plain)
+
+    @property
+    def threads(self) -> int:
+        """Threads per threadgroup."""
+        return self.simdgroups * SIMD_WIDTH
+
+    @functools.cached_property
+    def partials(self) -> int:
+        """Outputs of each row that a combine step merges; 1: there is no such step."""
+        found = (getattr(self, name, 1) for name in ("splits", "key_simdgroups"))
+        return next(found) * next(found)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Canonical JSON: the required knobs, and others where they differ from their defaults."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The required knobs, others that differ from their defaults, and a kind if stated."""
+        found = {
+            name: getattr(self, name)
+            for name, knob in self.knobs.items()
+            if knob.is_required or getattr(self, name) != knob.default
+        }
+        return found | ({"kind": self.kind} if self.required_kind else {})
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Schedule:
+        """The schedule of this type that a dictionary states; its values are typed and in range.
+
+        Raises:
+            ArgumentError: not a dictionary, an unknown or missing knob, or a value outside of the
+                declared choices.
+        """
+        if not isinstance(fields, dict):
+            raise ArgumentError("schedule", "an object of fields", fields)
+        for name, value in fields.items():
+            if name not in cls.knobs:
+                raise ArgumentError("schedule", f"fields among {', '.join(cls.knobs)}", name)
+            cls.knobs[name].check(cls.knobs[name].canonical(value))
+        for name, knob in cls.knobs.items():
+            if knob.is_required and name not in fields:
+                raise ArgumentError("schedule", f"a field {name}", sorted(fields))
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        """A short name, such as ``64x32x64 sg4x2 q:reg k:tg v:tg buf1 w8``."""
+        return " ".join(type(self).words(self))
+
+    def __repr__(self) -> str:
+        values = [f"{name}={value!r}" for name, value in self.to_dict().items() if name != "kind"]
+        return f"Schedule({', '.join([*values, f'family={self.family!r}', f'kind={self.kind!r}'])})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {name: getattr(self, name) for name in self.knobs}
+        return _unpickled, (self.family, self.kind, values)
+
+
+def _unpickled(family: str, kind: str, values: dict[str, Any]) -> Schedule:
+    return schedule_type(family, kind)(**values)
+
+
+_types: dict[tuple[str, str], type[Schedule]] = {}
+
+
+def define_schedule(
+    family: str,
+    kind: str,
+    knobs: tuple[Knob, ...],
+    words: Callable[[Any], list[str]],
+    *,
+    required_kind: bool = False,
+) -> type[Schedule]:
+    """Make and register the type of a family's schedules with a kind.
+
+    Args:
+        family, kind: names of both.
+        knobs: in the order in which a search enumerates them.
+        words: what ``str()`` of a schedule says.
+        required_kind: whether stored keys state the kind.
+    """
+    fields = [
+        (k.name, type(k.choices[0]))
+        if k.is_required
+        else (k.name, type(k.choices[0]), dataclasses.field(default=k.default))
+        for k in knobs
+    ]
+    made = dataclasses.make_dataclass(
+        f"{family.title()}{kind.title()}Schedule",
+        fields,
+        bases=(Schedule,),
+        namespace={
+            "family": family,
+            "kind": kind,
+            "knobs": {knob.name: knob for knob in knobs},
+            "words": staticmethod(words),
+            "required_kind": required_kind,
+            "__module__": __name__,
+        },
+        frozen=True,
+        kw_only=True,
+        repr=False,
+    )
+    _types[family, kind] = made
+    return made
+
+
+def schedule_type(family: str, kind: str) -> type[Schedule]:
+    """The type of a family's schedules with a kind.
+
+    Raises:
+        ArgumentError: a pair that has no kernels.
+    """
+    try:
+        return _types[family, kind]
+    except KeyError:
+        known = ", ".join(f"{family} with {kind}" for family, kind in _types)
+        got = f"{family} with {kind}"
+        raise ArgumentError("schedule", f"a family and a kind among {known}", got) from None
+
+
+def all_knobs() -> dict[str, Knob]:
+    """Every knob that some schedule has, by name; choices are those of all of them together."""
+    found: dict[str, Knob] = {}
+    for made in _types.values():
+        for name, knob in made.knobs.items():
+            known = found.setdefault(name, knob)
+            if known.choices != knob.choices:
+                choices = tuple(dict.fromkeys([*known.choices, *knob.choices]))
+                found[name] = dataclasses.replace(known, choices=choices)
+    return found
+
+
+def kinds_of(family: str) -> list[str]:
+    """Names of the kinds that a family has schedules with."""
+    return [kind for known, kind in _types if known == family]
