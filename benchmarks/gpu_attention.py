@@ -32,7 +32,7 @@ from metalgen.devices import get_device
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import chain
 from metalgen.verify import verify
 

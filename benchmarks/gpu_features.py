@@ -29,8 +29,8 @@ from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
 from metalgen.problem import Problem
-from metalgen.render import template_hash
 from metalgen.samples import sample_call
+from metalgen.source.hashes import template_hash
 from metalgen.verify import verify
 
 FORWARD = AttentionConfig(128, "bfloat16", causal=True)

@@ -27,7 +27,7 @@ from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.testing.mlx_kernels import run_attention
 from metalgen.verify import TOLERANCE, relative_error
 

@@ -21,7 +21,7 @@ from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.inputs import NOTHING, Inputs, check_inputs, check_main, has_inputs
 from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -65,7 +65,7 @@ class Kernel:
     @functools.cached_property
     def source(self) -> str:
         """The source of our kernel for this config and schedule: Metal, or on a CUDA GPU CUDA."""
-        from metalgen.render import render
+        from metalgen.source.render import render
 
         return render(self.config, self.schedule).text
 
@@ -314,7 +314,7 @@ def _passes(
         return False  # a compiler or a machine failed, not the kernel: the next process tries again
     try:
         from metalgen.database.store import Store
-        from metalgen.source_hash import source_hash
+        from metalgen.source.digests import source_hash
 
         digest = source_hash(config, schedule)
         with Store.open(busy=1.0) as store:

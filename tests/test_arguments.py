@@ -125,7 +125,7 @@ def test_a_schedule_of_numpy_integers_is_that_of_pythons() -> None:
         check_schedule(AttentionConfig(64), other)
     for value in (True, 4.0, "4"):
         with pytest.raises(ArgumentError, match="^simdgroups: expected an integer of 1, 2,"):
-            Schedule.from_dict(fields | {"simdgroups": value})
+            decode_schedule(fields | {"simdgroups": value}, "forward", "metal")
     appending: Any = (np.int64(64), np.int64(4))
     assert repr(AppendSchedule(*appending)) == repr(AppendSchedule(64, 4))
 

@@ -17,8 +17,8 @@ from metalgen.database.store import Store
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.families import default_schedule
 from metalgen.reference import attention_float64, attention_mlx
-from metalgen.render import template_hash
 from metalgen.simulator.errors import LaunchError
+from metalgen.source.hashes import template_hash
 from metalgen.testing.devices import normal
 
 

@@ -113,7 +113,7 @@ def test_a_failure_is_made_smaller() -> None:
     least = smallest(case, lambda each: each.config.sinks and each.kv_len >= 3)
     assert least.config == AttentionConfig(64, sinks=True)
     assert (least.batch, least.kv_heads, least.q_len, least.kv_len) == (1, 1, 0, 3)
-    assert least.schedule.splits == 1
+    assert least.schedule.partials == 1
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import NOTHING, Inputs
-from metalgen.render import render
+from metalgen.source.render import render
 from metalgen.testing.devices import normal
 from metalgen.testing.functions import Case, definition
 from metalgen.verify import relative_error

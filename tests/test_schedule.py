@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from metalgen import ArgumentError, AttentionConfig, InvalidSchedule, Schedule
-from metalgen.families import Limits, check_schedule, default_schedule, is_valid, threadgroup_bytes
+from metalgen.families import (
+    Limits,
+    check_schedule,
+    decode_schedule,
+    default_schedule,
+    is_valid,
+    threadgroup_bytes,
+)
 from metalgen.kinds import MMA, SIMDGROUP
 
 D64 = AttentionConfig(64)
@@ -23,7 +30,7 @@ def test_json_round_trips_and_leaves_defaults_out() -> None:
         "k_source": "device",
         "load_width": 4,
     }
-    assert Schedule.from_dict(schedule.to_dict()) == schedule
+    assert decode_schedule(schedule.to_dict(), "forward", "metal") == schedule
     assert PLAIN.key == '{"bd":64,"bk":32,"bq":64,"row_blocks":2,"simdgroups":4}'
 
 
@@ -40,7 +47,7 @@ def test_json_round_trips_and_leaves_defaults_out() -> None:
 )
 def test_a_value_outside_the_choices_is_refused(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ArgumentError) as caught:
-        Schedule.from_dict(PLAIN.to_dict() | fields)
+        decode_schedule(PLAIN.to_dict() | fields, "forward", "metal")
     assert caught.value.argument == name
 
 

@@ -10,7 +10,7 @@ from metalgen.arguments import as_integer
 from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.languages import LANGUAGES
-from metalgen.render import KernelSource, _environment, _tidy
+from metalgen.source.render import KernelSource, _environment, _tidy
 
 THREADS = (32, 64, 128, 256, 512, 1024)
 ELEMENTS = (1, 2, 4, 8, 16, 32, 64)

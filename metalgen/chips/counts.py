@@ -134,16 +134,16 @@ def decode_counts(
     left, _ = window(config)  # the last query sees the last key, whatever bounds it to the right
     begin = 0 if left is None else max(0, kv_len - q_len - left) // s.bk * s.bk
     passes = -(-(kv_len - begin) // s.bk)
-    shared, parts = s.splits > 1, s.value_parts
+    splits, parts = s.partials, s.value_parts
     return _counts(
         config,
         s,
-        groups=tiles * s.splits * parts,
+        groups=tiles * splits * parts,
         passes=tiles * passes * parts,
         keys=tiles * (kv_len - begin) * parts,
         live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes * parts,
-        out_written=s.splits * heads * rows * config.v_dim * (4 if shared else config.itemsize),
-        lse_written=s.splits * heads * rows * 4 if shared or config.return_lse else 0,
+        out_written=splits * heads * rows * config.v_dim * (4 if splits > 1 else config.itemsize),
+        lse_written=splits * heads * rows * 4 if splits > 1 or config.return_lse else 0,
     )
 
 
@@ -170,7 +170,7 @@ def combine_counts(
     config: AttentionConfig, schedule: Schedule, *, batch_heads: int, q_len: int
 ) -> CombineCounts:
     """The counts of the combine step of a decode schedule with two splits or more."""
-    rows, splits = batch_heads * q_len, schedule.splits
+    rows, splits = batch_heads * q_len, schedule.partials
     threads = rows * config.v_dim
     return CombineCounts(
         threads=threads,

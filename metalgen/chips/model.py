@@ -73,7 +73,7 @@ def predict_decode(
     The combine step is a launch of its own, with counts of its own.
     """
     _core(chip)
-    config, splits = problem.config, schedule.splits
+    config, splits = problem.config, schedule.partials
     q_len, kv_len, batch_heads = problem.q_len, problem.kv_len, problem.heads
     counts = decode_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
     left = config.window_left

@@ -142,7 +142,7 @@ def _merge(
 
     from metalgen.database import exchange
     from metalgen.database.store import Store
-    from metalgen.source_hash import present_templates
+    from metalgen.source.hashes import present_templates
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "empty.db" if dry_run and not target.exists() else target
@@ -222,7 +222,7 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     from metalgen.database.store import Store
     from metalgen.database.untrusted import is_database, open_untrusted
     from metalgen.report.writing import RECORDS, write_whole
-    from metalgen.source_hash import Present
+    from metalgen.source.digests import Present
 
     present, mine = Present(), user_database()
     found: dict[Path, Refreshed] = {}
@@ -389,7 +389,7 @@ def prune(
     """Remove rows from your database, of the kinds that you name."""
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
-    from metalgen.source_hash import present_templates
+    from metalgen.source.hashes import present_templates
 
     if not other_templates and not modelled:
         raise click.UsageError("expected --other-templates, --modelled or both, but got neither")

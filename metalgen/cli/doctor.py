@@ -61,9 +61,8 @@ def examine() -> dict[str, Any]:
     from metalgen._version import __version__
     from metalgen.devices import all_devices, default_device
     from metalgen.errors import MetalgenError
-    from metalgen.render import template_hash
     from metalgen.resources import templates_dir
-    from metalgen.source_hash import present_templates
+    from metalgen.source.hashes import present_templates, template_hash
 
     try:
         templates, current = str(templates_dir()), template_hash()

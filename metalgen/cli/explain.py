@@ -40,7 +40,7 @@ def command(
     """
     from metalgen.database.lookup import brief, lookup
     from metalgen.dispatch import get_kernel
-    from metalgen.render import template_hash
+    from metalgen.source.hashes import template_hash
 
     problem = sizes.problem(config)
     found, how = _chip(chip)

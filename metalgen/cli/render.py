@@ -48,7 +48,8 @@ def command(
     field of the schedule change it. Up to 64 queries (--q-len) get the decode kernel, and behind it
     the one that combines its splits.
     """
-    from metalgen.render import render, template_hash
+    from metalgen.source.hashes import template_hash
+    from metalgen.source.render import render
 
     family = sizes.problem(config).family
     schedule, place, limits = starting_point(config, sizes, chip)
@@ -103,7 +104,7 @@ def starting_point(
         return default_schedule(config, APPLE, problem.family), "default", APPLE
     from metalgen.chips import get_chip
     from metalgen.database.lookup import lookup
-    from metalgen.render import template_hash
+    from metalgen.source.hashes import template_hash
 
     found = get_chip(chip)
     hit = lookup(problem, found, template_hash(problem.family, found.limits.language))

@@ -36,7 +36,7 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
     from metalgen.languages import LANGUAGES
-    from metalgen.render import template_hash
+    from metalgen.source.hashes import template_hash
 
     name = get_chip(chip).name if chip else None
     current = {target: template_hash("forward", target) for target in LANGUAGES}

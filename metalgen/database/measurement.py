@@ -49,7 +49,7 @@ class Measurement:
     Args:
         problem, schedule: what was computed, and how.
         template_hash: the templates that the source was rendered from (16 hex digits).
-        source_hash: what was rendered (`metalgen.source_hash`); empty where nobody knows.
+        source_hash: what was rendered (`metalgen.source.digests`); empty where nobody knows.
         chip, cores: the chip's name, and its GPU cores.
         device: what executed it (``"metal"``), or ``"model"`` where nothing did.
         provenance: ``"measured"`` or ``"modelled"``.

@@ -63,7 +63,7 @@ class Refreshed:
 
 
 class Templates(Protocol):
-    """What the present templates make of kernels, such as a `metalgen.source_hash.Present`."""
+    """What the present templates make of kernels, such as a `metalgen.source.digests.Present`."""
 
     def template_hash(self, target: str) -> str:
         """The hash of the present templates."""

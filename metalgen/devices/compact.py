@@ -11,10 +11,10 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING
 
-from metalgen.source_hash import TEXT_OR_COMMENT
+from metalgen.source.digests import TEXT_OR_COMMENT
 
 if TYPE_CHECKING:
-    from metalgen.render import KernelSource
+    from metalgen.source.render import KernelSource
 
 _FUNCTION = re.compile(
     r"^(?:template <[^\n]*>\n)?__device__ __forceinline__[^\n(]*?(\w+)\([^\n]*\{\n"

@@ -14,7 +14,7 @@ from metalgen.devices.marking import Launcher, marking
 from metalgen.families import Limits
 
 if TYPE_CHECKING:
-    from metalgen.render import KernelSource
+    from metalgen.source.render import KernelSource
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448}
 """Most bytes of shared memory a block, by compute capability; 101,376 for the others.

@@ -21,7 +21,7 @@ from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.languages import Language, get_language
 
 if TYPE_CHECKING:
-    from metalgen.render import KernelSource
+    from metalgen.source.render import KernelSource
 
 
 class KernelDevice(Device):
@@ -43,7 +43,7 @@ class KernelDevice(Device):
         return _number(x)
 
     def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
-        from metalgen.render import render  # brings Jinja, which a look-up does without
+        from metalgen.source.render import render  # brings Jinja, which a look-up does without
 
         check_schedule(config, schedule, self.limits)
         family, language = get_family(schedule.family), get_language(self.language)
@@ -115,7 +115,7 @@ class KernelDevice(Device):
         self, config: AttentionConfig, schedule: Schedule
     ) -> Callable[[mx.array, mx.array, mx.Dtype], list[mx.array]] | None:
         """The kernel that merges partial outputs; None where a call leaves whole ones."""
-        from metalgen.render import render
+        from metalgen.source.render import render
 
         steps = get_family(schedule.family).steps(schedule)
         merging = next((step for step in steps if step.merges), None)

@@ -10,7 +10,7 @@ from metalgen.devices.kernel import KernelDevice, arguments
 from metalgen.devices.marking import Launcher, marking
 
 if TYPE_CHECKING:
-    from metalgen.render import KernelSource
+    from metalgen.source.render import KernelSource
 
 
 class MetalDevice(KernelDevice):

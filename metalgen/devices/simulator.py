@@ -9,7 +9,7 @@ from metalgen.devices.kernel import KernelDevice, arguments
 from metalgen.devices.marking import Launcher
 
 if TYPE_CHECKING:
-    from metalgen.render import KernelSource
+    from metalgen.source.render import KernelSource
 
 
 class SimulatorDevice(KernelDevice):

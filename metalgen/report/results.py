@@ -16,7 +16,7 @@ from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
 from metalgen.schedules import all_knobs
-from metalgen.source_hash import present_templates
+from metalgen.source.hashes import present_templates
 
 LEAST_ROWS = 20
 """Times below which no parameter is called important."""

@@ -22,7 +22,7 @@ from metalgen.families import Schedule, default_schedule
 from metalgen.inputs import Inputs
 from metalgen.kinds import MMA, SIMDGROUP
 from metalgen.reference import attention_float64, config_features
-from metalgen.render import render
+from metalgen.source.render import render
 from metalgen.testing.base import OnDevice
 from metalgen.tuning.verifying import failure_status, first_line
 from metalgen.verify import TOLERANCE, relative_error, verify

@@ -198,10 +198,9 @@ def simpler(case: Case) -> Iterator[Case]:
             yield replace(case, config=replace(config, **changes))
         except ArgumentError:
             continue
-    for field in dataclasses.fields(Schedule):
-        value, default = getattr(case.schedule, field.name), field.default
-        if default is not dataclasses.MISSING and value != default:
-            changes = {field.name: default}
+    for name, knob in case.schedule.knobs.items():
+        if not knob.is_required and getattr(case.schedule, name) != knob.default:
+            changes = {name: knob.default}
             yield replace(case, schedule=replace(case.schedule, **changes))
     least = 1 if config.block_mask else 0
     for name, low in (("batch", 1), ("kv_heads", 1), ("q_len", least), ("kv_len", least)):

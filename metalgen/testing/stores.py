@@ -28,7 +28,7 @@ from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device
 from metalgen.families import Limits, Schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import (
     CHIP,

@@ -28,7 +28,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.rows import FAULTS, check, row_of_measurement, short
 from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
-from metalgen.families import Schedule, Space
+from metalgen.families import Schedule, Space, decode_schedule
 from metalgen.problem import Problem
 from metalgen.tuning.heart import BEAT, Heart
 from metalgen.tuning.search import FAILED, Search
@@ -420,7 +420,9 @@ class SharedStudy:
 
     def _schedule(self, key: str) -> Schedule:
         try:
-            return Schedule.from_dict(parse_object(key))
+            return decode_schedule(
+                parse_object(key), self.problem.family, self.space.limits.language
+            )
         except FAULTS as error:
             raise self._foreign(error) from None
 

@@ -64,7 +64,7 @@ def serve(
 
 def _begin(device: Device) -> None:
     """Whatever takes long once, before the first time limit runs; shows that the device works."""
-    import metalgen.render
+    import metalgen.source.render
     import metalgen.verify  # noqa: F401
 
     device.require()

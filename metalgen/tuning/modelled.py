@@ -7,13 +7,12 @@ the default's are stored.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-from pathlib import Path
 
 from metalgen.chips.counts import covers, forward_counts
 from metalgen.database.measurement import Measurement
 from metalgen.families import Limits, Schedule
+from metalgen.imports import code_digest
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search import Search, rank
 from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
@@ -28,12 +27,7 @@ KEPT = 64
 @functools.cache
 def model_version() -> str:
     """8 hexadecimal digits that change when a prediction of the chip model might."""
-    from metalgen import chips, schedule
-
-    digest = hashlib.sha256()
-    for path in [*sorted(Path(chips.__file__).parent.glob("*.py")), Path(schedule.__file__)]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:8]
+    return code_digest("metalgen.chips.model").hex()[:8]
 
 
 class ModelledSession(Session):

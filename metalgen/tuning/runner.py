@@ -16,8 +16,8 @@ from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
-from metalgen.render import template_hash
-from metalgen.source_hash import Present
+from metalgen.source.digests import Present
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.executing import Executor, Here, lock_file
 from metalgen.tuning.helpers import TIME_LIMIT, Helpers, check_jobs
 from metalgen.tuning.measure import Clock, Policy

@@ -94,7 +94,7 @@ class Checker:
 
     def source_hash(self, config: AttentionConfig, schedule: Schedule) -> str:
         """What a kernel is; empty if it is none."""
-        from metalgen.source_hash import source_hash
+        from metalgen.source.digests import source_hash
 
         try:
             return source_hash(config, schedule)

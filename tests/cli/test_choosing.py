@@ -15,7 +15,7 @@ from metalgen.cli.app import run
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.problem import Problem
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.presets import preset, preset_names
 
 TUNE = ["tune", "--chip", "M3Max"]

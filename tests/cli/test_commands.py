@@ -19,8 +19,9 @@ from metalgen.cli.app import COMMANDS, run
 from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
-from metalgen.families import Schedule, default_schedule
-from metalgen.render import render, template_hash
+from metalgen.families import Schedule, decode_schedule, default_schedule
+from metalgen.source.hashes import template_hash
+from metalgen.source.render import render
 from metalgen.tuning.presets import preset
 from metalgen.tuning.runner import tune
 from metalgen.verify import Verification
@@ -288,7 +289,7 @@ def test_render_changes_the_fields_that_are_named_and_what_follows_from_them(
 ) -> None:
     options = "--simdgroups 8 --k-source device --v-source device --bk 16 --load-width 4"
     found = document(capsys, "render", *options.split())
-    assert Schedule.from_dict(found["schedule"]) == Schedule(
+    assert decode_schedule(found["schedule"], "forward", "metal") == Schedule(
         bq=128,
         bk=16,
         bd=64,
@@ -358,7 +359,7 @@ def test_show_sets_winners_against_the_default(
 def test_rows_of_other_templates_are_counted_and_do_not_win(
     tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metalgen.render.template_hash", lambda *_: "f" * 16)
+    monkeypatch.setattr("metalgen.source.hashes.template_hash", lambda *_: "f" * 16)
     printed = text(capsys, "show")
     count = document(capsys, "show")["rows_of_other_templates"]
     assert count > 1

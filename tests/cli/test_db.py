@@ -18,8 +18,8 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.families import Schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
-from metalgen.source_hash import source_hash
+from metalgen.source.digests import source_hash
+from metalgen.source.hashes import template_hash
 
 CONFIG = AttentionConfig(head_dim=64)
 PROBLEM = Problem(CONFIG, 32, 1024, 1024)

@@ -10,8 +10,8 @@ import pytest
 
 from metalgen.cli.app import run
 from metalgen.config import AttentionConfig
-from metalgen.families import DECODE, Schedule, default_schedule
-from metalgen.render import render
+from metalgen.families import DECODE, decode_schedule, default_schedule
+from metalgen.source.render import render
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_few_queries_render_the_decode_kernel_and_the_one_that_joins_its_splits(
     found = document(capsys, *options)
     assert (found["family"], found["source"]) == ("decode", sources[0].source)
     assert found["combine"]["source"] == sources[1].source
-    assert Schedule.from_dict(found["schedule"]) == schedule
+    assert decode_schedule(found["schedule"], "decode", "metal") == schedule
     assert run(options) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"// {config}, decode\n// schedule (default): {schedule}\n")

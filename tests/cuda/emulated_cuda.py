@@ -22,8 +22,8 @@ import numpy as np
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Limits
-from metalgen.render import KernelSource
 from metalgen.simulator.compiler import toolchain
+from metalgen.source.render import KernelSource
 
 TYPES = {
     "bool": "bool",

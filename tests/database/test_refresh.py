@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-import metalgen.render
+import metalgen.source.hashes
+import metalgen.source.render
 from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError
@@ -28,9 +29,9 @@ from metalgen.database.refresh import (
 from metalgen.database.store import Store
 from metalgen.families import APPLE, Limits, Schedule, default_schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
 from metalgen.resources import templates_dir, tuning_db_dir
-from metalgen.source_hash import Present, _source_hash, code_of, source_hash
+from metalgen.source.digests import Present, _source_hash, code_of, source_hash
+from metalgen.source.hashes import template_hash
 from metalgen.testing.fuzz import made_up
 from metalgen.testing.rows import CONFIG, FIRST, PROBLEM, SECOND, THIRD, modelled, row
 
@@ -61,9 +62,10 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
     def forget() -> None:
         template_hash.cache_clear()
-        metalgen.render._environment.cache_clear()
+        metalgen.source.render._environment.cache_clear()
 
-    monkeypatch.setattr(metalgen.render, "templates_dir", lambda: copy)
+    for module in (metalgen.source.render, metalgen.source.hashes):
+        monkeypatch.setattr(module, "templates_dir", lambda: copy)
     forget()
     yield copy
     monkeypatch.undo()
@@ -79,7 +81,7 @@ def edit(templates: Path, name: str, old_text: str, new_text: str) -> None:
     stamp = path.stat().st_mtime + 10
     os.utime(path, (stamp, stamp))
     template_hash.cache_clear()
-    metalgen.render._environment.cache_clear()
+    metalgen.source.render._environment.cache_clear()
 
 
 # The source hash
@@ -103,20 +105,22 @@ def test_a_source_hash_covers_all_of_a_kernel_but_its_name(
     monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """Of a call's second kernel, too."""
-    rendered = metalgen.render.render
+    rendered = metalgen.source.render.render
     schedule = FIRST if part == "forward" else SPLIT
     changes: dict[str, object] = {
         "name": "another", "header": "int x;", "source": "int x;", "inputs": ("x",),
         "outputs": ("x",), "math_mode": "fast", "threads": 7, "bq": 7, "shared_memory": 7,
     }  # fmt: skip
-    assert changes.keys() == {f.name for f in dataclasses.fields(metalgen.render.KernelSource)}
+    assert changes.keys() == {
+        f.name for f in dataclasses.fields(metalgen.source.render.KernelSource)
+    }
 
     def digest(**changed: Any) -> str:
         def render(config: Any, schedule: Any, step: Any) -> Any:
             found = rendered(config, schedule, step)
             return dataclasses.replace(found, **changed) if step.name == part else found
 
-        monkeypatch.setattr(metalgen.render, "render", render)
+        monkeypatch.setattr(metalgen.source.render, "render", render)
         _source_hash.cache_clear()
         return source_hash(CONFIG, schedule)
 
@@ -170,7 +174,7 @@ def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alo
         cores=132,
         device="cuda",
         template_hash=was,
-        source_hash=source_hash(config, schedule, "cuda"),
+        source_hash=source_hash(config, schedule),
     )
     apple = row(template_hash=template_hash(), source_hash=source_hash(CONFIG, FIRST))
     edit(templates, "targets/cuda/header.jinja", "\n", "\n// A remark in the CUDA header.\n")
@@ -190,7 +194,7 @@ def test_a_kernel_is_the_same_when_its_config_and_schedule_are_read_back(limits:
         case = made_up(number, limits)
         digests = {
             Present().source_hash(case.family, case.config.key, case.schedule.key, limits.language),
-            source_hash(case.config, case.schedule, limits.language, case.family),
+            source_hash(case.config, case.schedule),
         }
         assert len(digests) == 1 and None not in digests, case
         seen |= digests
@@ -203,8 +207,8 @@ def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
     """The combine step belongs to decode kernels of several splits only."""
     was, whole = template_hash(), dataclasses.replace(SPLIT, splits=1)
     rows = [
-        row(s, problem=DECODE, template_hash=was, source_hash=source_hash(CONFIG, s, family=f))
-        for s, f in ((SPLIT, "decode"), (whole, "decode"))
+        row(s, problem=DECODE, template_hash=was, source_hash=source_hash(CONFIG, s))
+        for s in (SPLIT, whole)
     ]
     edit(templates, "families/combine.jinja", ";", "; int unused = 0;")
     found, counts = refresh_rows(rows, Present())
@@ -396,7 +400,7 @@ def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_render
             m = Measurement.from_line(line)
             target = get_chip(m.chip).limits.language
             if m.template_hash == template_hash(m.problem.family, target):
-                digest = source_hash(m.problem.config, m.schedule, target, m.problem.family)
+                digest = source_hash(m.problem.config, m.schedule)
                 assert m.source_hash == digest, (path.name, str(m.problem), str(m.schedule))
                 seen += 1
     if not seen:

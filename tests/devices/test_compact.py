@@ -11,8 +11,8 @@ from metalgen.cache.render import render_append
 from metalgen.config import AttentionConfig
 from metalgen.devices.compact import compact
 from metalgen.families import Limits, default_schedule, get_family
-from metalgen.render import KernelSource, render
-from metalgen.source_hash import code_of
+from metalgen.source.digests import code_of
+from metalgen.source.render import KernelSource, render
 
 LIMITS = Limits(232448, 1024, "cuda")
 CONFIGS = (

@@ -23,7 +23,7 @@ from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Limits, default_schedule, space
 from metalgen.reference import attention_float64
-from metalgen.render import render
+from metalgen.source.render import render
 from metalgen.verify import verify
 
 # MLX has no fused kernel for this width.

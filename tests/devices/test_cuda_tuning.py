@@ -16,7 +16,7 @@ from metalgen.devices import get_device
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem import Problem
-from metalgen.render import render
+from metalgen.source.render import render
 from metalgen.tuning import executing
 from metalgen.tuning.executing import Here
 from metalgen.tuning.measure import Policy

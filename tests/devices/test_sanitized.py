@@ -12,7 +12,7 @@ from metalgen.config import AttentionConfig
 from metalgen.devices import Runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.families import Limits, Schedule, check_schedule
-from metalgen.render import render
+from metalgen.source.render import render
 
 
 def test_every_field_of_a_config_is_used() -> None:

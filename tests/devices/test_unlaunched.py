@@ -9,10 +9,10 @@ import pytest
 
 CODE = """
 import dataclasses
-from metalgen import targets
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.families import Schedule
+from metalgen.kinds import MMA
 from metalgen.verify import verify
 
 device, config = get_device("cuda"), AttentionConfig(128, "bfloat16")
@@ -21,7 +21,7 @@ wide = Schedule(
 )
 assert verify(device, config, wide).ok
 # Twice the threads, as no schedule may have: more than half of a block's registers each.
-targets.TARGETS["cuda"] = dataclasses.replace(targets.CUDA, threads=512)
+MMA.threads = 512
 wider = dataclasses.replace(wide, bq=512, simdgroups=16)
 try:
     print(verify(device, config, wider).detail)

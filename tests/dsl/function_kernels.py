@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from metalgen import simulator
 from metalgen.dsl.printer import array_names, print_graph
 from metalgen.dsl.trace import Traced
-from metalgen.render import _environment
+from metalgen.source.render import _environment
 
 ELEMENTS = 64
 _NAMES = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}

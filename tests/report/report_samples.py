@@ -13,9 +13,9 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
 from metalgen.report.results import Result, results
 from metalgen.report.sources import read_sources
+from metalgen.source.hashes import template_hash
 
 CONFIG = AttentionConfig(head_dim=64, causal=True, heads_per_kv=4)
 PROBLEM = Problem(CONFIG, batch_heads=32, q_len=1024, kv_len=1024)

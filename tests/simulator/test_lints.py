@@ -10,10 +10,10 @@ import pytest
 from metalgen import simulator
 from metalgen.config import AttentionConfig
 from metalgen.families import default_schedule
-from metalgen.render import render
 from metalgen.simulator import lints
 from metalgen.simulator.api import PREAMBLE, mlx_include_dir
 from metalgen.simulator.lints import HELPER_VARIABLE, NARROWING, RECURSION, UNQUALIFIED
+from metalgen.source.render import render
 
 KERNEL = """
 [[kernel]] void k(const device float* x [[buffer(0)]], device float* out [[buffer(1)]],

@@ -19,8 +19,8 @@ from metalgen.config import AttentionConfig
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Schedule, default_schedule
-from metalgen.render import KernelSource
 from metalgen.simulator.errors import ExecutionError
+from metalgen.source.render import KernelSource
 from metalgen.verify import verify
 
 Edit = Callable[[str], str]

@@ -29,7 +29,7 @@ from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
-from metalgen.families import Schedule, enumerate_valid, space
+from metalgen.families import Schedule, decode_schedule, enumerate_valid, space
 from metalgen.tuning import distributed
 from metalgen.tuning.distributed import LOSSES, Share, SharedStudy
 from metalgen.tuning.progress import BudgetSpent, Progress
@@ -170,7 +170,7 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     assert [t.user_attrs["worker"] == lost[0].user_attrs["worker"] for t in measured] == [False]
     states = {t.user_attrs["item"]: t.state for t in search if "rows" in t.user_attrs}
     for key, state in states.items():
-        ran = recorded(Schedule.from_dict(json.loads(key))) < math.inf
+        ran = recorded(decode_schedule(json.loads(key), "forward")) < math.inf
         assert state == (TrialState.COMPLETE if ran else TrialState.FAIL)
     assert not any(t.state == TrialState.RUNNING for t in trials)
     # What each says that it measured is what there is.
@@ -186,10 +186,10 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     assert all(found == first for found in rest)
     assert len(before) >= dead > 0 and before.keys() <= first.keys()
     # One winner: by the recording the best of those that were tried.
-    best = min(map(recorded, (Schedule.from_dict(json.loads(key)) for key in taken)))
+    best = min(map(recorded, (decode_schedule(json.loads(key), "forward") for key in taken)))
     winners = {s["winner"] for s in said}
     assert len(winners) == 1
-    assert recorded(Schedule.from_dict(json.loads(winners.pop()))) == best
+    assert recorded(decode_schedule(json.loads(winners.pop()), "forward")) == best
     assert sum(t.user_attrs["item"] == "finals" and "rows" in t.user_attrs for t in trials) == 1
 
     # The killed worker, started again by the same command, gets it all and measures nothing.

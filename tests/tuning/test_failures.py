@@ -19,7 +19,7 @@ from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.tuning import executing, racing
 from metalgen.tuning.measure import Bench
 from metalgen.tuning.measured import MeasuredSession

@@ -19,7 +19,7 @@ from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem import Problem
-from metalgen.render import template_hash
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import Outcome
 from metalgen.tuning.racing import Race

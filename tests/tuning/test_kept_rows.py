@@ -14,8 +14,8 @@ from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.problem import Problem
-from metalgen.render import template_hash
-from metalgen.source_hash import source_hash
+from metalgen.source.digests import source_hash
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.runner import tune
 
@@ -47,10 +47,7 @@ def test_measured_and_modelled_rows_and_checks_know_their_source(
         )  # fmt: skip
         tune([problem], CHIP, store, checker=get_device("reference"), verify=FakeVerify())
         rows = store.measurements()
-        expected = {
-            m.schedule.key: source_hash(problem.config, m.schedule, "metal", problem.family)
-            for m in rows
-        }
+        expected = {m.schedule.key: source_hash(problem.config, m.schedule) for m in rows}
         assert {m.provenance for m in rows} == {"measured", "modelled"}
         assert {m.phase for m in rows} == {"search", "final"}
         assert all(source == expected[key] for _, key, source in sources(store, "measurements"))

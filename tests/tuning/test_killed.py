@@ -60,7 +60,7 @@ READER = textwrap.dedent(
     from metalgen.config import AttentionConfig
     from metalgen.database.lookup import lookup
     from metalgen.problem import Problem
-    from metalgen.render import template_hash
+    from metalgen.source.hashes import template_hash
 
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
     chip, versions, count, path = get_chip("M3Max"), template_hash(), 0, Path(sys.argv[1])

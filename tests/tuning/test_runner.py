@@ -24,8 +24,8 @@ from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem import Problem
-from metalgen.render import template_hash
 from metalgen.simulator import errors as simulator
+from metalgen.source.hashes import template_hash
 from metalgen.tuning import modelled
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune

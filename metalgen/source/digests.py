@@ -13,15 +13,7 @@ import re
 
 from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
-from metalgen.families import FAMILIES, Schedule, decode_schedule, get_family, language_of
-from metalgen.languages import LANGUAGES
-
-
-def present_templates() -> set[str]:
-    """The template hashes of all families and targets; rows of any other do not count."""
-    from metalgen.render import template_hash
-
-    return {template_hash(family, language) for family in FAMILIES for language in LANGUAGES}
+from metalgen.families import Schedule, decode_schedule, get_family, language_of
 
 
 def source_hash(config: AttentionConfig, schedule: Schedule) -> str:
@@ -32,9 +24,9 @@ def source_hash(config: AttentionConfig, schedule: Schedule) -> str:
     which are hashes themselves, do not count.
 
     Raises:
-        InvalidSchedule, ArgumentError: as `metalgen.render.render`.
+        InvalidSchedule, ArgumentError: as `metalgen.source.render.render`.
     """
-    from metalgen.render import template_hash
+    from metalgen.source.hashes import template_hash
 
     versions = template_hash(schedule.family, language_of(schedule))
     return _source_hash(config, schedule, versions)
@@ -50,7 +42,7 @@ class Present:
     def template_hash(self, target: str) -> str:
         """The hash of the present templates."""
         if target not in self._templates:
-            from metalgen.render import template_hash
+            from metalgen.source.hashes import template_hash
 
             self._templates[target] = template_hash("forward", target)
         return self._templates[target]
@@ -71,7 +63,7 @@ class Present:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _source_hash(config: AttentionConfig, schedule: Schedule, templates: str) -> str:
-    from metalgen.render import render
+    from metalgen.source.render import render
 
     digest = hashlib.sha256(language_of(schedule).encode())
     for step in get_family(schedule.family).steps(schedule):

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
@@ -75,7 +74,7 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
         InvalidSchedule: the schedule breaks a rule (of the largest limits; a chip's are checked
             when a schedule is chosen).
     """
-    from metalgen.hooks import extra_inputs
+    from metalgen.source.hooks import extra_inputs
 
     kind = get_kind(schedule.kind)
     step = step or get_family(schedule.family).main
@@ -102,29 +101,8 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
     )
 
 
-@functools.cache
-def template_hash(family: str = "forward", target: str = "metal") -> str:
-    """16 hexadecimal digits that change when a source rendered for a family might.
-
-    Covers the family's templates, all features, the target's tile library, and the modules that
-    decide what they substitute.
-    """
-    root = templates_dir()
-    names = ("forward", "places", "combine")  # forward and decode are one template
-    files = [root / "families" / f"{name}.jinja" for name in names]
-    files += sorted((root / "features").glob("*.jinja"))
-    files += sorted((root / "targets" / target).glob("*.jinja"))
-    digest = hashlib.sha256()
-    plan = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target]
-    modules = plan, "tiles.py", "targets.py", "bounds.py", "hooks.py", "dsl/printer.py"
-    here = Path(__file__)
-    for path in [*files, *(here.parent / module for module in modules), here]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step) -> dict[str, Any]:
-    from metalgen.hooks import hooks
+    from metalgen.source.hooks import hooks
 
     few_rows = get_family(schedule.family).few_rows
     sharing = getattr(schedule, "key_simdgroups", 1)
