@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
 from metalgen.families import FAMILIES, Limits, Schedule, Step, check_schedule, get_family
-from metalgen.kinds import Kind, get_kind, value_width
+from metalgen.kinds import Kind, get_kind, kinds_in, value_width
 from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
 
@@ -82,7 +82,7 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
     check_schedule(config, schedule, _LARGEST[kind.language])
     context = _context(config, schedule, kind, step)
     env = _environment()
-    header = env.get_template(f"targets/{kind.language}/header.jinja").render(context)
+    header = env.get_template(f"kinds/{kind.name}/header.jinja").render(context)
     body = _tidy(env.get_template(f"families/{step.template}.jinja").render(context))
     math_mode = "safe" if step.merges else getattr(schedule, "math_mode", "safe")
     digest = hashlib.sha256(f"{header}\0{body}\0{math_mode}".encode()).hexdigest()[:10]
@@ -113,7 +113,9 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     names = ("forward", "places", "combine")  # forward and decode are one template
     files = [root / "families" / f"{name}.jinja" for name in names]
     files += sorted((root / "features").glob("*.jinja"))
-    files += sorted((root / "targets" / target).glob("*.jinja"))
+    files += sorted((root / "languages" / target).glob("*.jinja"))
+    for kind in kinds_in(target):
+        files += sorted((root / "kinds" / kind.name).glob("*.jinja"))
     digest = hashlib.sha256()
     plan = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target]
     modules = plan, "tiles.py", "targets.py", "bounds.py", "hooks.py", "dsl/printer.py"
@@ -161,7 +163,8 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
         own
         | hooked
         | {
-            "tile_library": f"targets/{kind.language}/tile.jinja",
+            "language_library": f"languages/{kind.language}/language.jinja",
+            "tile_library": f"kinds/{kind.name}/tile.jinja",
             "constants": constants | own["constants"] | hooked["hook_constants"],
             "schedule": schedule,
             "key_simdgroups": sharing,
