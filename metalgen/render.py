@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
 from metalgen.families import FAMILIES, Limits, Schedule, Step, check_schedule, get_family
+from metalgen.families.operands import attention_operands
 from metalgen.kinds import Kind, get_kind, kinds_in, value_width
 from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
 
 if TYPE_CHECKING:
     import jinja2
+
+    from metalgen.kinds.operands import Operands
 
 COMBINE_THREADS = 128
 _LARGEST = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
@@ -113,12 +116,17 @@ def template_hash(family: str = "forward", target: str = "metal") -> str:
     names = ("forward", "places", "combine")  # forward and decode are one template
     files = [root / "families" / f"{name}.jinja" for name in names]
     files += sorted((root / "features").glob("*.jinja"))
+    files += sorted((root / "shared").glob("*.jinja"))
     files += sorted((root / "languages" / target).glob("*.jinja"))
     for kind in kinds_in(target):
         files += sorted((root / "kinds" / kind.name).glob("*.jinja"))
     digest = hashlib.sha256()
-    plan = {"metal": "plan.py", "cuda": "plan_cuda.py"}[target]
-    modules = plan, "tiles.py", "targets.py", "bounds.py", "hooks.py", "dsl/printer.py"
+    plan = {
+        "metal": ("kinds/simdgroup_plan.py",),
+        "cuda": ("kinds/mma_plan.py", "kinds/mma_tiles.py"),
+    }[target]
+    operands = "kinds/operands.py", "families/operands.py"
+    modules = *plan, *operands, "bounds.py", "hooks.py", "dsl/printer.py"
     here = Path(__file__)
     for path in [*files, *(here.parent / module for module in modules), here]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -156,9 +164,9 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
 
-    own = _metal(config, schedule) if kind.language == "metal" else _cuda(config, schedule)
+    operands = attention_operands(config, schedule, head_rows=few_rows)
+    own = (_metal if kind.language == "metal" else _cuda)(config, schedule, operands)
     hooked = hooks(config, schedule, kind.language, schedule.family, _feature)
-    steps = own["plan"].steps
     return (
         own
         | hooked
@@ -169,8 +177,6 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
             "schedule": schedule,
             "key_simdgroups": sharing,
             "splits": splits,
-            "k_steps": [step for step in steps if step.operand == "k"],
-            "v_steps": [step for step in steps if step.operand == "v"],
             "longest_first": config.causal,
             "packed": few_rows,
             "lse": config.return_lse or partial,
@@ -179,39 +185,26 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
     )
 
 
-def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
-    from metalgen import plan
-    from metalgen.kinds import SIMDGROUP
+def _metal(config: AttentionConfig, schedule: Schedule, operands: Operands) -> dict[str, Any]:
+    from metalgen.kinds.simdgroup_plan import simdgroup_plan
 
-    own = plan.forward_plan(config, schedule)
-    constants = {"D_FRAGMENTS": SIMDGROUP.padded(config.head_dim) // 8}
-    if own.staged:
-        constants |= {"KV_STRIDE": own.slot_stride, "KV_SLOT": own.slot}
-    if own.q_copy:
-        constants |= {"Q_STRIDE": own.q_stride}
+    own = simdgroup_plan(operands, schedule)
     element = LANGUAGES["metal"].elements[config.dtype]
     return {
         "plan": own,
-        "constants": constants,
+        "constants": own.constants,
         "T": element,
         "F": "float" if schedule.fragment == "float32" else element,
     }
 
 
-def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
-    from metalgen import plan_cuda
-    from metalgen.kinds import MMA
+def _cuda(config: AttentionConfig, schedule: Schedule, operands: Operands) -> dict[str, Any]:
+    from metalgen.kinds import mma_plan
 
-    own = plan_cuda.cuda_plan(config, schedule)
-    constants = {
-        "D_STEPS": MMA.padded(config.head_dim) // (8 if config.dtype == "float32" else 16),
-        "THREADS": schedule.threads,
-        "STAGES": schedule.buffers,
-        "Q_TILE": own.q_tile,
-        "KV_TILE": own.kv_tile,
-    }
+    own = mma_plan.mma_plan(operands, schedule)
+    constants = own.constants
     if config.causal and not FAMILIES[schedule.family].few_rows and not config.varlen:
-        constants["CACHED_KEYS"] = plan_cuda.cached_keys(config)
+        constants["CACHED_KEYS"] = mma_plan.cached_keys(config)
     return {
         "plan": own,
         "constants": constants,
