@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
-from metalgen.families import FAMILIES, Limits, Schedule, Step, check_schedule, get_family
+from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
 from metalgen.families.operands import attention_operands
 from metalgen.kinds import Kind, get_kind, kinds_in, value_width
 from metalgen.languages import LANGUAGES
@@ -19,8 +19,6 @@ from metalgen.resources import templates_dir
 
 if TYPE_CHECKING:
     import jinja2
-
-    from metalgen.kinds.operands import Operands
 
 COMBINE_THREADS = 128
 _LARGEST = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
@@ -164,51 +162,24 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
 
-    operands = attention_operands(config, schedule, head_rows=few_rows)
-    own = (_metal if kind.language == "metal" else _cuda)(config, schedule, operands)
+    plan = kind.plan(attention_operands(config, schedule, head_rows=few_rows), schedule)
+    element = LANGUAGES[kind.language].elements[config.dtype]
+    wide = getattr(schedule, "fragment", "input") == "float32"
     hooked = hooks(config, schedule, kind.language, schedule.family, _feature)
-    return (
-        own
-        | hooked
-        | {
-            "language_library": f"languages/{kind.language}/language.jinja",
-            "tile_library": f"kinds/{kind.name}/tile.jinja",
-            "constants": constants | own["constants"] | hooked["hook_constants"],
-            "schedule": schedule,
-            "key_simdgroups": sharing,
-            "splits": splits,
-            "longest_first": config.causal,
-            "packed": few_rows,
-            "lse": config.return_lse or partial,
-            "Out": "float" if partial else own["T"],
-        }
-    )
-
-
-def _metal(config: AttentionConfig, schedule: Schedule, operands: Operands) -> dict[str, Any]:
-    from metalgen.kinds.simdgroup_plan import simdgroup_plan
-
-    own = simdgroup_plan(operands, schedule)
-    element = LANGUAGES["metal"].elements[config.dtype]
-    return {
-        "plan": own,
-        "constants": own.constants,
+    return hooked | {
+        "plan": plan,
         "T": element,
-        "F": "float" if schedule.fragment == "float32" else element,
-    }
-
-
-def _cuda(config: AttentionConfig, schedule: Schedule, operands: Operands) -> dict[str, Any]:
-    from metalgen.kinds import mma_plan
-
-    own = mma_plan.mma_plan(operands, schedule)
-    constants = own.constants
-    if config.causal and not FAMILIES[schedule.family].few_rows and not config.varlen:
-        constants["CACHED_KEYS"] = mma_plan.cached_keys(config)
-    return {
-        "plan": own,
-        "constants": constants,
-        "T": LANGUAGES["cuda"].elements[config.dtype],
+        "F": "float" if wide else element,
+        "language_library": f"languages/{kind.language}/language.jinja",
+        "tile_library": f"kinds/{kind.name}/tile.jinja",
+        "constants": constants | plan.constants | hooked["hook_constants"],
+        "schedule": schedule,
+        "key_simdgroups": sharing,
+        "splits": splits,
+        "longest_first": config.causal,
+        "packed": few_rows,
+        "lse": config.return_lse or partial,
+        "Out": "float" if partial else element,
     }
 
 

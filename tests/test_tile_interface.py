@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import jinja2
 import pytest
 from jinja2 import nodes
 
-from metalgen.kinds import KINDS
+from metalgen.kinds import KINDS, Kind
 from metalgen.kinds.interface import LANGUAGE, REGISTERS, TILE, Macro
+from metalgen.kinds.operands import Accumulator, Operand, Operands, Passes, Product
 from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
+from metalgen.schedules import Schedule
 
 ROOT = templates_dir()
 ENVIRONMENT = jinja2.Environment()
@@ -89,12 +94,13 @@ def test_registers_of_a_kind_are_usable_by_another(kind: str) -> None:
 def used(tree: nodes.Template) -> Iterator[tuple[str, str, nodes.Call]]:
     """Calls of a module's macros: the module's name, the macro's, and the call."""
     modules = {"tile", "language", "registers", "memory", "staging", "products", "outputs"}
-    modules |= {"addresses", "raw", "direct", "passes"}
+    modules |= {"addresses", "raw", "direct", "passes", "loop"}
     for call in tree.find_all(nodes.Call):
-        attribute = call.node
-        if isinstance(attribute, nodes.Getattr) and isinstance(attribute.node, nodes.Name):
-            if attribute.node.name in modules:
-                yield attribute.node.name, attribute.attr, call
+        found = call.node
+        if not isinstance(found, nodes.Getattr) or not isinstance(found.node, nodes.Name):
+            continue
+        if found.node.name in modules:
+            yield found.node.name, found.attr, call
 
 
 def declared_uses() -> Iterator[tuple[Path, str, str, nodes.Call]]:
@@ -152,6 +158,54 @@ def test_blocks_take_what_they_are_handed() -> None:
         if isinstance(target, nodes.Getattr) and target.attr in given:
             assert len(block.args) == given[target.attr], f"{name}: {target.attr}"
     assert blocks
+
+
+KEY_ROWS = Operands(
+    own=(Operand("k", "key", "D", 64, 2),),
+    traversed=(Operand("q", "query", "D", 64, 2), Operand("d_out", "query", "DV", 32, 2)),
+    accumulators=(
+        Accumulator("s", "Q_FRAGMENTS", first="i0"),
+        Accumulator("dv", "V_FRAGMENTS", columns="DV"),
+    ),
+    products=(Product("s", "k", "q"), Product("dv", "s", "d_out")),
+    passes=Passes("i0", begin="q_begin", end="q_end", block="BQ", count="q_len"),
+    own_start="k_block * BK",
+    own_count="kv_len",
+)
+"""Rows of keys that are owned, and of queries that are passed over: S^T = K Q^T, dV += S^T dO."""
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_family_may_own_keys_and_pass_over_queries(kind: Kind) -> None:
+    """The same files write its loop, in its own names, and with no name of forward's."""
+    sources = dict.fromkeys(("k_source", "q_source", "d_out_source"), "threadgroup")
+    sizes = {"bq": 64, "bk": 32, "bd": 64, "simdgroups": 4, "row_blocks": 1, "buffers": 2}
+    plan = kind.plan(
+        KEY_ROWS, cast(Schedule, SimpleNamespace(**sources, **sizes, load_width=8, threads=128))
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    text = environment.from_string(
+        "{%- import library as tile with context -%}"
+        "{% macro begin_pass() %}    const bool live = true;\n{% endmacro %}"
+        "{% macro body() %}{% call(r) tile.rows() %}{% call(x, i) tile.elements('s', r) %}"
+        "{{ x }} = at({{ tile.row(r) }}, {{ i }});{% endcall %}{% endcall %}{% endmacro %}"
+        "{{ tile.operands() }}{{ tile.mainloop(begin_pass, body) }}{{ tile.store('dv', 'd_v') }}"
+    ).render(
+        library=f"kinds/{kind.name}/tile.jinja",
+        plan=plan,
+        T="half",
+        varlen=False,
+        rope=None,
+        packed=False,
+    )
+    assert "for (int i0 = q_begin; i0 < q_end; i0 += BQ) {" in text
+    assert re.search(r"s\[r.*\] = at\(first \+ .*, i0 \+ f \* 8 \+ .*\);", text)
+    assert "dv_row = d_v + (row_base + n) * DV;" in text
+    words = set(re.findall(r"\w+", text))
+    assert not words & {"k0", "k_begin", "k_end", "k_own", "q_row", "v_row", "o", "out"}
+    assert {"q_head", "k_head", "d_out_head", "k_tile"} <= words
 
 
 def test_no_line_of_a_template_is_too_wide_to_read() -> None:

@@ -21,13 +21,15 @@ def attention_operands(
     """
     q, k, v = (operand(name, config, schedule.value_parts) for name in ("q", "k", "v"))
     q = dataclasses.replace(q, head_rows=head_rows, rotated=config.rope is not None)
+    # Later rows see more keys: a long block that starts late is waited for by itself.
+    ordered = config.causal and not head_rows and not config.varlen
     several = getattr(schedule, "key_simdgroups", 1) > 1
     return Operands(
         own=(q,),
         traversed=(k, v),
         accumulators=(
             Accumulator("s", "K_FRAGMENTS", "k_own" if several else "k0"),
-            Accumulator("o", "V_FRAGMENTS", columns="DV", shared=v.shared),
+            Accumulator("o", "V_FRAGMENTS", columns="DV", shared=v.shares > 1),
         ),
         products=(Product("s", "q", "k"), Product("o", "s", "v")),
         passes=Passes(
@@ -41,4 +43,5 @@ def attention_operands(
         ),
         own_start="q_block * BQ",
         own_count="row_count" if head_rows else "q_len",
+        ordered_heads=config.heads_per_kv if ordered else 0,
     )

@@ -1,8 +1,8 @@
 """The interfaces between templates: what a language's macros and a matrix kind's macros are called.
 
-A family's template knows a kind by ``tile``, the module ``kinds/KIND/tile.jinja``, and a language by
-``language``, the module ``languages/LANGUAGE/language.jinja``. What is not declared here is used by
-neither families nor features. Arguments and results are text: expressions and statements.
+A family's template knows a kind by ``tile``, the module ``kinds/KIND/tile.jinja``, and a language
+by ``language``, the module ``languages/LANGUAGE/language.jinja``. Neither families nor features use
+what is not declared here. Arguments and results are text: expressions and statements.
 """
 
 from __future__ import annotations

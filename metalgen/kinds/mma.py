@@ -6,8 +6,9 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.kinds.base import Kind, Require, q_source, value_parts
+from metalgen.kinds.mma_plan import MmaPlan, mma_plan
 from metalgen.kinds.mma_tiles import MmaTiles, mma_tiles
-from metalgen.kinds.operands import operand
+from metalgen.kinds.operands import Operands, operand
 from metalgen.schedules import Knob, Limits, Point, Schedule
 
 
@@ -85,6 +86,9 @@ class Mma(Kind):
                 inactive=1,
             ),
         )
+
+    def plan(self, operands: Operands, schedule: Schedule) -> MmaPlan:
+        return mma_plan(operands, schedule)
 
     def tiles(self, config: AttentionConfig, schedule: Schedule) -> MmaTiles:
         """The tiles of a schedule in shared memory."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.mma_tiles import CHUNK_BYTES, DEPTH, RawTile, mma_tiles, padded, row_bytes
 from metalgen.kinds.operands import Operand, Operands, Product
 from metalgen.schedules import Schedule
@@ -121,12 +120,15 @@ class MmaPlan:
         for each in self.operands.own:
             depth = 8 if each.itemsize == 4 else DEPTH
             found[f"{each.columns}_STEPS"] = padded(each.width) // depth
-        return found | {
+        found |= {
             "THREADS": self.threads,
             "STAGES": self.buffers,
             "Q_TILE": self.own_tile,
             "KV_TILE": self.ring_tile,
         }
+        if self.operands.ordered_heads:
+            found["CACHED_KEYS"] = cached_keys(self.operands)
+        return found
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -186,10 +188,11 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
     )
 
 
-def cached_keys(config: AttentionConfig) -> int:
+def cached_keys(operands: Operands) -> int:
     """Keys of query heads that `CACHED_BYTES` hold, each with its value."""
-    bits = (config.head_dim + config.v_dim) * (config.kv_bits or 8 * config.itemsize)
-    return 8 * CACHED_BYTES * config.heads_per_kv // bits
+    widths = ((each, each.width * each.shares) for each in operands.traversed)
+    bits = sum(width * (each.bits or 8 * each.itemsize) for each, width in widths)
+    return 8 * CACHED_BYTES * operands.ordered_heads // bits
 
 
 def _fetch(operands: Operands, turn: int, ahead: int) -> Fetch:

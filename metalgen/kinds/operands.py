@@ -10,6 +10,7 @@ products of a pass are of two forms:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from metalgen.config import AttentionConfig
 
@@ -29,7 +30,7 @@ class Operand:
         page: rows that lie in one page, or None: no pages.
         head_rows: whether the owned rows are those of several heads, one head after the other.
         rotated: whether rows are rotated by their positions when they are read.
-        shared: whether threadgroups share out its columns; `width` is of one share.
+        shares: threadgroups that share out its columns; `width` is of one share.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Operand:
     page: int | None = None
     head_rows: bool = False
     rotated: bool = False
-    shared: bool = False
+    shares: int = 1
 
     def array_bytes(self, array: str) -> int:
         """Bytes of a row of one of its arrays."""
@@ -74,8 +75,8 @@ def operand(name: str, config: AttentionConfig, value_parts: int = 1) -> Operand
     if name == "q":
         return Operand(name, rows, columns, width, config.itemsize)
     bits, group, page = config.kv_bits, config.kv_group, config.page_size
-    shared = wide and value_parts > 1
-    return Operand(*(name, rows, columns, width, config.itemsize, bits, group, page), shared=shared)
+    shares = value_parts if wide else 1
+    return Operand(*(name, rows, columns, width, config.itemsize, bits, group, page), shares=shares)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class Operands:
         accumulators: what products add to.
         products: of one pass, those that contract columns first.
         passes: the loop over the traversed rows.
+        ordered_heads: where threadgroups start in the order of their blocks of rows, the heads that
+            read the same traversed rows; 0: they start in any order.
         own_start, own_count: the threadgroup's first owned row, and how many rows there are, by the
             names that the kernel's text has for them.
     """
@@ -163,6 +166,7 @@ class Operands:
     passes: Passes
     own_start: str
     own_count: str
+    ordered_heads: int = 0
 
     @property
     def scores(self) -> tuple[Accumulator, ...]:
@@ -191,3 +195,15 @@ class Operands:
     def contracts_columns(self, product: Product) -> bool:
         """Whether a product's left side is an operand, not an accumulator."""
         return all(each.name != product.left for each in self.accumulators)
+
+
+class Plan(Protocol):
+    """What the templates of a matrix kind substitute; each kind has a type of its own."""
+
+    @property
+    def operands(self) -> Operands:
+        """What was planned."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Named numbers of the kernel's text, besides those of the family."""
