@@ -9,7 +9,8 @@ import pytest
 
 from metalgen import ArgumentError, AttentionConfig, InvalidSchedule, Schedule
 from metalgen.families import default_schedule
-from metalgen.plan import Run, forward_plan
+from metalgen.families.operands import attention_operands
+from metalgen.kinds.simdgroup_plan import Run, SimdgroupPlan, simdgroup_plan
 from metalgen.source import hashes, render
 from metalgen.source.hashes import template_hash
 
@@ -93,6 +94,10 @@ def test_barriers_a_pass_follow_from_buffers_and_slices() -> None:
     assert barriers(k_source="device", v_source="device") == 0
 
 
+def plan_of(config: AttentionConfig, schedule: Schedule) -> SimdgroupPlan:
+    return simdgroup_plan(attention_operands(config, schedule), schedule)
+
+
 def test_wide_loads_cover_every_column_once() -> None:
     for head_dim in range(8, 257):
         for width in (2, 4, 8):
@@ -100,8 +105,8 @@ def test_wide_loads_cover_every_column_once() -> None:
                 schedule = Schedule(
                     bq=32, bk=8, bd=min(bd, -(-head_dim // 8) * 8), simdgroups=4, load_width=width
                 )
-                plan = forward_plan(AttentionConfig(head_dim), schedule)
-                for runs in (plan.q_runs, plan.o_runs):
+                plan = plan_of(AttentionConfig(head_dim), schedule)
+                for runs in (plan.own_runs["q"], plan.out_runs["o"]):
                     columns = [
                         run.column + 8 * run.fragments * block + n
                         for run in runs
@@ -115,11 +120,11 @@ def test_wide_loads_cover_every_column_once() -> None:
 
 
 def test_a_ragged_width_by_hand() -> None:
-    plan = forward_plan(AttentionConfig(76), Schedule(bq=32, bk=16, bd=80, simdgroups=4))
+    plan = plan_of(AttentionConfig(76), Schedule(bq=32, bk=16, bd=80, simdgroups=4))
     # 76 columns in fragments of 8: two blocks of four fragments, and one of two, partly empty.
-    assert plan.q_runs == (Run(0, 0, 2, 4, False), Run(64, 64, 1, 2, True))
+    assert plan.own_runs["q"] == (Run(0, 0, 2, 4, False), Run(64, 64, 1, 2, True))
     (k_step, v_step) = plan.steps
-    assert (k_step.operand, v_step.operand) == ("k", "v")
+    assert (k_step.operand.name, v_step.operand.name) == ("k", "v")
     assert k_step.copy is not None and k_step.copy.ragged
     assert plan.slot_stride == 80 + 8
 
@@ -138,7 +143,7 @@ def test_the_template_hash_follows_every_template(
     shutil.copytree(render.templates_dir(), copy)
     monkeypatch.setattr(hashes, "templates_dir", lambda: copy)
     seen = {template_hash()}
-    others = {*copy.glob("targets/cuda/*"), copy / "append" / "cuda.jinja"}
+    others = {*copy.glob("languages/cuda/*"), *copy.glob("kinds/mma/*")}
     paths = sorted(set(copy.rglob("*.jinja")) - others)
     for path in paths:
         path.write_text(path.read_text() + "\n")

@@ -125,7 +125,7 @@ def render_append(
     env, header = _environment(), _HEADERS[target]
     body = _tidy(
         env.get_template("families/append.jinja").render(
-            t=env.get_template(f"append/{target}.jinja").module,
+            language_library=f"languages/{target}/language.jinja",
             T=_TYPES[target][config.dtype],
             constants=_constants(config, schedule),
             operands=[_operand(config, name) for name in operands(config)],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metalgen.config import AttentionConfig
+from metalgen.kinds.operands import Operands, Plan
 from metalgen.schedules import Knob, Limits, Schedule
 
 Require = Callable[[str, bool, str], None]
@@ -61,6 +62,10 @@ class Kind(abc.ABC):
     def registers(self, config: AttentionConfig, schedule: Schedule) -> int | None:
         """Estimated 16-bit registers per thread; None where there is no estimate."""
         return None
+
+    @abc.abstractmethod
+    def plan(self, operands: Operands, schedule: Schedule) -> Plan:
+        """What the kind's templates substitute, for any family's operands."""
 
     @abc.abstractmethod
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from metalgen.config import AttentionConfig
-from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
+from metalgen.kinds.base import Kind, Require, q_source, value_parts
+from metalgen.kinds.mma_plan import MmaPlan, mma_plan
+from metalgen.kinds.mma_tiles import MmaTiles, mma_tiles
+from metalgen.kinds.operands import Operands, operand
 from metalgen.schedules import Knob, Limits, Point, Schedule
-from metalgen.tiles import CudaTiles, cuda_tiles
 
 
 def _several(point: Point) -> bool:
@@ -85,16 +87,20 @@ class Mma(Kind):
             ),
         )
 
-    def tiles(self, config: AttentionConfig, schedule: Schedule) -> CudaTiles:
+    def plan(self, operands: Operands, schedule: Schedule) -> MmaPlan:
+        return mma_plan(operands, schedule)
+
+    def tiles(self, config: AttentionConfig, schedule: Schedule) -> MmaTiles:
         """The tiles of a schedule in shared memory."""
-        s, width = schedule, value_width(config, schedule)
+        s = schedule
+        q, k, v = (operand(name, config, s.value_parts) for name in ("q", "k", "v"))
         sharing = s.simdgroups // getattr(s, "key_simdgroups", 1)
-        return cuda_tiles(config, bq=s.bq, bk=s.bk, v_width=width, sharing=sharing)
+        return mma_tiles((q,), (k, v), bq=s.bq, bk=s.bk, sharing=sharing)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The Q tile, one that quantized tiles may be dequantized into, and the ring."""
         tiles = self.tiles(config, schedule)
-        return int(tiles.q + tiles.work + schedule.buffers * tiles.kv)
+        return int(tiles.own + tiles.work + schedule.buffers * tiles.ring)
 
     def dynamic_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         return self.threadgroup_bytes(config, schedule)

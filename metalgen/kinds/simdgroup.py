@@ -6,12 +6,11 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
+from metalgen.kinds.operands import Operands
+from metalgen.kinds.simdgroup_plan import FRAGMENT as FRAGMENT
+from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES, SimdgroupPlan, simdgroup_plan
 from metalgen.schedules import Knob, Limits, Point, Schedule
 
-FRAGMENT = 8
-"""Rows and columns of a simdgroup matrix."""
-ROW_PAD_BYTES = 16
-"""Bytes added to a row in threadgroup memory, so that rows start in different banks."""
 REGISTERS = 250
 """Estimated 16-bit registers per thread up to which a kernel is likely not to spill (of 256)."""
 
@@ -124,6 +123,9 @@ class Simdgroup(Kind):
         """Widths of staged slices; those of the default schedules are among them."""
         widest = self.widest_row(config, self.default_value_parts(config))
         return tuple(sorted({w for w in (32, 64, 128) if w <= widest} | {widest}))
+
+    def plan(self, operands: Operands, schedule: Schedule) -> SimdgroupPlan:
+        return simdgroup_plan(operands, schedule)
 
     def row_bytes(self, width: int, itemsize: int) -> int:
         """Bytes from one row to the next of a tile in threadgroup memory."""

@@ -7,6 +7,7 @@ import hashlib
 
 from metalgen.families import FAMILIES
 from metalgen.imports import code_digest
+from metalgen.kinds import KINDS
 from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
 
@@ -18,11 +19,12 @@ START = "metalgen.source.render"
 def template_hash(family: str = "forward", language: str = "metal") -> str:
     """16 hexadecimal digits that change when a source rendered in a language might.
 
-    Covers all templates but those of other languages, and the modules by which they are rendered
+    Covers all templates but those of other languages and their kinds, and the modules by which they are rendered
     (`metalgen.imports.code_digest`).
     """
     root = templates_dir()
     others = {other for other in LANGUAGES if other != language}
+    others |= {kind.name for kind in KINDS.values() if kind.language != language}
     digest = hashlib.sha256(code_digest(START))
     for path in sorted(root.rglob("*.jinja")):
         parts = path.relative_to(root).with_suffix("").parts

@@ -64,10 +64,10 @@ def hooks(
         "parts": [
             name
             for name, used in (
-                ("paged", config.page_size is not None),
+                ("pages", config.page_size is not None),
                 ("quantized", config.kv_bits is not None),
                 ("rotary", config.rope is not None),
-                ("dropout", config.dropout > 0),
+                ("philox", config.dropout > 0),
             )
             if used
         ],

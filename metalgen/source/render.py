@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
-from metalgen.families import FAMILIES, Limits, Schedule, Step, check_schedule, get_family
+from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
+from metalgen.families.operands import attention_operands
 from metalgen.kinds import Kind, get_kind, value_width
 from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
@@ -81,7 +82,7 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
     check_schedule(config, schedule, _LARGEST[kind.language])
     context = _context(config, schedule, kind, step)
     env = _environment()
-    header = env.get_template(f"targets/{kind.language}/header.jinja").render(context)
+    header = env.get_template(f"kinds/{kind.name}/header.jinja").render(context)
     body = _tidy(env.get_template(f"families/{step.template}.jinja").render(context))
     math_mode = "safe" if step.merges else getattr(schedule, "math_mode", "safe")
     digest = hashlib.sha256(f"{header}\0{body}\0{math_mode}".encode()).hexdigest()[:10]
@@ -132,65 +133,24 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
         if (bound := getattr(config, name)) is not None:
             constants[name.upper()] = bound
 
-    own = _metal(config, schedule) if kind.language == "metal" else _cuda(config, schedule)
+    plan = kind.plan(attention_operands(config, schedule, head_rows=few_rows), schedule)
+    element = LANGUAGES[kind.language].elements[config.dtype]
+    wide = getattr(schedule, "fragment", "input") == "float32"
     hooked = hooks(config, schedule, kind.language, schedule.family, _feature)
-    steps = own["plan"].steps
-    return (
-        own
-        | hooked
-        | {
-            "tile_library": f"targets/{kind.language}/tile.jinja",
-            "constants": constants | own["constants"] | hooked["hook_constants"],
-            "schedule": schedule,
-            "key_simdgroups": sharing,
-            "splits": splits,
-            "k_steps": [step for step in steps if step.operand == "k"],
-            "v_steps": [step for step in steps if step.operand == "v"],
-            "longest_first": config.causal,
-            "packed": few_rows,
-            "lse": config.return_lse or partial,
-            "Out": "float" if partial else own["T"],
-        }
-    )
-
-
-def _metal(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
-    from metalgen import plan
-    from metalgen.kinds import SIMDGROUP
-
-    own = plan.forward_plan(config, schedule)
-    constants = {"D_FRAGMENTS": SIMDGROUP.padded(config.head_dim) // 8}
-    if own.staged:
-        constants |= {"KV_STRIDE": own.slot_stride, "KV_SLOT": own.slot}
-    if own.q_copy:
-        constants |= {"Q_STRIDE": own.q_stride}
-    element = LANGUAGES["metal"].elements[config.dtype]
-    return {
-        "plan": own,
-        "constants": constants,
+    return hooked | {
+        "plan": plan,
         "T": element,
-        "F": "float" if schedule.fragment == "float32" else element,
-    }
-
-
-def _cuda(config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
-    from metalgen import plan_cuda
-    from metalgen.kinds import MMA
-
-    own = plan_cuda.cuda_plan(config, schedule)
-    constants = {
-        "D_STEPS": MMA.padded(config.head_dim) // (8 if config.dtype == "float32" else 16),
-        "THREADS": schedule.threads,
-        "STAGES": schedule.buffers,
-        "Q_TILE": own.q_tile,
-        "KV_TILE": own.kv_tile,
-    }
-    if config.causal and not FAMILIES[schedule.family].few_rows and not config.varlen:
-        constants["CACHED_KEYS"] = plan_cuda.cached_keys(config)
-    return {
-        "plan": own,
-        "constants": constants,
-        "T": LANGUAGES["cuda"].elements[config.dtype],
+        "F": "float" if wide else element,
+        "language_library": f"languages/{kind.language}/language.jinja",
+        "tile_library": f"kinds/{kind.name}/tile.jinja",
+        "constants": constants | plan.constants | hooked["hook_constants"],
+        "schedule": schedule,
+        "key_simdgroups": sharing,
+        "splits": splits,
+        "longest_first": config.causal,
+        "packed": few_rows,
+        "lse": config.return_lse or partial,
+        "Out": "float" if partial else element,
     }
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
 
-from metalgen import plan_cuda
 from metalgen.config import AttentionConfig
 from metalgen.families import default_schedule
 from metalgen.inputs import Inputs
+from metalgen.kinds import mma_plan
 from metalgen.source.render import KernelSource
 from metalgen.testing.features import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up
@@ -124,7 +124,7 @@ def test_blocks_of_sections_of_heads_are_each_computed_once(
     gpu: EmulatedCuda, fields: dict[str, Any], cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten heads of all entries, in sections of so many: 10, 4, 3 (of 3, 3, 3, 1) and 1."""
-    monkeypatch.setattr(plan_cuda, "cached_keys", lambda config: cached * 100)
+    monkeypatch.setattr(mma_plan, "cached_keys", lambda config: cached * 100)
     config = AttentionConfig(64, causal=True, return_lse=True, **fields)
     sizes = {"batch": 2, "kv_heads": 5, "q_len": 100, "kv_len": 100}
     case = case_of(config, simdgroups=1, bk=16, **sizes)

@@ -141,7 +141,7 @@ def test_comments_names_and_spacing_are_not_code_and_texts_are() -> None:
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
-        ("targets/metal/header.jinja", "\n", "\n// A remark that every kernel carries.\n"),
+        ("languages/metal/memory.jinja", "\n", "\n// A remark that every kernel carries.\n"),
         ("families/forward.jinja", "{#", "{# A remark to whoever reads the template. #}\n{#"),
         ("families/forward.jinja", "\n\n", "\n  \n\n"),
     ],
@@ -177,13 +177,13 @@ def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alo
         source_hash=source_hash(config, schedule),
     )
     apple = row(template_hash=template_hash(), source_hash=source_hash(CONFIG, FIRST))
-    edit(templates, "targets/cuda/header.jinja", "\n", "\n// A remark in the CUDA header.\n")
+    edit(templates, "languages/cuda/copies.jinja", "\n", "\n// A remark in the CUDA header.\n")
     assert template_hash("forward", "cuda") != was
     found, counts = refresh_rows([measured, apple], Present())
     assert counts == Refreshed(current=1, kept=1)
     assert found[0].template_hash == template_hash("forward", "cuda")
     assert found[1] == apple
-    edit(templates, "targets/cuda/header.jinja", "\n", "\nstruct another {};\n")
+    edit(templates, "languages/cuda/copies.jinja", "\n", "\nstruct another {};\n")
     assert refresh_rows(found, Present())[1] == Refreshed(current=1, changed=1)
 
 

@@ -27,7 +27,7 @@ def places() -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
 
 def run(functions: Sequence[Traced], *, checked: bool = False) -> list[NDArray[np.float32]]:
     """The values of graphs at `places`, as float32, computed by Metal in the simulator."""
-    header = _environment().get_template("targets/metal/functions.jinja").render()
+    header = _environment().get_template("languages/metal/functions.jinja").render()
     names, arrays, body = ["score_in", "places_in"], [], []
     for n, function in enumerate(functions):
         printed = print_graph(function.graph, "metal", f"f{n}", _NAMES)

@@ -1,20 +1,24 @@
-"""How tiles lie in shared memory (CUDA): rows, and their sizes.
+"""How the tiles of `mma` lie in shared memory: rows, and their sizes.
 
-Below schedules, whose rules need the sizes, and below the plans of kernels, which need the places.
+Below schedules, whose rules need the sizes, and below plans, which need the places.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
-
-CHUNK_BYTES = 16
-"""Bytes that are moved at once (CUDA)."""
-
+from metalgen.kinds.operands import Operand
 
 DEPTH = 16
-"""Columns that one product contracts; rows are padded to it."""
+"""Columns, or rows of a pass, that one instruction contracts."""
+CHUNK_BYTES = 16
+"""Bytes that are moved at once."""
+
+
+def padded(width: int) -> int:
+    """A head dimension rounded up to whole matrices."""
+    return -(-width // DEPTH) * DEPTH
 
 
 def row_bytes(width: int, itemsize: int) -> int:
@@ -22,13 +26,13 @@ def row_bytes(width: int, itemsize: int) -> int:
 
     Rows of whole 128 bytes are swizzled, others padded to an odd number of chunks.
     """
-    chunks = -(-width // DEPTH) * DEPTH * itemsize // CHUNK_BYTES
+    chunks = padded(width) * itemsize // CHUNK_BYTES
     return (chunks if chunks % 8 == 0 else chunks | 1) * CHUNK_BYTES
 
 
 @dataclass(frozen=True)
-class CudaRaw:
-    """Quantized rows of K or V as they lie in a tile of the ring: words, then scales, then biases.
+class RawTile:
+    """Quantized rows as they lie in a tile of the ring: words, then scales, then biases.
 
     All in bytes but `bits`, `groups` and `shifted`.
 
@@ -59,54 +63,52 @@ class CudaRaw:
 
 
 @dataclass(frozen=True)
-class CudaTiles:
+class MmaTiles:
     """The tiles of a block of threads in shared memory.
 
     Args:
-        raw: how quantized ``"k"`` and ``"v"`` lie in the ring; empty for others.
+        raw: how quantized operands lie in the ring, by name; none of others.
         direct: whether fragments are made of raw tiles at once, not of a work tile.
-        q, work, kv: bytes of the tile of Q, of the one that raw tiles are dequantized into, and of
-            one tile of the ring.
+        own: bytes of the tiles of owned operands.
+        work: bytes of the tile that raw tiles are dequantized into.
+        ring: bytes of one tile of the ring.
     """
 
-    raw: dict[str, CudaRaw]
+    raw: dict[str, RawTile]
     direct: bool
-    q: int
+    own: int
     work: int
-    kv: int
+    ring: int
 
 
-def cuda_tiles(
-    config: AttentionConfig, *, bq: int, bk: int, v_width: int, sharing: int
-) -> CudaTiles:
-    """The tiles of a schedule's `bq` rows of Q, and `bk` rows of K and of V, `v_width` wide.
+def mma_tiles(
+    own: Sequence[Operand], traversed: Sequence[Operand], *, bq: int, bk: int, sharing: int
+) -> MmaTiles:
+    """The tiles of `bq` rows of each owned operand, and of `bk` rows of a traversed one.
 
-    `sharing` says how many warps read the same keys.
+    `sharing` says how many warps read the same rows of a pass.
     """
-    widths = {"k": config.head_dim, "v": v_width}
-    raw: dict[str, CudaRaw] = {}
-    if config.kv_bits is not None:
-        raw = {name: _raw(config, width, bk) for name, width in widths.items()}
-    direct = bool(raw) and sharing == 1 and config.itemsize == 2
-    tile = bk * max(row_bytes(width, config.itemsize) for width in widths.values())
-    return CudaTiles(
+    raw = {each.name: _raw(each, bk) for each in traversed if each.bits is not None}
+    direct = bool(raw) and sharing == 1 and traversed[0].itemsize == 2
+    tile = bk * max(row_bytes(each.width, each.itemsize) for each in traversed)
+    return MmaTiles(
         raw=raw,
         direct=direct,
-        q=bq * row_bytes(config.head_dim, config.itemsize),
+        own=bq * sum(row_bytes(each.width, each.itemsize) for each in own),
         work=tile if raw and not direct else 0,
-        kv=max(own.size for own in raw.values()) if raw else tile,
+        ring=max(each.size for each in raw.values()) if raw else tile,
     )
 
 
-def _raw(config: AttentionConfig, width: int, lines: int) -> CudaRaw:
-    assert config.kv_bits is not None
-    words = width * config.kv_bits // 8
+def _raw(operand: Operand, lines: int) -> RawTile:
+    assert operand.bits is not None
+    words = operand.width * operand.bits // 8
     pitch = (words // CHUNK_BYTES | 1) * CHUNK_BYTES
-    groups = width // config.kv_group
-    row = groups * config.itemsize
+    groups = operand.width // operand.group
+    row = groups * operand.itemsize
     window = row if row % 4 == 0 else row + 2
-    return CudaRaw(
-        bits=config.kv_bits,
+    return RawTile(
+        bits=operand.bits,
         words=words,
         pitch=pitch,
         groups=groups,

@@ -1,0 +1,261 @@
+"""From operands and a schedule to the steps that the templates of `simdgroup` write down.
+
+Fragments are 8x8. Of several neighbouring fragments a lane's elements are made contiguous in
+memory, so that one wide load fetches them all: the contraction index of A and B in A B^T, and
+the column index of B and O in O += P B, are permuted within a block of a `Run`, which changes no
+result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from metalgen.kinds.operands import Operand, Operands, Product
+from metalgen.schedules import Schedule
+
+FRAGMENT = 8
+"""Rows and columns of a simdgroup matrix."""
+ROW_PAD_BYTES = 16
+"""Bytes added to a row in threadgroup memory, so that rows start in different banks."""
+
+
+def padded(width: int) -> int:
+    """A head dimension rounded up to whole matrices."""
+    return -(-width // FRAGMENT) * FRAGMENT
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks of neighbouring columns, each of which a lane loads at once.
+
+    Args:
+        column: first column, in the operand's rows.
+        local: first column, in the staged slice.
+        count: how many blocks.
+        fragments: fragments per block. A lane loads twice as many elements of a row of A or of B
+            in P B, and as many elements of each of two rows of B in A B^T.
+        ragged: whether a block reaches past the operand's width.
+    """
+
+    column: int
+    local: int
+    count: int
+    fragments: int
+    ragged: bool
+
+    @property
+    def fragment(self) -> int:
+        """Index of the first fragment."""
+        return self.column // FRAGMENT
+
+
+@dataclass(frozen=True)
+class Copy:
+    """How threads copy lines of an operand into threadgroup memory, some elements each.
+
+    Args:
+        column: first column in the operand.
+        vectors: moves per line.
+        elements: elements per move.
+        left: name of the constant that holds the operand's width.
+        ragged: whether the last moves reach past it.
+    """
+
+    column: int
+    vectors: int
+    elements: int
+    left: str
+    ragged: bool
+
+
+@dataclass(frozen=True)
+class Slot:
+    """In which of two buffers a step's slice is staged.
+
+    Args:
+        buffer: its number; None where passes take turns, because their steps are odd in number.
+        turn: then what is added to the number of the pass, of which the last bit counts.
+    """
+
+    buffer: int | None
+    turn: int = 0
+
+    def later(self, steps: int) -> Slot:
+        """The buffer of the step that comes so many steps of the same pass count later."""
+        return self if self.buffer is not None else Slot(None, self.turn + steps)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One slice of a traversed operand: staged (or read directly), then multiplied.
+
+    Args:
+        product: what it is a part of.
+        operand: of the product's right side.
+        column, width: the slice's columns, padded to whole fragments.
+        runs: its wide loads.
+        copy: how it is staged, or None where it is read directly.
+        slot: which buffer it is staged in, where there are two.
+        next: with two buffers, the step of the same pass that is staged while this one is used;
+            None if that is the first one of the next pass.
+    """
+
+    product: Product
+    operand: Operand
+    column: int
+    width: int
+    runs: tuple[Run, ...]
+    copy: Copy | None
+    slot: Slot | None = None
+    next: Step | None = None
+
+    @property
+    def staged(self) -> bool:
+        """Whether it goes through threadgroup memory."""
+        return self.copy is not None
+
+
+@dataclass(frozen=True)
+class SimdgroupPlan:
+    """Everything that the templates substitute.
+
+    Args:
+        operands: what was planned.
+        columns, rows: the steps of one pass, in order: those of products that contract columns,
+            then those of products that contract the pass's rows.
+        own_runs: wide loads of each owned operand, by its name.
+        out_runs: wide stores of each output, by its accumulator's name.
+        own_copy: how an owned operand is staged, by its name; none where it stays in registers.
+        own_stride: elements between rows of that tile, by the operand's name.
+        slot_stride: elements between rows of a staging buffer; ``slot`` its elements.
+        buffers: staging buffers.
+        lines: rows of a pass.
+    """
+
+    operands: Operands
+    columns: tuple[Step, ...]
+    rows: tuple[Step, ...]
+    own_runs: dict[str, tuple[Run, ...]]
+    out_runs: dict[str, tuple[Run, ...]]
+    own_copy: dict[str, Copy]
+    own_stride: dict[str, int]
+    slot_stride: int
+    slot: int
+    buffers: int
+    lines: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Named numbers of the kernel's text."""
+        found = {}
+        for each in self.operands.own:
+            found[f"{each.columns}_FRAGMENTS"] = padded(each.width) // FRAGMENT
+        if self.staged:
+            found |= {"KV_STRIDE": self.slot_stride, "KV_SLOT": self.slot}
+        for name in self.own_copy:
+            found[f"{name.upper()}_STRIDE"] = self.own_stride[name]
+        return found
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps of a pass."""
+        return self.columns + self.rows
+
+    @property
+    def staged(self) -> tuple[Step, ...]:
+        """The steps that go through threadgroup memory, in order."""
+        return tuple(step for step in self.steps if step.staged)
+
+
+def simdgroup_plan(operands: Operands, schedule: Schedule) -> SimdgroupPlan:
+    """The plan of a valid schedule, which says a source ``NAME_source`` of each operand."""
+    steps = _staged_steps(_slices(operands, schedule), schedule.buffers)
+    staged = [step for step in steps if step.staged]
+    columns = tuple(step for step in steps if operands.contracts_columns(step.product))
+    itemsize = operands.own[0].itemsize
+    pad = ROW_PAD_BYTES // itemsize
+    stride = max((step.width for step in staged), default=0) + pad
+    own_copy = {
+        each.name: _copy(each, 0, padded(each.width), _move(each, schedule.load_width))
+        for each in operands.own
+        if getattr(schedule, f"{each.name}_source") == "threadgroup"
+    }
+    runs: dict[str, tuple[Run, ...]] = {}
+    for step in steps:
+        product = step.product
+        side = product.left if step in columns else product.into
+        runs[side] = runs.get(side, ()) + step.runs
+    own = {each.name for each in operands.own}
+    return SimdgroupPlan(
+        operands=operands,
+        columns=columns,
+        rows=tuple(step for step in steps if step not in columns),
+        own_runs={name: found for name, found in runs.items() if name in own},
+        out_runs={name: found for name, found in runs.items() if name not in own},
+        own_copy=own_copy,
+        own_stride={each.name: padded(each.width) + pad for each in operands.own},
+        slot_stride=stride,
+        slot=schedule.bk * stride,
+        buffers=schedule.buffers,
+        lines=schedule.bk,
+    )
+
+
+def _slices(operands: Operands, schedule: Schedule) -> list[Step]:
+    """The steps of a pass, not yet in buffers."""
+    wide = schedule.load_width // 2
+    steps = []
+    for product in operands.products:
+        operand = operands.operand(product.right)
+        staged = getattr(schedule, f"{operand.name}_source") == "threadgroup"
+        whole = padded(operand.width)
+        size = min(schedule.bd, whole) if staged else whole
+        for column in range(0, whole, size):
+            width = min(size, whole - column)
+            runs = _runs(column, width, operand.width, wide)
+            move = _move(operand, schedule.load_width)
+            copy = _copy(operand, column, width, move) if staged else None
+            steps.append(Step(product, operand, column, width, runs, copy))
+    return steps
+
+
+def _staged_steps(steps: list[Step], buffers: int) -> list[Step]:
+    """The same steps with the buffers that they are staged in."""
+    count = sum(step.staged for step in steps)
+    found: list[Step] = []
+    turn = count
+    later: Step | None = None
+    for step in reversed(steps):  # for each holds the next one
+        if step.staged:
+            turn -= 1
+            slot = Slot(turn % 2) if count % 2 == 0 else Slot(None, turn)
+            step = dataclasses.replace(step, slot=slot if buffers == 2 else None, next=later)
+            later = step
+        found.append(step)
+    return found[::-1]
+
+
+def _move(operand: Operand, load_width: int) -> int:
+    """Elements of one move into threadgroup memory: 16 bytes at most."""
+    return min(load_width, 16 // operand.itemsize)
+
+
+def _copy(operand: Operand, column: int, columns: int, move: int) -> Copy:
+    return Copy(column, columns // move, move, operand.columns, column + columns > operand.width)
+
+
+def _runs(start: int, width: int, whole: int, wide: int) -> tuple[Run, ...]:
+    """Cut a slice into runs of blocks of `wide` fragments, then of half as many, and so on."""
+    runs: list[Run] = []
+    column = start
+    while wide:
+        size = FRAGMENT * wide
+        count = (start + width - column) // size
+        inside = min(count, max(0, whole - column) // size)
+        for blocks, ragged in ((inside, False), (count - inside, True)):
+            if blocks:
+                runs.append(Run(column, column - start, blocks, wide, ragged))
+                column += blocks * size
+        wide //= 2
+    return tuple(runs)
