@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 LN2 = math.log(2)
 TOP, BOTTOM = 36, -109

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
-from metalgen.inputs import Inputs, key_places
+from metalgen.problem.inputs import Inputs, key_places
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
 
 
 def check_contents(config: AttentionConfig, q: mx.array, k: mx.array, inputs: Inputs) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from metalgen.bounds import shift_of
-from metalgen.config import AttentionConfig
 from metalgen.families.launch import split_keys
-from metalgen.inputs import asked_for
 from metalgen.kinds import value_width
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import asked_for
 from metalgen.schedules import Schedule
 
 LN2 = math.log(2)

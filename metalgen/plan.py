@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT, ROW_PAD_BYTES
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds import MMA, value_width
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 from metalgen.tiles import CHUNK_BYTES, CudaRaw, row_bytes
 

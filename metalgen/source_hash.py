@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
 from metalgen.families import FAMILIES, Schedule, decode_schedule, get_family, language_of
 from metalgen.languages import LANGUAGES
+from metalgen.problem.config import AttentionConfig
 
 
 def present_templates() -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 CHUNK_BYTES = 16
 """Bytes that are moved at once (CUDA)."""

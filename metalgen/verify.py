@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.families import Schedule, get_family
-from metalgen.inputs import Inputs, has_inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs, has_inputs
+from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.samples import sample_call
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,8 +63,9 @@ def verify(
     """Run a kernel on small ragged shapes and compare it with the float64 reference.
 
     The family names the sizes (`metalgen.families.Family.check_sizes`); two KV heads, keys and
-    values as views (`metalgen.samples.sample_call`). Outputs hold NaN before the kernel runs, so
-    that one which is never launched is not taken for an earlier one (`metalgen.devices.marking`).
+    values as views (`metalgen.problem.samples.sample_call`). Outputs hold NaN before the kernel
+    runs, so that one which is never launched is not taken for an earlier one
+    (`metalgen.devices.marking`).
 
     Raises:
         Whatever the device raises when it cannot build or run the kernel.

@@ -15,9 +15,9 @@ import pytest
 from metalgen import simulator
 from metalgen.cache.launch import kernel_rows, plain_rows
 from metalgen.cache.render import ELEMENTS, THREADS, AppendSchedule, inputs, operands
-from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
+from metalgen.problem.config import AttentionConfig
 
 BOUND = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
 """Largest error of a turned element; those drawn are below 6."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalgen import ArgumentError, AttentionConfig, Rope
-from metalgen.problem import Problem, bucket
+from metalgen.problem.sizes import Problem, bucket
 
 configs = st.builds(
     AttentionConfig,

@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.contents import check_contents
-from metalgen.inputs import asked_for, check_call
-from metalgen.samples import sample_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import asked_for, check_call
+from metalgen.problem.samples import sample_call
 
 EVERYTHING = AttentionConfig(
     64,

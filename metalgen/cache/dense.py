@@ -10,7 +10,7 @@ from metalgen.errors import ArgumentError
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
-from metalgen.problem import MAX_LENGTH
+from metalgen.problem.sizes import MAX_LENGTH
 
 
 class KVCache:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from metalgen.cache.render import AppendSchedule, is_placed, operands, outputs
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, get_device
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.marking import marked_outputs
 from metalgen.errors import MetalgenError
+from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
 Maker = Callable[[Mapping[str, mx.array]], Arrays]

@@ -10,17 +10,17 @@ import mlx.core as mx
 from metalgen.arguments import as_integer, check_integer, check_positive
 from metalgen.cache.checks import MAX_ROWS
 from metalgen.cache.parts import check_quantization, empty
-from metalgen.config import (
+from metalgen.errors import ArgumentError, MetalgenError
+from metalgen.ops.append import append_kv
+from metalgen.ops.rope import Rope
+from metalgen.plurals import counted
+from metalgen.problem.config import (
     DTYPES,
     MAX_HEAD_DIM,
     MAX_PAGE,
     MIN_HEAD_DIM,
     MIN_PAGE,
 )
-from metalgen.errors import ArgumentError, MetalgenError
-from metalgen.ops.append import append_kv
-from metalgen.ops.rope import Rope
-from metalgen.plurals import counted
 
 
 class CacheFull(MetalgenError, MemoryError):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from metalgen.arguments import as_integer
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.languages import LANGUAGES
+from metalgen.problem.config import AttentionConfig
 from metalgen.render import KernelSource, _environment, _tidy
 
 THREADS = (32, 64, 128, 256, 512, 1024)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalgen.cache.render import inputs
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 
 def sample_rows(config: AttentionConfig, seed: int = 0) -> dict[str, mx.array]:

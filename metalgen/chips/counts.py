@@ -13,11 +13,11 @@ import functools
 from typing import NamedTuple
 
 from metalgen.bounds import shift_of
-from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.families import SIMD_WIDTH, Schedule, threadgroup_bytes
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
+from metalgen.problem.config import AttentionConfig
 
 COVERED = frozenset(
     "head_dim dtype value_head_dim heads_per_kv causal return_lse window_left window_right softcap "

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, check_schedule, get_family
 from metalgen.families.launch import Launch
-from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
 from metalgen.languages import Language, get_language
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs, asked_for, key_places
 
 if TYPE_CHECKING:
     from metalgen.render import KernelSource

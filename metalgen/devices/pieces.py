@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs
 
 BY_ENTRY = ("kv_lens", "rope_offset", "block_table")
 """Inputs with a row for each batch entry."""

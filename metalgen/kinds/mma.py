@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule
 from metalgen.tiles import CudaTiles, cuda_tiles
 

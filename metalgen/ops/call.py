@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.config import KV_BITS, KV_GROUPS, AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
-from metalgen.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
 from metalgen.ops.conversions import booleans, brief, dropout_key, integers, numbers, scores
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
-from metalgen.problem import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.problem.config import KV_BITS, KV_GROUPS, AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
+from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:
-    from metalgen.block_mask import BlockMask
     from metalgen.dsl.trace import Traced
+    from metalgen.problem.block_mask import BlockMask
 
 KNOWN_OPTIONS = Options.__optional_keys__
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.problem.config import AttentionConfig
 
 
 def _array(name: str, x: object, of: str) -> mx.array:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
 
 __all__ = ["attention_float64", "attention_mlx", "config_features"]
 
@@ -42,7 +42,7 @@ def attention_float64(
         q, k, v: arrays of MLX or NumPy, of the shapes that `AttentionConfig` describes.
         scale: factor of the scores.
         features: fields of an `AttentionConfig`, by name; left out: its default. ``inputs``: the
-            `metalgen.inputs.Inputs` that they ask for.
+            `metalgen.problem.inputs.Inputs` that they ask for.
 
     Returns:
         ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there (with

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError, MetalgenError
 from metalgen.families import Schedule
-from metalgen.inputs import has_inputs
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import has_inputs
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.racing import Race, race
 from metalgen.verify import Verification

@@ -21,9 +21,9 @@ from metalgen.devices import Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import Inputs, has_inputs
-from metalgen.problem import Problem
-from metalgen.samples import Call, sample_call
+from metalgen.problem.inputs import Inputs, has_inputs
+from metalgen.problem.samples import Call, sample_call
+from metalgen.problem.sizes import Problem
 
 Clock = Callable[[], float]
 """Seconds, from any start."""
@@ -302,7 +302,7 @@ def arrays(
     """Unit-variance arrays of a problem's bucket, a batch of one, evaluated.
 
     ``(1, H, L, D)`` q, k and v, and whatever else the config asks for, everything as long as it may
-    be (`metalgen.samples.sample_call`); with other lengths where they are given.
+    be (`metalgen.problem.samples.sample_call`); with other lengths where they are given.
     """
     call = sample_call(
         problem.config,

@@ -15,7 +15,7 @@ from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.render import template_hash
 from metalgen.source_hash import Present
 from metalgen.tuning.executing import Executor, Here, lock_file

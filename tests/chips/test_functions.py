@@ -12,11 +12,11 @@ from metalgen.chips.counts import covers, forward_counts
 from metalgen.chips.functions import GUESSED, MEASURED, NOTHING, FunctionCost, function_cost
 from metalgen.chips.model import predict
 from metalgen.chips.work import forward_work
-from metalgen.config import AttentionConfig
 from metalgen.dsl.operations import ARITY
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 PLAIN = AttentionConfig(64)
 SLOPES = mx.ones((8,))

@@ -12,9 +12,9 @@ import pytest
 from emulated_cuda import EmulatedCuda
 
 from metalgen import plan_cuda
-from metalgen.config import AttentionConfig
 from metalgen.families import default_schedule
-from metalgen.inputs import Inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
 from metalgen.render import KernelSource
 from metalgen.testing.features import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up

@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import dataclasses
 from metalgen import targets
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.families import Schedule
 from metalgen.verify import verify

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 
 from metalgen.arguments import check_integer
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.problem.config import AttentionConfig
 
 FAMILIES = ("forward", "decode")
 DECODE_QUERIES = 64

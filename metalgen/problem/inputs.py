@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.block_mask import BlockMask
 from metalgen.errors import ArgumentError
+from metalgen.problem.block_mask import BlockMask
 
 if TYPE_CHECKING:
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def check_inputs(
 ) -> None:
     """The same for what a call brings beside q, k and v."""
     if not isinstance(inputs, Inputs):
-        raise ArgumentError("inputs", "a metalgen.inputs.Inputs", type(inputs).__name__)
+        raise ArgumentError("inputs", "a metalgen.problem.inputs.Inputs", type(inputs).__name__)
     _check_functions(config, inputs, q, k)
     entries = q.shape[0]
     for name, asks in ASKED_FOR.items():

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.inputs import NOTHING, Inputs, key_places
+from metalgen.problem.inputs import NOTHING, Inputs, key_places
 
 if TYPE_CHECKING:
-    from metalgen.config import AttentionConfig
     from metalgen.dsl.graph import Graph
+    from metalgen.problem.config import AttentionConfig
 
 ROPE_BASE = 10000.0
 LAST_OFFSET = 1000
@@ -229,9 +229,9 @@ def synthetic_inputs(
     """Inputs for checking a kernel: normal floats, small integers, and the mask's own blocks."""
     if config.score_mod is None and config.mask_mod is None:
         return NOTHING
-    from metalgen.block_mask import BlockMask, _computed
     from metalgen.dsl.graph import parse
     from metalgen.dsl.trace import Traced
+    from metalgen.problem.block_mask import BlockMask, _computed
 
     graphs: dict[str, Graph] = {}
     arrays: dict[str, tuple[mx.array, ...]] = {"score": (), "mask": ()}
