@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
-from metalgen.problem.inputs import Inputs, key_places
+from metalgen.problem.inputs import Inputs, max_kv_len
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def check_contents(config: AttentionConfig, q: mx.array, k: mx.array, inputs: In
     if inputs.cu_k is not None:
         _check_starts("cu_k", inputs.cu_k, k.shape[2], "k")
     if inputs.kv_lens is not None:
-        places = key_places(config, k, inputs)
+        places = max_kv_len(config, k, inputs)
         whose = "keys of k" if config.page_size is None else "keys of the block table's pages"
         lengths = np.array(inputs.kv_lens)
         wrong = (lengths < 0) | (lengths > places)

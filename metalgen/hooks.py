@@ -11,7 +11,7 @@ from metalgen.bounds import shift_of
 from metalgen.families.launch import split_keys
 from metalgen.kinds import value_width
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.inputs import asked_for
+from metalgen.problem.inputs import required_inputs
 from metalgen.schedules import Schedule
 
 LN2 = math.log(2)
@@ -29,7 +29,7 @@ def hooks(
     these hooks; ``parts``: files of the target's header; ``constants``, and ``lines`` of constants.
     """
     packed = family == "decode"
-    names = asked_for(config)
+    names = required_inputs(config)
     score = _score(config, feature)
     shift = shift_of(config)
     places = {}
@@ -87,7 +87,7 @@ def hooks(
         "value_part_bytes": _value_part_bytes(config, schedule),
         "tf32": config.tf32,
         "rope": config.rope,
-        "turned": config.turned,
+        "turned": config.rotary_dim,
         "first_position": position if config.varlen else "rope_offset[sequence]",
         "places": places,
         "pages": pages,
@@ -151,7 +151,7 @@ def extra_inputs(config: AttentionConfig) -> list[str]:
     names = ["block_mask"] if config.block_mask else []
     for role, graph in graphs(config).items():
         names += array_names(graph, role)
-    names += asked_for(config)
+    names += required_inputs(config)
     return names + (["chunk"] if config.max_work is not None else [])
 
 

@@ -12,7 +12,7 @@ from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.families import Schedule, get_family
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.inputs import Inputs, has_inputs
+from metalgen.problem.inputs import Inputs, needs_inputs
 from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
 
@@ -85,7 +85,7 @@ def verify(
         )
         scale = config.head_dim**-0.5
         with marked_outputs():
-            out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
+            out, lse = run(q, k, v, scale, given) if needs_inputs(config) else run(q, k, v, scale)
         error, allowed, fault = judge(config, q, k, v, given, out, lse)
         worst, tolerance = max(worst, error), max(tolerance, allowed)
         faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []
@@ -116,7 +116,7 @@ def judge(
     mx.eval(out)
     features = config_features(config) | {"inputs": given}
     expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
-    if has_inputs(config):
+    if needs_inputs(config):
         with mx.stream(mx.cpu):  # in float32, where a GPU's products may be tf32
             plain, _ = attention_mlx(q, k, v, scale=scale, **features)
         tolerance = max(tolerance, _by_functions(expected, plain))

@@ -103,7 +103,7 @@ def fuzz(seed: int, device: str) -> None:
         "offset": integers(0, page * columns, sequences),
         "limit": mx.array([limit]),
         "table": integers(-1, pages, sequences, columns),
-        "rope_freqs": mx.array([rng.random() for _ in range(max(1, config.turned // 2))]),
+        "rope_freqs": mx.array([rng.random() for _ in range(max(1, config.rotary_dim // 2))]),
         "rope_offset": integers(0, 5000, sequences),
     }
     given = {name: given[name] for name in inputs(config)}

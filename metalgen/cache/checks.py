@@ -169,8 +169,8 @@ def check_sizes(
 def check_turns(config: AttentionConfig, rope: Rope) -> None:
     """Raises `ArgumentError` unless there is one period for each pair of columns."""
     freqs = rope.turns(config.head_dim)
-    if freqs.shape != (config.turned // 2,):
-        expected = f"({config.turned // 2},), half the columns that turn"
+    if freqs.shape != (config.rotary_dim // 2,):
+        expected = f"({config.rotary_dim // 2},), half the columns that turn"
         raise ArgumentError("rope.freqs.shape", expected, freqs.shape)
 
 

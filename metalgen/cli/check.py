@@ -273,7 +273,7 @@ def _check_schedule(
 
 def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> str:
     """Run a call of these sizes; what is wrong with its numbers."""
-    from metalgen.problem.inputs import has_inputs
+    from metalgen.problem.inputs import needs_inputs
     from metalgen.problem.samples import sample_call
     from metalgen.verify import judge
 
@@ -285,7 +285,7 @@ def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: 
         kv_len=sizes.kv_len,
         ragged=False,
     )
-    given = (inputs,) if has_inputs(config) else ()
+    given = (inputs,) if needs_inputs(config) else ()
     out, lse = device.build(config, schedule)(q, k, v, config.head_dim**-0.5, *given)
     *_, fault = judge(config, q, k, v, inputs, out, lse)
     return f"Lq={sizes.q_len} Lk={sizes.kv_len}: {fault}" if fault else ""

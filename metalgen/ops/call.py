@@ -17,7 +17,7 @@ from metalgen.ops.conversions import booleans, brief, dropout_key, integers, num
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
 from metalgen.problem.config import KV_BITS, KV_GROUPS, AttentionConfig
-from metalgen.problem.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
+from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
 from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _inputs(
     """The other arrays of a call, in the types that kernels take."""
     if functions is NO_FUNCTIONS and config.kv_bits is None and _BRINGING.isdisjoint(options):
         return NOTHING  # soon said, for most calls
-    if not has_inputs(config) and options.get("dropout_key") is None:
+    if not needs_inputs(config) and options.get("dropout_key") is None:
         return NOTHING
     found: dict[str, Any] = {
         "cu_q": integers("cu_seqlens_q", options.get("cu_seqlens_q"), 1),
@@ -331,7 +331,7 @@ def _sizes(
 ) -> dict[str, Any]:
     """What `get_kernel` chooses among tuned kernels by; a call may well be larger."""
     batch, heads, q_len = q.shape[:3]
-    kv_len = key_places(config, key, inputs)
+    kv_len = max_kv_len(config, key, inputs)
     if inputs.cu_q is not None:
         batch = max(1, inputs.cu_q.size - 1)
         q_len = _longest("max_seqlen_q", options.get("max_seqlen_q")) or -(-q_len // batch)

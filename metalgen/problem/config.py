@@ -163,10 +163,11 @@ class AttentionConfig:
             self._keep("rope_dims", None)
         else:
             self._keep("rope", _one_of("rope", self.rope, (None, *ROPES)))
-            dims = as_integer(self.turned)
+            dims = as_integer(self.rotary_dim)
             if dims is None or not 2 <= dims <= self.head_dim or dims % 2:
                 name = "head_dim" if self.rope_dims is None else "rope_dims"
-                raise ArgumentError(name, f"an even number from 2 to {self.head_dim}", self.turned)
+                expected = f"an even number from 2 to {self.head_dim}"
+                raise ArgumentError(name, expected, self.rotary_dim)
             self._keep("rope_dims", None if dims == self.head_dim else dims)
         if self.max_work is not None:
             self._keep_integer("max_work", MIN_WORK, 1 << 62)
@@ -213,8 +214,8 @@ class AttentionConfig:
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
-    def turned(self) -> int:
-        """Columns of a query that a rotary embedding turns."""
+    def rotary_dim(self) -> int:
+        """Columns of a query that a rotary embedding rotates."""
         return self.head_dim if self.rope_dims is None else self.rope_dims
 
     @property
@@ -298,7 +299,7 @@ class AttentionConfig:
         if self.kv_bits is not None:
             words.append(f"kv{self.kv_bits}:{self.kv_group}")
         if self.rope is not None:
-            words.append(f"rope:{self.rope}" + (f"{self.turned}" if self.rope_dims else ""))
+            words.append(f"rope:{self.rope}" + (f"{self.rotary_dim}" if self.rope_dims else ""))
         if self.max_work is not None:
             words.append(f"work{self.max_work}")
         if self.heads_per_kv > 1:

@@ -65,7 +65,7 @@ class Inputs:
     @property
     def named(self) -> dict[str, mx.array]:
         """The arrays that a config asks for by a switch, by name."""
-        found = {name: getattr(self, name) for name in ASKED_FOR}
+        found = {name: getattr(self, name) for name in OPTIONAL_INPUTS}
         return {name: array for name, array in found.items() if array is not None}
 
     @property
@@ -88,7 +88,7 @@ class Inputs:
 
 NOTHING = Inputs()
 
-ASKED_FOR: dict[str, Callable[[AttentionConfig], bool]] = {
+OPTIONAL_INPUTS: dict[str, Callable[[AttentionConfig], bool]] = {
     "cu_q": lambda c: c.varlen,
     "cu_k": lambda c: c.varlen and c.page_size is None,
     "kv_lens": lambda c: c.has_lengths,
@@ -108,15 +108,15 @@ ASKED_FOR: dict[str, Callable[[AttentionConfig], bool]] = {
 """When a config asks for an input; the order is that of a kernel's inputs."""
 
 
-def asked_for(config: AttentionConfig) -> list[str]:
+def required_inputs(config: AttentionConfig) -> list[str]:
     """Names of the inputs that a config asks for by its switches, in the kernels' order."""
-    return [name for name, asks in ASKED_FOR.items() if asks(config)]
+    return [name for name, asks in OPTIONAL_INPUTS.items() if asks(config)]
 
 
-def has_inputs(config: AttentionConfig) -> bool:
+def needs_inputs(config: AttentionConfig) -> bool:
     """Whether calls of a config bring anything beside q, k and v."""
     functions = config.score_mod is not None or config.mask_mod is not None
-    return functions or bool(asked_for(config))
+    return functions or bool(required_inputs(config))
 
 
 def check_call(
@@ -127,7 +127,7 @@ def check_call(
     Raises:
         ArgumentError: naming the first array that does not fit.
     """
-    check_main(config, q, k, v)
+    check_qkv(config, q, k, v)
     check_inputs(config, q, k, v, inputs)
 
 
@@ -139,7 +139,7 @@ def check_inputs(
         raise ArgumentError("inputs", "a metalgen.problem.inputs.Inputs", type(inputs).__name__)
     _check_functions(config, inputs, q, k)
     entries = q.shape[0]
-    for name, asks in ASKED_FOR.items():
+    for name, asks in OPTIONAL_INPUTS.items():
         array = getattr(inputs, name)
         if asks(config) != (array is not None):
             wanted = "an mlx.core.array" if asks(config) else "None"
@@ -168,13 +168,13 @@ def check_inputs(
             _check_type(name, array, getattr(mx, config.dtype))
             _check_shape(name, array, (*of.shape[:3], width // config.kv_group))
     if inputs.rope_freqs is not None:
-        _check_vector("rope_freqs", inputs.rope_freqs, config.turned // 2, mx.float32)
+        _check_vector("rope_freqs", inputs.rope_freqs, config.rotary_dim // 2, mx.float32)
     for name in ("alibi_slopes", "sinks"):
         if (array := getattr(inputs, name)) is not None:
             _check_vector(name, array, q.shape[1], mx.float32)
     if inputs.dropout_key is not None:
         _check_vector("dropout_key", inputs.dropout_key, 2, mx.uint32)
-    whole = (q.shape[0], q.shape[1], q.shape[2], key_places(config, k, inputs))
+    whole = (q.shape[0], q.shape[1], q.shape[2], max_kv_len(config, k, inputs))
     for name, dtypes in (
         ("bias", (mx.float32, getattr(mx, config.dtype))),
         ("array_mask", (mx.bool_,)),
@@ -187,14 +187,14 @@ def check_inputs(
                 raise ArgumentError(f"{name}.shape", wanted, array.shape)
 
 
-def key_places(config: AttentionConfig, k: mx.array, inputs: Inputs) -> int:
+def max_kv_len(config: AttentionConfig, k: mx.array, inputs: Inputs) -> int:
     """How many keys a sequence has at most."""
     if config.page_size is None or inputs.block_table is None:
         return int(k.shape[2])
     return int(inputs.block_table.shape[1]) * config.page_size
 
 
-def check_main(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
+def check_qkv(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
     """The same for q, k and v; raises `ArgumentError`."""
     packed = 1 if config.kv_bits is None else 32 // config.kv_bits
     kv_dtype = config.dtype if config.kv_bits is None else "uint32"
@@ -250,7 +250,7 @@ def _check_functions(config: AttentionConfig, inputs: Inputs, q: mx.array, k: mx
         raise ArgumentError("block_mask", f"{expected_blocks}, as the config says", blocks)
     if blocks is None:
         return
-    places = key_places(config, k, inputs)
+    places = max_kv_len(config, k, inputs)
     if (blocks.q_len, blocks.kv_len) != (q.shape[2], places):
         wanted = f"one made for {q.shape[2]} queries and {places} keys"
         raise ArgumentError("block_mask", wanted, blocks)

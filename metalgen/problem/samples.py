@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.problem.inputs import NOTHING, Inputs, key_places
+from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
 
 if TYPE_CHECKING:
     from metalgen.dsl.graph import Graph
@@ -84,7 +84,7 @@ class _Sampler:
             q = mx.where((mx.arange(rows) < starts[-1])[:, None], q, self.outside)
         k, v = self.caches(kv_lens, found)
         found |= self.turns() | self.by_head()
-        places = key_places(config, k, Inputs(**found))
+        places = max_kv_len(config, k, Inputs(**found))
         found |= self.by_score((entries, self.heads, rows, places))
         functions = synthetic_inputs(config, entries, self.heads, rows, places, self.seed)
         return q, k, v, Inputs(functions.score, functions.mask, functions.blocks, **found)
@@ -184,7 +184,7 @@ class _Sampler:
     def turns(self) -> dict[str, mx.array]:
         if self.config.rope is None:
             return {}
-        turned = self.config.turned
+        turned = self.config.rotary_dim
         offsets = [
             self.choices.randrange(LAST_OFFSET) if self.ragged else max(0, self.kv_len - self.q_len)
             for _ in range(self.batch)
