@@ -105,7 +105,7 @@ class Kernel:
         Raises:
             ArgumentError: shapes or types that do not fit the config.
         """
-        check_qkv(self.config, q, k, v)
+        check_qkv(self.config, q, k, v, inputs)
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
         scale = check_scale(self.config, scale)

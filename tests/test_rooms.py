@@ -76,7 +76,7 @@ def test_the_simulator_is_usable_without_the_rest(uses: dict[str, set[str]]) -> 
 @pytest.mark.parametrize(
     ("rooms", "above"),
     [
-        ({"schedule", "problem"}, KERNELS - {"tiles"} | {"devices", "database"}),
+        ({"schedules", "problem", "features"}, KERNELS - {"tiles"} | {"devices", "database"}),
         (KERNELS, {"devices", "database", "dispatch"}),
         ({"devices"}, {"database", "tuning", "dispatch", "ops", "cli"}),
         ({"database"}, KERNELS - {"tiles"} | {"devices", "tuning", "dispatch", "ops", "cli"}),

@@ -8,7 +8,7 @@ import pytest
 
 from metalgen.contents import check_contents
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.inputs import check_call, required_inputs
+from metalgen.problem.inputs import check_call
 from metalgen.problem.samples import sample_call
 
 EVERYTHING = AttentionConfig(
@@ -47,7 +47,7 @@ def test_calls_bring_what_the_config_asks_for(
         )
         check_call(config, q, k, v, inputs)
         check_contents(config, q, k, inputs)
-        assert sorted(inputs.named) == sorted(required_inputs(config))
+        assert sorted(inputs.named) == sorted(each.name for each in config.inputs)
 
 
 def test_ragged_lengths_have_none_one_and_all() -> None:

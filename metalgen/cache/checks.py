@@ -7,10 +7,11 @@ import itertools
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import integers
+from metalgen.features.conversions import integers
+from metalgen.features.quantized import KV_BITS
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
-from metalgen.problem.config import KV_BITS, AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 MAX_ROWS = 1 << 31
 """There are fewer rows in a cache: the kernel counts them in 32 bits."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError
-from metalgen.problem.config import KV_BITS, KV_GROUPS
+from metalgen.features.quantized import KV_BITS, KV_GROUPS
 
 Part = mx.array | tuple[mx.array, mx.array, mx.array]
 """Keys or values of a cache: an array, or the three that ``mx.quantize`` returns."""

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
-from metalgen.problem.config import DTYPES, AttentionConfig
+from metalgen.features.fields import DTYPES
+from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -22,7 +22,7 @@ from metalgen.cache.parts import Part, part_of
 from metalgen.cache.render import AppendSchedule, inputs, outputs
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import as_int32
+from metalgen.features.conversions import as_int32
 from metalgen.ops.options import Keys
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from metalgen.arguments import as_integer, as_number
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import integers
-from metalgen.problem.config import MAX_HEAD_DIM, ROPES
+from metalgen.features.conversions import integers
+from metalgen.features.rotary import ROPES
+from metalgen.problem.config import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True, eq=False)

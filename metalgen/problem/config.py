@@ -5,26 +5,55 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metalgen.arguments import as_integer, as_number, check_integer
+from metalgen.arguments import check_integer
 from metalgen.errors import ArgumentError
-
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""The types of queries, keys, values and output, with their bytes an element."""
+from metalgen.features import FEATURES, FIELDS, OTHERS
+from metalgen.features.base import Feature, Field, OptionalInput
+from metalgen.features.fields import DTYPES, Fields
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 576
 MAX_HEADS_PER_KV = 1024
-MAX_WINDOW = 1 << 24
-MIN_PAGE, MAX_PAGE = 8, 256
-KV_BITS, KV_GROUPS = (4, 8), (32, 64, 128)
-ROPES = ("half", "pairs")
-MIN_WORK = 1 << 16
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
+def _dtype(name: str, value: Any, config: Fields) -> str:
+    text = value if isinstance(value, str) else str(value)
+    text = text.removeprefix("mlx.core.")
+    if text not in DTYPES:
+        raise ArgumentError(name, f"one of {', '.join(DTYPES)}", value)
+    return text
+
+
+def _head_dim(name: str, value: Any, config: Fields) -> int:
+    return check_integer(name, value, MIN_HEAD_DIM, MAX_HEAD_DIM)
+
+
+def _value_head_dim(name: str, value: Any, config: Fields) -> int | None:
+    width = None if value is None else _head_dim(name, value, config)
+    return None if width == config.head_dim else width  # one problem, one spelling, one key
+
+
+def _heads_per_kv(name: str, value: Any, config: Fields) -> int:
+    return check_integer(name, value, 1, MAX_HEADS_PER_KV)
+
+
+BASE = {
+    field.name: field
+    for field in (
+        Field("dtype", _dtype, "float16", "q.dtype", counted=True),
+        Field("head_dim", _head_dim, None, "q.shape, head_dim", counted=True),
+        Field("value_head_dim", _value_head_dim, None, "v.shape, value_head_dim", counted=True),
+        Field("heads_per_kv", _heads_per_kv, 1, counted=True),
+    )
+}
+"""The fields that belong to no feature, by name."""
+
+
+@dataclass(frozen=True, init=False)
+class AttentionConfig(Fields):
     """One attention problem: ``softmax(scale * Q K^T + mask) V``, for each batch entry and head.
 
     Lengths, batch and the scale are not part of it: they may differ from call to call.
@@ -79,154 +108,63 @@ class AttentionConfig:
         ArgumentError: a field of the wrong type or out of range.
     """
 
-    head_dim: int
-    dtype: str = "float16"
-    value_head_dim: int | None = None
-    heads_per_kv: int = 1
-    causal: bool = False
-    return_lse: bool = False
-    window_left: int | None = None
-    window_right: int | None = None
-    softcap: float | None = None
-    score_mod: str | None = None
-    mask_mod: str | None = None
-    block_mask: bool = False
-    alibi: bool = False
-    bias: bool = False
-    array_mask: bool = False
-    sinks: bool = False
-    dropout: float = 0.0
-    varlen: bool = False
-    kv_lens: bool = False
-    page_size: int | None = None
-    kv_bits: int | None = None
-    kv_group: int = 64
-    rope: str | None = None
-    rope_dims: int | None = None
-    deterministic: bool = False
-    tf32: bool = False
-    max_work: int | None = None
+    if not TYPE_CHECKING:
 
-    def __post_init__(self) -> None:
-        self._keep("dtype", _dtype_name(self.dtype))
-        self._keep_integer("head_dim", MIN_HEAD_DIM, MAX_HEAD_DIM)
-        if self.value_head_dim is not None:
-            self._keep_integer("value_head_dim", MIN_HEAD_DIM, MAX_HEAD_DIM)
-        if self.value_head_dim == self.head_dim:  # one problem, one spelling, one key
-            self._keep("value_head_dim", None)
-        self._keep_integer("heads_per_kv", 1, MAX_HEADS_PER_KV)
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(name, "True or False", getattr(self, name))
-        for name in ("window_left", "window_right"):
-            if getattr(self, name) is not None:
-                self._keep_integer(name, 0, MAX_WINDOW)
-        if self.softcap is not None:
-            softcap = as_number(self.softcap)
-            if softcap is None or not 1e-3 <= softcap <= 1e6:
-                raise ArgumentError("softcap", "a number from 0.001 to 1000000", self.softcap)
-            self._keep("softcap", softcap)
-        if self.score_mod is not None or self.mask_mod is not None or self.block_mask:
-            self._check_functions()
-        self._check_keys()
-        self._check_others()
-        self._check_together()
+        @functools.wraps(Fields.__init__)
+        def __init__(self, *args, **fields):
+            if OTHERS:
+                given = dict(fields.get("others", ()))
+                given |= {name: fields.pop(name) for name in OTHERS if name in fields}
+                fields["others"] = tuple(given.items())
+            Fields.__init__(self, *args, **fields)
+            self._check()
+
+    def _check(self) -> None:
+        for name, field in BASE.items():
+            self._keep(name, field.check(name, getattr(self, name), self))
+        unknown = [name for name, _ in self.others if name not in OTHERS]
+        if unknown:
+            raise ArgumentError("config", f"fields among {', '.join(field_names())}", unknown[0])
+        for name, field in FIELDS.items():
+            value = field.check(name, getattr(self, name), self)
+            if name in OTHERS:
+                self._keep_other(name, value)
+            else:
+                self._keep(name, value)
+        for feature in self.features:
+            feature.check(self)
+            for name, expected in feature.excludes(self).items():
+                if (value := getattr(self, name)) != FIELDS[name].default:
+                    raise ArgumentError(name, expected, value)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _keep_integer(self, name: str, low: int, high: int) -> None:
-        self._keep(name, check_integer(name, getattr(self, name), low, high))
+    def _keep_other(self, name: str, value: object) -> None:
+        kept = dict(self.others) | {name: value}
+        rest = {n: v for n, v in kept.items() if v != OTHERS[n].default}
+        self._keep("others", tuple(sorted(rest.items())))
 
-    def _check_keys(self) -> None:
-        if self.page_size is not None:
-            self._keep_integer("page_size", MIN_PAGE, MAX_PAGE)
-            if self.page_size % 8:
-                raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", self.page_size)
-            self._keep("kv_lens", False)  # said by the pages
-        if self.kv_bits is None:
-            self._keep("kv_group", 64)
-            return
-        self._keep("kv_bits", _one_of("kv_bits", self.kv_bits, (None, *KV_BITS)))
-        self._keep("kv_group", _one_of("kv_group", self.kv_group, KV_GROUPS))
-        for name, width in (("head_dim", self.head_dim), ("value_head_dim", self.v_dim)):
-            if width % self.kv_group:
-                expected = f"a multiple of kv_group={self.kv_group}, as mx.quantize has it"
-                raise ArgumentError(name, expected, width)
+    def __getattr__(self, name: str) -> Any:
+        """The value of a field that a feature from outside declares."""
+        if name in OTHERS:
+            return dict(self.others).get(name, OTHERS[name].default)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    def _check_others(self) -> None:
-        dropout = as_number(self.dropout)
-        if dropout is None or not 0 <= dropout < 1:
-            raise ArgumentError("dropout", "a number from 0 to below 1", self.dropout)
-        self._keep("dropout", dropout)
-        if self.rope is None:
-            self._keep("rope_dims", None)
-        else:
-            self._keep("rope", _one_of("rope", self.rope, (None, *ROPES)))
-            dims = as_integer(self.rotary_dim)
-            if dims is None or not 2 <= dims <= self.head_dim or dims % 2:
-                name = "head_dim" if self.rope_dims is None else "rope_dims"
-                expected = f"an even number from 2 to {self.head_dim}"
-                raise ArgumentError(name, expected, self.rotary_dim)
-            self._keep("rope_dims", None if dims == self.head_dim else dims)
-        if self.max_work is not None:
-            self._keep_integer("max_work", MIN_WORK, 1 << 62)
+    @functools.cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """The features that it uses, in their order."""
+        return tuple(feature for feature in FEATURES.values() if feature.used(self))
 
-    def _check_together(self) -> None:
-        if self.tf32 and self.dtype != "float32":
-            raise ArgumentError("tf32", f"False beside {self.dtype}", True)
-        if not self.varlen:
-            return
-        excluded = {
-            "bias": "a score_mod, which counts queries and keys of each sequence from 0",
-            "array_mask": "a mask_mod, which counts queries and keys of each sequence from 0",
-            "block_mask": "the mask_mod alone",
-            "kv_lens": "cu_k, which says the lengths",
-            "max_work": "fewer sequences a call",
-        }
-        for name, instead in excluded.items():
-            if getattr(self, name):
-                expected = f"its default beside varlen; use {instead}"
-                raise ArgumentError(name, expected, getattr(self, name))
-
-    def _check_functions(self) -> None:
-        from metalgen.dsl.graph import MAX_ARRAYS, check_function
-
-        arrays = 0
-        for name in ("score_mod", "mask_mod"):
-            text = getattr(self, name)
-            if text is not None:
-                graph = check_function(name, text)
-                arrays += len(graph.arrays)
-                self._keep(name, graph.text)
-        if arrays > MAX_ARRAYS:
-            expected = f"at most {MAX_ARRAYS} captured arrays of score_mod and mask_mod together"
-            raise ArgumentError("mask_mod", expected, arrays)
-        if self.score_mod is not None and self.softcap is not None:
-            expected = "None beside a score_mod, where C * mx.tanh(score / C) says the same"
-            raise ArgumentError("softcap", expected, self.softcap)
-        if self.block_mask and self.mask_mod is None:
-            raise ArgumentError("block_mask", "a mask_mod that it comes from", None)
+    @functools.cached_property
+    def inputs(self) -> tuple[OptionalInput, ...]:
+        """What calls bring in addition to q, k, v and captured arrays, in the kernels' order."""
+        return tuple(each for feature in self.features for each in feature.required(self))
 
     @property
-    def v_dim(self) -> int:
-        """Width of a value and output row."""
-        return self.head_dim if self.value_head_dim is None else self.value_head_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        """Columns of a query that a rotary embedding rotates."""
-        return self.head_dim if self.rope_dims is None else self.rope_dims
-
-    @property
-    def has_lengths(self) -> bool:
-        """Whether calls bring the number of keys of each sequence as `kv_lens`."""
-        return self.kv_lens or self.page_size is not None
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element of Q, K, V and O."""
-        return DTYPES[self.dtype]
+    def one_head(self) -> bool:
+        """Whether the rows of a threadgroup must be those of one head."""
+        return any(feature.one_head for feature in self.features)
 
     @functools.cached_property
     def key(self) -> str:
@@ -239,13 +177,18 @@ class AttentionConfig:
     def __hash__(self) -> int:
         return hash(self.key)  # which is kept, as a hash of all fields is not
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_dict, (self.to_dict(),)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, and ``head_dim`` and ``dtype`` always."""
-        return {
+        own = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name in ("head_dim", "dtype") or getattr(self, f.name) != f.default
+            if f.name != "others"
+            and (f.name in ("head_dim", "dtype") or getattr(self, f.name) != f.default)
         }
+        return own | dict(self.others)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> AttentionConfig:
@@ -256,7 +199,7 @@ class AttentionConfig:
         """
         if not isinstance(fields, dict):
             raise ArgumentError("config", "an object of fields", fields)
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = field_names()
         for name in fields:
             if name not in known:
                 raise ArgumentError("config", f"fields among {', '.join(known)}", name)
@@ -276,54 +219,21 @@ class AttentionConfig:
     def __str__(self) -> str:
         """A short name, such as ``D64 float16 causal gqa3``."""
         width = f"D{self.head_dim}" + (f"/{self.v_dim}" if self.value_head_dim else "")
-        words = [width, self.dtype]
-        if self.causal:
-            words.append("causal")
-        if self.window_left is not None or self.window_right is not None:
-            ends = ("" if x is None else str(x) for x in (self.window_left, self.window_right))
-            words.append("window" + ":".join(ends))
-        if self.softcap is not None:
-            words.append(f"softcap{self.softcap:g}")
-        for name in ("score_mod", "mask_mod"):
-            if (text := getattr(self, name)) is not None:
-                from metalgen.dsl.graph import parse
-
-                words.append(f"{name}:{parse(text).digest}")
-        if self.block_mask:
-            words.append("blocks")
-        words += [name for name in _NAMED if getattr(self, name)]
-        if self.dropout:
-            words.append(f"dropout{self.dropout:g}")
-        if self.page_size is not None:
-            words.append(f"pages{self.page_size}")
-        if self.kv_bits is not None:
-            words.append(f"kv{self.kv_bits}:{self.kv_group}")
-        if self.rope is not None:
-            words.append(f"rope:{self.rope}" + (f"{self.rotary_dim}" if self.rope_dims else ""))
-        if self.max_work is not None:
-            words.append(f"work{self.max_work}")
-        if self.heads_per_kv > 1:
-            words.append(f"gqa{self.heads_per_kv}")
-        if self.return_lse:
-            words.append("lse")
-        return " ".join(words)
+        heads = [(GROUPED, f"gqa{self.heads_per_kv}")] if self.heads_per_kv > 1 else []
+        ranked = [(f.rank, word) for f in self.features for word in f.words(self)] + heads
+        words: Iterable[str] = (word for _, word in sorted(ranked, key=lambda each: each[0]))
+        return " ".join([width, self.dtype, *words])
 
 
-_NAMED = ("alibi", "bias", "array_mask", "sinks", "varlen", "kv_lens", "deterministic", "tf32")
-_SWITCHES = ("causal", "return_lse", "block_mask", *_NAMED)
+def declared(name: str) -> Field:
+    """What declares a field: a feature, or, where it belongs to none, `BASE`."""
+    return BASE[name] if name in BASE else FIELDS[name]
 
 
-def _dtype_name(dtype: object) -> str:
-    name = dtype if isinstance(dtype, str) else str(dtype)
-    name = name.removeprefix("mlx.core.")
-    if name not in DTYPES:
-        raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
-    return name
+GROUPED = 5
+"""Rank of the word for grouped heads: before the log-sum-exp."""
 
 
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> object:
-    number = as_integer(value)
-    found = value if number is None else number
-    if not any(type(found) is type(choice) and found == choice for choice in choices):
-        raise ArgumentError(name, f"one of {', '.join(map(str, choices))}", value)
-    return found
+def field_names() -> list[str]:
+    """Names of all fields that a config has."""
+    return [f.name for f in dataclasses.fields(Fields) if f.name != "others"] + [*OTHERS]

@@ -1,19 +1,23 @@
-"""What a call brings beside q, k and v: what its config says that it brings."""
+"""What a call brings in addition to q, k and v, as its config says."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
+from metalgen.features import FEATURES, INPUTS
+from metalgen.features.arrays import Arrays, max_kv_len
 from metalgen.problem.block_mask import BlockMask
 
 if TYPE_CHECKING:
     from metalgen.problem.config import AttentionConfig
+
+__all__ = ["NOTHING", "Inputs", "check_call", "check_inputs", "check_qkv", "max_kv_len"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,8 @@ class Inputs:
         array_mask: the same in booleans.
         sinks: ``(H,)`` float32.
         dropout_key: ``(2,)`` uint32, such as ``mx.random.key(0)``.
+        others: arrays of features from outside of metalgen, by name.
+        options: what errors call the arrays, and q, k and v, where not by these names.
     """
 
     score: tuple[mx.array, ...] = ()
@@ -62,10 +68,28 @@ class Inputs:
     sinks: mx.array | None = None
     dropout_key: mx.array | None = None
 
+    others: Mapping[str, mx.array] = field(default_factory=dict)
+    options: Mapping[str, str] | None = field(default=None, repr=False)
+
+    def get(self, name: str) -> mx.array | None:
+        """An array that a feature declares, by its name."""
+        found: mx.array | None = getattr(self, name) if name in _OWN else self.others.get(name)
+        return found
+
+    def __getitem__(self, name: str) -> mx.array:
+        """The same, where the config requires it; raises `KeyError`."""
+        if (found := self.get(name)) is None:
+            raise KeyError(name)
+        return found
+
+    def spoken(self, name: str) -> str:
+        """What errors call an array."""
+        return name if self.options is None else self.options.get(name, name)
+
     @property
     def named(self) -> dict[str, mx.array]:
-        """The arrays that a config asks for by a switch, by name."""
-        found = {name: getattr(self, name) for name in OPTIONAL_INPUTS}
+        """The arrays that features declare, by name."""
+        found = {name: self.get(name) for name in INPUTS}
         return {name: array for name, array in found.items() if array is not None}
 
     @property
@@ -78,45 +102,28 @@ class Inputs:
         if not arrays:
             return self
         score, mask = len(self.score), len(self.score) + len(self.mask)
-        named: dict[str, Any] = dict(zip(self.named, arrays[mask:], strict=True))
-        captured: dict[str, Any] = {
-            "score": tuple(arrays[:score]),
-            "mask": tuple(arrays[score:mask]),
-        }
-        return dataclasses.replace(self, **captured, **named)
+        return self.having(
+            dict(zip(self.named, arrays[mask:], strict=True)),
+            score=tuple(arrays[:score]),
+            mask=tuple(arrays[score:mask]),
+        )
+
+    def having(self, named: Mapping[str, mx.array], **fields: Any) -> Inputs:
+        """The same with other arrays of these names, and other fields."""
+        own: dict[str, Any] = {n: x for n, x in named.items() if n in _OWN}
+        others = {n: x for n, x in named.items() if n not in _OWN}
+        if others:
+            fields["others"] = {**self.others, **others}
+        return dataclasses.replace(self, **own, **fields)
 
 
+_OWN = frozenset(each.name for each in dataclasses.fields(Inputs))
 NOTHING = Inputs()
-
-OPTIONAL_INPUTS: dict[str, Callable[[AttentionConfig], bool]] = {
-    "cu_q": lambda c: c.varlen,
-    "cu_k": lambda c: c.varlen and c.page_size is None,
-    "kv_lens": lambda c: c.has_lengths,
-    "block_table": lambda c: c.page_size is not None,
-    "k_scales": lambda c: c.kv_bits is not None,
-    "k_biases": lambda c: c.kv_bits is not None,
-    "v_scales": lambda c: c.kv_bits is not None,
-    "v_biases": lambda c: c.kv_bits is not None,
-    "rope_freqs": lambda c: c.rope is not None,
-    "rope_offset": lambda c: c.rope is not None,
-    "alibi_slopes": lambda c: c.alibi,
-    "bias": lambda c: c.bias,
-    "array_mask": lambda c: c.array_mask,
-    "sinks": lambda c: c.sinks,
-    "dropout_key": lambda c: c.dropout > 0,
-}
-"""When a config asks for an input; the order is that of a kernel's inputs."""
-
-
-def required_inputs(config: AttentionConfig) -> list[str]:
-    """Names of the inputs that a config asks for by its switches, in the kernels' order."""
-    return [name for name, asks in OPTIONAL_INPUTS.items() if asks(config)]
 
 
 def needs_inputs(config: AttentionConfig) -> bool:
-    """Whether calls of a config bring anything beside q, k and v."""
-    functions = config.score_mod is not None or config.mask_mod is not None
-    return functions or bool(required_inputs(config))
+    """Whether calls of a config bring anything in addition to q, k and v."""
+    return any(feature.required(config) or feature.captures for feature in config.features)
 
 
 def check_call(
@@ -127,154 +134,79 @@ def check_call(
     Raises:
         ArgumentError: naming the first array that does not fit.
     """
-    check_qkv(config, q, k, v)
+    check_qkv(config, q, k, v, inputs)
     check_inputs(config, q, k, v, inputs)
 
 
 def check_inputs(
     config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, inputs: Inputs
 ) -> None:
-    """The same for what a call brings beside q, k and v."""
+    """The same for what a call brings in addition to q, k and v."""
     if not isinstance(inputs, Inputs):
         raise ArgumentError("inputs", "a metalgen.problem.inputs.Inputs", type(inputs).__name__)
-    _check_functions(config, inputs, q, k)
-    entries = q.shape[0]
-    for name, asks in OPTIONAL_INPUTS.items():
-        array = getattr(inputs, name)
-        if asks(config) != (array is not None):
-            wanted = "an mlx.core.array" if asks(config) else "None"
-            raise ArgumentError(name, f"{wanted}, as the config says", array)
+    arrays = Arrays(config, q, k, v, inputs)
+    for feature in FEATURES.values():
+        if feature.captures:
+            feature.check_captured(arrays)
+    required = {each.name for each in config.inputs}
+    for name in INPUTS:
+        array = inputs.get(name)
+        if (name in required) != (array is not None):
+            wanted = "an mlx.core.array" if name in required else "None"
+            raise ArgumentError(inputs.spoken(name), f"{wanted}, as the config says", array)
         if array is not None and not isinstance(array, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(array).__name__)
-    if inputs.cu_q is not None:
-        _check_vector("cu_q", inputs.cu_q, None, mx.int32)
-        entries = inputs.cu_q.size - 1
-        if entries < 1:
-            raise ArgumentError("cu_q.shape", "2 elements or more", inputs.cu_q.shape)
-    if inputs.cu_k is not None:
-        _check_vector("cu_k", inputs.cu_k, entries + 1, mx.int32)
-    for name in ("kv_lens", "rope_offset"):
-        if (array := getattr(inputs, name)) is not None:
-            _check_vector(name, array, entries, mx.int32)
-    if inputs.block_table is not None:
-        _check_type("block_table", inputs.block_table, mx.int32)
-        if inputs.block_table.ndim != 2 or inputs.block_table.shape[0] != entries:
-            wanted = f"2 axes, ({entries}, pages of a sequence)"
-            raise ArgumentError("block_table.shape", wanted, inputs.block_table.shape)
-    if config.kv_bits is not None:
-        for name in ("k_scales", "k_biases", "v_scales", "v_biases"):
-            array, of = getattr(inputs, name), k if name[0] == "k" else v
-            width = config.head_dim if name[0] == "k" else config.v_dim
-            _check_type(name, array, getattr(mx, config.dtype))
-            _check_shape(name, array, (*of.shape[:3], width // config.kv_group))
-    if inputs.rope_freqs is not None:
-        _check_vector("rope_freqs", inputs.rope_freqs, config.rotary_dim // 2, mx.float32)
-    for name in ("alibi_slopes", "sinks"):
-        if (array := getattr(inputs, name)) is not None:
-            _check_vector(name, array, q.shape[1], mx.float32)
-    if inputs.dropout_key is not None:
-        _check_vector("dropout_key", inputs.dropout_key, 2, mx.uint32)
-    whole = (q.shape[0], q.shape[1], q.shape[2], max_kv_len(config, k, inputs))
-    for name, dtypes in (
-        ("bias", (mx.float32, getattr(mx, config.dtype))),
-        ("array_mask", (mx.bool_,)),
-    ):
-        if (array := getattr(inputs, name)) is not None:
-            _check_type(name, array, *dtypes)
-            fits = [a in (1, b) for a, b in zip(array.shape, whole, strict=False)]
-            if array.ndim != 4 or not all(fits):
-                wanted = f"4 axes that broadcast to {whole}"
-                raise ArgumentError(f"{name}.shape", wanted, array.shape)
+            raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(array).__name__)
+    for each in config.inputs:
+        each.check(inputs[each.name], inputs.spoken(each.name), arrays)
 
 
-def max_kv_len(config: AttentionConfig, k: mx.array, inputs: Inputs) -> int:
-    """How many keys a sequence has at most."""
-    if config.page_size is None or inputs.block_table is None:
-        return int(k.shape[2])
-    return int(inputs.block_table.shape[1]) * config.page_size
-
-
-def check_qkv(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -> None:
+def check_qkv(
+    config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, inputs: Inputs = NOTHING
+) -> None:
     """The same for q, k and v; raises `ArgumentError`."""
-    packed = 1 if config.kv_bits is None else 32 // config.kv_bits
+
+    def refuse(name: str, expected: str, x: mx.array) -> None:
+        refuse(name, expected, x)
+
+    words = 1 if config.kv_bits is None else 32 // config.kv_bits
     kv_dtype = config.dtype if config.kv_bits is None else "uint32"
     axes = "(B, H, L, D)" if config.page_size is None else "(pages, H, page_size, D)"
     for name, x, width, dtype in (
         ("q", q, config.head_dim, config.dtype),
-        ("k", k, config.head_dim // packed, kv_dtype),
-        ("v", v, config.v_dim // packed, kv_dtype),
+        ("k", k, config.head_dim // words, kv_dtype),
+        ("v", v, config.v_dim // words, kv_dtype),
     ):
         if not isinstance(x, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
+            raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(x).__name__)
         shape = x.shape
         if len(shape) != 4:
             named = "(B, H, L, D)" if name == "q" else axes
-            raise ArgumentError(f"{name}.shape", f"4 axes {named}", x.shape)
+            refuse(name, f"4 axes {named}", x)
         if shape[3] != width:
             quantized = f", {config.kv_bits} bits an element" if dtype == "uint32" else ""
-            raise ArgumentError(f"{name}.shape", f"a last axis of {width}{quantized}", x.shape)
+            raise ArgumentError(
+                f"{inputs.spoken(name)}.shape", f"a last axis of {width}{quantized}", x.shape
+            )
         if x.dtype != getattr(mx, dtype):
-            raise ArgumentError(f"{name}.dtype", dtype, str(x.dtype))
+            raise ArgumentError(f"{inputs.spoken(name)}.dtype", dtype, str(x.dtype))
     if config.varlen:
         for name, x in (("q", q), ("k", k))[: 1 if config.page_size else 2]:
             if x.shape[0] != 1:
-                raise ArgumentError(f"{name}.shape", "a first axis of 1 beside varlen", x.shape)
+                raise ArgumentError(
+                    f"{inputs.spoken(name)}.shape", "a first axis of 1 beside varlen", x.shape
+                )
     elif config.page_size is None and k.shape[0] != q.shape[0]:
-        raise ArgumentError("k.shape", f"a batch of {q.shape[0]}, as q has", k.shape)
+        raise ArgumentError(
+            f"{inputs.spoken('k')}.shape", f"a batch of {q.shape[0]}, as q has", k.shape
+        )
     if config.page_size is not None and k.shape[2] != config.page_size:
-        raise ArgumentError("k.shape", f"pages of {config.page_size} keys", k.shape)
+        raise ArgumentError(
+            f"{inputs.spoken('k')}.shape", f"pages of {config.page_size} keys", k.shape
+        )
     if k.shape[1] * config.heads_per_kv != q.shape[1]:
         heads = f"{q.shape[1]} / {config.heads_per_kv} heads (q has {q.shape[1]}, heads_per_kv)"
-        raise ArgumentError("k.shape", heads, k.shape)
+        refuse("k", heads, k)
     if v.shape[:3] != k.shape[:3]:
-        raise ArgumentError("v.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape)
-
-
-def _check_functions(config: AttentionConfig, inputs: Inputs, q: mx.array, k: mx.array) -> None:
-    from metalgen.dsl.graph import parse
-
-    for name, text, arrays in (
-        ("score_mod", config.score_mod, inputs.score),
-        ("mask_mod", config.mask_mod, inputs.mask),
-    ):
-        if not isinstance(arrays, tuple) or not all(isinstance(a, mx.array) for a in arrays):
-            raise ArgumentError(name, "a tuple of captured arrays", type(arrays).__name__)
-        expected = parse(text).arrays if text is not None else ()
-        found = [(str(a.dtype).removeprefix("mlx.core.").rstrip("_"), a.shape) for a in arrays]
-        if found != [(a.dtype, a.shape) for a in expected]:
-            wanted = ", ".join(f"{a.dtype}{list(a.shape)}" for a in expected) or "none"
-            raise ArgumentError(name, f"these captured arrays: {wanted}", found)
-    blocks = inputs.blocks
-    if config.block_mask != (blocks is not None) or not isinstance(blocks, BlockMask | None):
-        expected_blocks = "a BlockMask" if config.block_mask else "None"
-        raise ArgumentError("block_mask", f"{expected_blocks}, as the config says", blocks)
-    if blocks is None:
-        return
-    places = max_kv_len(config, k, inputs)
-    if (blocks.q_len, blocks.kv_len) != (q.shape[2], places):
-        wanted = f"one made for {q.shape[2]} queries and {places} keys"
-        raise ArgumentError("block_mask", wanted, blocks)
-    for name, own, given in (
-        ("batch", q.shape[0], blocks.batch),
-        ("heads", q.shape[1], blocks.heads),
-    ):
-        if given not in (1, own):
-            raise ArgumentError("block_mask", f"one of {name} {own} or 1", blocks)
-
-
-def _check_type(name: str, array: mx.array, *dtypes: mx.Dtype) -> None:
-    if array.dtype not in dtypes:
-        names = " or ".join(dict.fromkeys(str(d).removeprefix("mlx.core.") for d in dtypes))
-        raise ArgumentError(f"{name}.dtype", names, str(array.dtype))
-
-
-def _check_shape(name: str, array: mx.array, shape: tuple[int, ...]) -> None:
-    if tuple(array.shape) != shape:
-        raise ArgumentError(f"{name}.shape", str(shape), array.shape)
-
-
-def _check_vector(name: str, array: mx.array, size: int | None, dtype: mx.Dtype) -> None:
-    _check_type(name, array, dtype)
-    if array.ndim != 1 or size not in (None, array.size):
-        wanted = "1 axis" if size is None else f"({size},)"
-        raise ArgumentError(f"{name}.shape", wanted, array.shape)
+        raise ArgumentError(
+            f"{inputs.spoken('v')}.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape
+        )

@@ -52,7 +52,7 @@ class Problem:
         ):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, most))
         if not self.family:
-            few = self.q_len <= DECODE_QUERIES and not self.config.block_mask
+            few = self.q_len <= DECODE_QUERIES and not self.config.one_head
             family = "decode" if few else "forward"
             object.__setattr__(self, "family", family)
         if self.family not in FAMILIES:

@@ -70,4 +70,5 @@ def attention_mlx(
 def config_features(config: AttentionConfig) -> dict[str, Any]:
     """The keyword arguments of both functions for a config."""
     names = (field.name for field in dataclasses.fields(config))
-    return {name: getattr(config, name) for name in names if name not in HOW_NOT_WHAT}
+    found = {name: getattr(config, name) for name in names if name not in HOW_NOT_WHAT}
+    return found | dict(found.pop("others"))
