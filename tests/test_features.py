@@ -15,9 +15,10 @@ from metalgen.errors import ArgumentError
 from metalgen.families import default_schedule
 from metalgen.features import FEATURES, FIELDS, INPUTS, register, unregister
 from metalgen.features.arrays import per_head, vector
-from metalgen.features.base import LOG2E, Feature, Field, Hooks, OptionalInput, Sampler, Site
+from metalgen.features.base import LOG2E, Feature, Field, Hooks, OptionalInput, Site
 from metalgen.features.checks import integer, switch
 from metalgen.features.fields import Fields
+from metalgen.features.sampler import Sampler
 from metalgen.hooks import extra_inputs
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import Inputs, check_call

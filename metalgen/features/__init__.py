@@ -7,6 +7,7 @@ registered behind them; its fields' values are kept in `Fields.others`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from metalgen.features.alibi import Alibi
 from metalgen.features.array_mask import ArrayMask
@@ -29,7 +30,7 @@ from metalgen.features.tf32 import Tf32
 from metalgen.features.varlen import Varlen
 from metalgen.features.window import Window
 
-__all__ = ["FEATURES", "FIELDS", "INPUTS", "OTHERS", "register", "unregister"]
+__all__ = ["FEATURES", "FIELDS", "INPUTS", "OTHERS", "register", "unregister", "used"]
 
 FEATURES: dict[str, Feature] = {}
 """All features, by name, in order."""
@@ -40,6 +41,8 @@ INPUTS: dict[str, OptionalInput] = {}
 OTHERS: dict[str, Field] = {}
 """Those of `FIELDS` that `Fields` does not declare: of features from outside."""
 
+_TRIGGERS: dict[str, frozenset[str]] = {}
+"""Of each feature the fields that use it."""
 _OWN = frozenset(each.name for each in dataclasses.fields(Fields))
 
 
@@ -55,14 +58,23 @@ def register(feature: Feature) -> None:
     if taken:
         raise ValueError(f"a feature has this name, field or input already: {', '.join(taken)}")
     FEATURES[feature.name] = feature
+    _TRIGGERS[feature.name] = frozenset((*fields, *feature.used_by))
     FIELDS.update(fields)
     INPUTS.update(inputs)
     OTHERS.update({name: each for name, each in fields.items() if name not in _OWN})
 
 
+def used(fields: Collection[str]) -> tuple[Feature, ...]:
+    """The features that a config uses of which these fields are not at their defaults."""
+    return tuple(
+        feature for name, feature in FEATURES.items() if not _TRIGGERS[name].isdisjoint(fields)
+    )
+
+
 def unregister(name: str) -> None:
     """Forget a feature."""
     feature = FEATURES.pop(name)
+    del _TRIGGERS[name]
     for each in feature.fields:
         del FIELDS[each.name]
         OTHERS.pop(each.name, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from metalgen.features.arrays import per_head, vector
@@ -12,13 +14,15 @@ from metalgen.features.base import (
     Hooks,
     Macros,
     OptionalInput,
-    Sampler,
     Site,
 )
 from metalgen.features.checks import switch
 from metalgen.features.contents import finite
 from metalgen.features.conversions import numbers
 from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.features.sampler import Sampler
 
 
 def _slopes(sampler: Sampler) -> mx.array:

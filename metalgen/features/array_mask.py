@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from metalgen.features.arrays import scores
@@ -11,13 +13,15 @@ from metalgen.features.base import (
     Hooks,
     Macros,
     OptionalInput,
-    Sampler,
     Site,
     unused,
 )
 from metalgen.features.checks import switch
 from metalgen.features.conversions import booleans
 from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.features.sampler import Sampler
 
 SEEN_SHARE = 0.8
 """Share of the keys that a made-up mask leaves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -80,8 +80,11 @@ def scores(array: mx.array, arrays: Arrays) -> str | None:
     return None if array.ndim == 4 and all(fits) else f"4 axes that broadcast to {whole}"
 
 
-def check_type(name: str, array: mx.array, *dtypes: mx.Dtype) -> None:
-    """Whether an array has one of these types; raises `ArgumentError`."""
-    if array.dtype not in dtypes:
-        names = dict.fromkeys(str(d).removeprefix("mlx.core.").rstrip("_") for d in dtypes)
-        raise ArgumentError(f"{name}.dtype", " or ".join(names), str(array.dtype))
+def check_type(name: str, array: mx.array, dtypes: Sequence[str]) -> None:
+    """Whether an array has one of these types, by their names; raises `ArgumentError`."""
+    dtype = array.dtype
+    for each in dtypes:
+        if dtype == getattr(mx, each):
+            return
+    names = dict.fromkeys(each.rstrip("_") for each in dtypes)
+    raise ArgumentError(f"{name}.dtype", " or ".join(names), str(dtype))

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -20,11 +19,10 @@ from metalgen.features.checks import Check
 from metalgen.features.fields import Fields
 
 if TYPE_CHECKING:
-    import random
+    from metalgen.features.sampler import Sampler
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """A field of a config.
 
     Args:
@@ -60,41 +58,6 @@ class Binder(NamedTuple):
     rows: Callable[[mx.array], mx.array]
 
 
-class Sampler(Protocol):
-    """What makes up a call: sizes, the layout of its sequences, and random numbers.
-
-    Attributes:
-        config, batch, heads, q_len, kv_len, seed: of the call.
-        ragged: whether lengths, pages and types are any that a call may have.
-        scores: ``(B, H, Lq, Lk)`` of the call.
-        choices: random choices, the same for a seed.
-        layout: arrays that follow from how the sequences lie in q, k and v, by name.
-    """
-
-    config: Any
-    batch: int
-    heads: int
-    q_len: int
-    kv_len: int
-    seed: int
-    ragged: bool
-    scores: tuple[int, int, int, int]
-    choices: random.Random
-    layout: dict[str, mx.array]
-
-    def normal(self, shape: tuple[int, ...]) -> mx.array:
-        """Normal numbers, of unit variance."""
-
-    def bernoulli(self, share: float, shape: tuple[int, ...]) -> mx.array:
-        """Booleans, of which a share is true."""
-
-    def broadcast(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape that broadcasts to another."""
-
-    def functions(self) -> dict[str, Any]:
-        """Captured arrays of the config's functions, and the blocks of its mask, by name."""
-
-
 LOG2E = f"constexpr float LOG2E = {1 / math.log(2):.9e}f;"
 """What turns natural scores into exponents of 2; declared once, however many features ask."""
 
@@ -110,8 +73,7 @@ In that, ``{name}`` stands for the array's, ``{index}`` and ``{before}`` for the
 of the element before."""
 
 
-@dataclass(frozen=True)
-class OptionalInput:
+class OptionalInput(NamedTuple):
     """An array that calls bring in addition to q, k and v.
 
     Args:
@@ -142,15 +104,13 @@ class OptionalInput:
 
     def check(self, array: mx.array, name: str, arrays: Arrays) -> None:
         """Whether an array has the type and the shape; raises `ArgumentError` that names `name`."""
-        config = arrays.config.dtype
-        allowed = [getattr(mx, config if d == "config" else d) for d in self.dtypes]
-        check_type(name, array, *allowed)
+        allowed = [arrays.config.dtype if d == "config" else d for d in self.dtypes]
+        check_type(name, array, allowed)
         if (expected := self.shape(array, arrays)) is not None:
             raise ArgumentError(f"{name}.shape", expected, array.shape)
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """Where a feature's code stands in a kernel.
 
     Args:
@@ -173,15 +133,17 @@ class Site:
     v_width: int = 0
 
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 class Macros(NamedTuple):
     """The macros of ``templates/features/NAME.jinja``, rendered with these variables."""
 
     file: str
-    variables: Mapping[str, Any] = {}
+    variables: Mapping[str, Any] = _NONE
 
 
-@dataclass(frozen=True)
-class Hooks:
+class Hooks(NamedTuple):
     """What a feature puts into a kernel; `templates/families/forward.jinja` says where each stands.
 
     At a hook stand `Macros`, or any object whose functions return what those macros would.
@@ -201,18 +163,18 @@ class Hooks:
         variables: what templates substitute in addition.
     """
 
-    places: Mapping[str, Any] = field(default_factory=dict)
-    pages: Mapping[str, Any] = field(default_factory=dict)
-    adds: Mapping[str, Any] = field(default_factory=dict)
+    places: Mapping[str, Any] = _NONE
+    pages: Mapping[str, Any] = _NONE
+    adds: Mapping[str, Any] = _NONE
     scores: Sequence[Any] = ()
     masks: Sequence[Any] = ()
     probabilities: Sequence[Any] = ()
     outputs: Sequence[Any] = ()
     functions: Sequence[Any] = ()
-    constants: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, int] = _NONE
     lines: Sequence[str] = ()
     header: Sequence[str] = ()
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = _NONE
 
 
 def unused(**variables: Any) -> Mapping[str, Any]:
@@ -225,7 +187,8 @@ class Feature:
 
     Attributes:
         name: unique.
-        fields: of the config.
+        fields: of the config, which uses the feature where one of them is not at its default.
+        used_by: fields of other features that use it, too.
         inputs: that calls bring where the feature is used, in the order of kernels' inputs.
         variables: what templates substitute where the feature is not used.
         rank: where its words stand in a config's short name; features of one rank in their order.
@@ -237,16 +200,13 @@ class Feature:
 
     name: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]] = ()
+    used_by: ClassVar[tuple[str, ...]] = ()
     inputs: ClassVar[tuple[OptionalInput, ...]] = ()
     variables: ClassVar[Mapping[str, Any]] = unused()
     rank: ClassVar[int] = 0
     captures: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     one_head: ClassVar[bool] = False
-
-    def used(self, config: Fields) -> bool:
-        """Whether a config uses it: a field differs from its default."""
-        return any(getattr(config, each.name) != each.default for each in self.fields)
 
     def excludes(self, config: Fields) -> Mapping[str, str]:
         """Fields that must be at their defaults, each with what an error says was expected."""

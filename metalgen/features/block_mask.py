@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays
-from metalgen.features.base import Binder, Feature, Field, Hooks, Sampler, Site, unused
+from metalgen.features.base import Binder, Feature, Field, Hooks, Site, unused
 from metalgen.features.checks import switch
 from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.features.sampler import Sampler
 
 
 class Blocks(Feature):

@@ -29,6 +29,7 @@ class Lengths(Feature):
 
     name = "kv_lens"
     fields = (Field("kv_lens", _lengths, False, "kv_lens"),)
+    used_by = ("page_size",)
     inputs = (
         OptionalInput(
             "kv_lens",
@@ -41,9 +42,6 @@ class Lengths(Feature):
         ),
     )
     rank = 2
-
-    def used(self, config: Fields) -> bool:
-        return config.has_lengths
 
     def words(self, config: Fields) -> Iterable[str]:
         return ("kv_lens",) if config.kv_lens else ()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays, per_sequence, vector
-from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Sampler, Site, unused
+from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site, unused
 from metalgen.features.checks import one_of
 from metalgen.features.contents import finite
 from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.features.sampler import Sampler
 
 ROPES = ("half", "pairs")
 ROPE_BASE = 10000.0
@@ -27,14 +30,17 @@ def _style(name: str, value: Any, config: Fields) -> str | None:
 
 
 def _dims(name: str, value: Any, config: Fields) -> int | None:
-    if config.rope is None:
+    if config.rope is None or value is None:
         return None
-    given = config.head_dim if value is None else value
-    dims = as_integer(given)
-    if dims is None or not 2 <= dims <= config.head_dim or dims % 2:
-        wrong = "head_dim" if value is None else name
-        raise ArgumentError(wrong, f"an even number from 2 to {config.head_dim}", given)
+    dims = _even(name, value, config)
     return None if dims == config.head_dim else dims
+
+
+def _even(name: str, value: Any, config: Fields) -> int:
+    dims = as_integer(value)
+    if dims is None or not 2 <= dims <= config.head_dim or dims % 2:
+        raise ArgumentError(name, f"an even number from 2 to {config.head_dim}", value)
+    return dims
 
 
 def _frequencies(sampler: Sampler) -> mx.array:
@@ -85,6 +91,10 @@ class Rotary(Feature):
     )
     variables = unused(rope=None)
     rank = 4
+
+    def check(self, config: Fields) -> None:
+        if config.rope_dims is None:
+            _even("head_dim", config.head_dim, config)
 
     def words(self, config: Fields) -> Iterable[str]:
         yield f"rope:{config.rope}" + (f"{config.rotary_dim}" if config.rope_dims else "")

@@ -255,7 +255,7 @@ def _inputs(
     if not needs_inputs(config) and options.get("dropout_key") is None:
         return NOTHING
     found: dict[str, Any] = {}
-    required = {each.name for each in config.inputs}
+    required = config.input_names
     for option, each in _ARRAYS.items():
         given = options.get(option)
         if each.convert is not None and (given is not None or each.name in required):

@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from metalgen.arguments import check_integer
 from metalgen.errors import ArgumentError
-from metalgen.features import FEATURES, FIELDS, OTHERS
+from metalgen.features import FIELDS, OTHERS, used
 from metalgen.features.base import Feature, Field, OptionalInput
 from metalgen.features.fields import DTYPES, Fields
 
@@ -52,7 +51,6 @@ BASE = {
 """The fields that belong to no feature, by name."""
 
 
-@dataclass(frozen=True, init=False)
 class AttentionConfig(Fields):
     """One attention problem: ``softmax(scale * Q K^T + mask) V``, for each batch entry and head.
 
@@ -125,12 +123,19 @@ class AttentionConfig(Fields):
         unknown = [name for name, _ in self.others if name not in OTHERS]
         if unknown:
             raise ArgumentError("config", f"fields among {', '.join(field_names())}", unknown[0])
+        changed = []
         for name, field in FIELDS.items():
-            value = field.check(name, getattr(self, name), self)
+            given = getattr(self, name)
+            if given is field.default and name not in OTHERS:
+                continue  # as most are
+            value = field.check(name, given, self)
             if name in OTHERS:
                 self._keep_other(name, value)
             else:
                 self._keep(name, value)
+            if value != field.default:
+                changed.append(name)
+        self._keep("features", used(changed) if changed else ())
         for feature in self.features:
             feature.check(self)
             for name, expected in feature.excludes(self).items():
@@ -151,15 +156,18 @@ class AttentionConfig(Fields):
             return dict(self.others).get(name, OTHERS[name].default)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    @functools.cached_property
-    def features(self) -> tuple[Feature, ...]:
-        """The features that it uses, in their order."""
-        return tuple(feature for feature in FEATURES.values() if feature.used(self))
+    features: ClassVar[tuple[Feature, ...]] = ()
+    """The features that it uses, in their order."""
 
     @functools.cached_property
     def inputs(self) -> tuple[OptionalInput, ...]:
         """What calls bring in addition to q, k, v and captured arrays, in the kernels' order."""
         return tuple(each for feature in self.features for each in feature.required(self))
+
+    @functools.cached_property
+    def input_names(self) -> frozenset[str]:
+        """Names of `inputs`."""
+        return frozenset(each.name for each in self.inputs)
 
     @property
     def one_head(self) -> bool:

@@ -123,7 +123,7 @@ NOTHING = Inputs()
 
 def needs_inputs(config: AttentionConfig) -> bool:
     """Whether calls of a config bring anything in addition to q, k and v."""
-    return any(feature.required(config) or feature.captures for feature in config.features)
+    return bool(config.inputs) or any(feature.captures for feature in config.features)
 
 
 def check_call(
@@ -148,16 +148,18 @@ def check_inputs(
     for feature in FEATURES.values():
         if feature.captures:
             feature.check_captured(arrays)
-    required = {each.name for each in config.inputs}
+    found, required = {}, config.input_names
     for name in INPUTS:
         array = inputs.get(name)
         if (name in required) != (array is not None):
             wanted = "an mlx.core.array" if name in required else "None"
             raise ArgumentError(inputs.spoken(name), f"{wanted}, as the config says", array)
-        if array is not None and not isinstance(array, mx.array):
-            raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(array).__name__)
+        if array is not None:
+            if not isinstance(array, mx.array):
+                raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(array).__name__)
+            found[name] = array
     for each in config.inputs:
-        each.check(inputs[each.name], inputs.spoken(each.name), arrays)
+        each.check(found[each.name], inputs.spoken(each.name), arrays)
 
 
 def check_qkv(
