@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalgen.arguments import check_integer
-from metalgen.cache.parts import Part, check_quantization, empty, rows_of, slots_of, wider
+from metalgen.cache.parts import check_quantization, empty, rows_of, slots_of, wider
 from metalgen.errors import ArgumentError
+from metalgen.features.triple import Part
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted

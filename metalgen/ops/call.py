@@ -16,6 +16,7 @@ from metalgen.errors import ArgumentError
 from metalgen.features import FIELDS, INPUTS
 from metalgen.features.conversions import brief, integers
 from metalgen.features.quantized import KV_BITS, KV_GROUPS
+from metalgen.features.triple import arrays_of, bits_of, group_of
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
 from metalgen.problem.config import BASE, AttentionConfig
@@ -100,7 +101,7 @@ def _main_arrays(
     q: mx.array, k: Keys, v: Keys
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...], int | None, int]:
     """Keys and values taken apart, each with what it is quantized by; bits and group of that."""
-    key, value = _taken_apart("k", k), _taken_apart("v", v)
+    key, value = _arrays("k", k), _arrays("v", v)
     for name, x in (("q", q), ("k", key[0]), ("v", value[0])):
         if not isinstance(x, mx.array):
             raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
@@ -125,28 +126,26 @@ def _main_arrays(
     return key, value, bits, group
 
 
-def _taken_apart(name: str, x: Any) -> tuple[Any, ...]:
-    if isinstance(x, mx.array) or not isinstance(x, (tuple, list)):
+def _arrays(name: str, x: Any) -> tuple[Any, ...]:
+    if not isinstance(x, (tuple, list)):
         return (x,)
-    whole = len(x) == 3 and all(isinstance(part, mx.array) and part.ndim == 4 for part in x)
-    if not whole:
+    if (found := arrays_of(x)) is None:
         what = f"mx.quantize({name}, group_size=64, bits=8)"
         expected = f"an mlx.core.array, or the three of 4 axes that {what} returns"
         raise ArgumentError(name, expected, [getattr(part, "shape", part) for part in x])
-    return tuple(x)
+    return found
 
 
 def _quantization(name: str, parts: tuple[mx.array, ...], width: int) -> tuple[int, int]:
     """Bits and group of quantized rows of a width."""
-    packed, scales = parts[0].shape[3], parts[1].shape[3]
     if parts[0].dtype != mx.uint32:
         raise ArgumentError(f"{name}[0].dtype", "uint32, as of mx.quantize", str(parts[0].dtype))
-    bits = next((b for b in KV_BITS if packed * 32 == width * b), None)
+    bits = bits_of(parts[0], width)
     if bits is None:
         sizes = " or ".join(f"{width * b // 32} ({b} bits)" for b in KV_BITS)
         expected = f"a last axis of {sizes} for queries of width {width}"
         raise ArgumentError(f"{name}[0].shape", expected, parts[0].shape)
-    group = next((g for g in KV_GROUPS if scales * g == width), None)
+    group = group_of(parts[1], width)
     if group is None:
         known = ", ".join(f"{width // g} (groups of {g})" for g in KV_GROUPS if width % g == 0)
         expected = f"a last axis of {known}" if known else "queries of a width that 32 divides"
