@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from metalgen.chips import get_chip
 from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
-from metalgen.config import AttentionConfig
 from metalgen.families import Schedule, default_schedule, is_valid
 from metalgen.kinds import SIMDGROUP
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 
 def space(config: AttentionConfig) -> Iterator[Schedule]:

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.connect import open_for_reading
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.families import Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 HASH = "0123456789abcdef"
 CHIPS = ("M1Max", "M3Max", "M3Max-30", "M4Max")

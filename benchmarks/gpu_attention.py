@@ -26,11 +26,11 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen.chips import detect
-from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.families import Schedule, default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import chain

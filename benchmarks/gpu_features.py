@@ -22,14 +22,14 @@ import mlx.core as mx
 
 from benchmarks.gpu_attention import seconds_of
 from metalgen.chips import detect
-from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
-from metalgen.inputs import Inputs
-from metalgen.problem import Problem
-from metalgen.samples import sample_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
+from metalgen.problem.samples import sample_call
+from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.verify import verify
 

@@ -25,7 +25,7 @@ import metalgen
 from metalgen import AttentionConfig, simulator
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.source.hashes import template_hash
 from metalgen.testing.mlx_kernels import run_attention

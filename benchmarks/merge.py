@@ -20,14 +20,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.families import enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 CONFIGS = [
     AttentionConfig(64, dtype, heads_per_kv=heads, causal=causal)

@@ -20,10 +20,10 @@ import mlx.core as mx
 
 from metalgen.cache.launch import kernel_rows, rows_fault
 from metalgen.cache.render import AppendSchedule
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.verify import verify
 
 SLOPES = mx.arange(8).astype(mx.float32)

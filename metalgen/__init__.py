@@ -26,10 +26,8 @@ except ImportError as error:
 from metalgen._version import __version__
 
 if TYPE_CHECKING:
-    from metalgen.block_mask import BlockMask, create_block_mask
     from metalgen.cache.dense import KVCache
     from metalgen.cache.paged import CacheFull, PagedKVCache
-    from metalgen.config import AttentionConfig
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.families import Schedule
@@ -38,11 +36,13 @@ if TYPE_CHECKING:
     from metalgen.ops.attention import attention, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.rope import Rope
+    from metalgen.problem.block_mask import BlockMask, create_block_mask
+    from metalgen.problem.config import AttentionConfig
 
 _WHERE = {
     "ArgumentError": "metalgen.errors",
-    "AttentionConfig": "metalgen.config",
-    "BlockMask": "metalgen.block_mask",
+    "AttentionConfig": "metalgen.problem.config",
+    "BlockMask": "metalgen.problem.block_mask",
     "CacheFull": "metalgen.cache.paged",
     "DeviceError": "metalgen.errors",
     "InvalidSchedule": "metalgen.errors",
@@ -56,7 +56,7 @@ _WHERE = {
     "and_masks": "metalgen.ops.flex_attention",
     "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
-    "create_block_mask": "metalgen.block_mask",
+    "create_block_mask": "metalgen.problem.block_mask",
     "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.dispatch",
     "or_masks": "metalgen.ops.flex_attention",

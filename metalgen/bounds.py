@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from metalgen.config import AttentionConfig
+from metalgen.features.fields import Fields
 
 LN2 = math.log(2)
 TOP, BOTTOM = 36, -109
@@ -13,7 +13,7 @@ largest, times values of 2^40, sum to a float32 number, and the smallest keeps a
 row whose every score is near the low end, products with values below 2^-17 may be subnormal."""
 
 
-def shift_of(config: AttentionConfig) -> float | None:
+def shift_of(config: Fields) -> float | None:
     """What is added to every exponent of 2 instead of a row's maximum being subtracted.
 
     A softcap C bounds scores to -C and C. A softmax does not change with what is subtracted from

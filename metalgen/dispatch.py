@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from metalgen.arguments import as_number, check_positive
-from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, brief, checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
-from metalgen.inputs import NOTHING, Inputs, check_inputs, check_main, has_inputs
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs, check_inputs, check_qkv, needs_inputs
+from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
 
@@ -60,7 +60,7 @@ class Kernel:
 
     @functools.cached_property
     def _asks(self) -> bool:
-        return has_inputs(self.config)
+        return needs_inputs(self.config)
 
     @functools.cached_property
     def source(self) -> str:
@@ -105,7 +105,7 @@ class Kernel:
         Raises:
             ArgumentError: shapes or types that do not fit the config.
         """
-        check_main(self.config, q, k, v)
+        check_qkv(self.config, q, k, v, inputs)
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
         scale = check_scale(self.config, scale)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.families import Schedule, get_family
-from metalgen.inputs import Inputs, has_inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs, needs_inputs
+from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.samples import sample_call
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,8 +63,9 @@ def verify(
     """Run a kernel on small ragged shapes and compare it with the float64 reference.
 
     The family names the sizes (`metalgen.families.Family.check_sizes`); two KV heads, keys and
-    values as views (`metalgen.samples.sample_call`). Outputs hold NaN before the kernel runs, so
-    that one which is never launched is not taken for an earlier one (`metalgen.devices.marking`).
+    values as views (`metalgen.problem.samples.sample_call`). Outputs hold NaN before the kernel
+    runs, so that one which is never launched is not taken for an earlier one
+    (`metalgen.devices.marking`).
 
     Raises:
         Whatever the device raises when it cannot build or run the kernel.
@@ -84,7 +85,7 @@ def verify(
         )
         scale = config.head_dim**-0.5
         with marked_outputs():
-            out, lse = run(q, k, v, scale, given) if has_inputs(config) else run(q, k, v, scale)
+            out, lse = run(q, k, v, scale, given) if needs_inputs(config) else run(q, k, v, scale)
         error, allowed, fault = judge(config, q, k, v, given, out, lse)
         worst, tolerance = max(worst, error), max(tolerance, allowed)
         faults += [f"Lq={queries} Lk={keys}: {fault}"] if fault else []
@@ -115,7 +116,7 @@ def judge(
     mx.eval(out)
     features = config_features(config) | {"inputs": given}
     expected, expected_lse = attention_float64(q, k, v, scale=scale, **features)
-    if has_inputs(config):
+    if needs_inputs(config):
         with mx.stream(mx.cpu):  # in float32, where a GPU's products may be tf32
             plain, _ = attention_mlx(q, k, v, scale=scale, **features)
         tolerance = max(tolerance, _by_functions(expected, plain))

@@ -14,11 +14,11 @@ from metalgen import simulator
 from metalgen.cache.launch import kernel_rows, plain_rows
 from metalgen.cache.render import AppendSchedule, operands, render_append
 from metalgen.cache.samples import sample_rows
-from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
 from metalgen.ops.append import append_kv
 from metalgen.ops.rope import Rope
+from metalgen.problem.config import AttentionConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

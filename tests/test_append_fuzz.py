@@ -15,9 +15,9 @@ import pytest
 from metalgen import simulator
 from metalgen.cache.launch import kernel_rows, plain_rows
 from metalgen.cache.render import ELEMENTS, THREADS, AppendSchedule, inputs, operands
-from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
+from metalgen.problem.config import AttentionConfig
 
 BOUND = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
 """Largest error of a turned element; those drawn are below 6."""
@@ -103,7 +103,7 @@ def fuzz(seed: int, device: str) -> None:
         "offset": integers(0, page * columns, sequences),
         "limit": mx.array([limit]),
         "table": integers(-1, pages, sequences, columns),
-        "rope_freqs": mx.array([rng.random() for _ in range(max(1, config.turned // 2))]),
+        "rope_freqs": mx.array([rng.random() for _ in range(max(1, config.rotary_dim // 2))]),
         "rope_offset": integers(0, 5000, sequences),
     }
     given = {name: given[name] for name in inputs(config)}

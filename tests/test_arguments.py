@@ -19,7 +19,7 @@ from metalgen.arguments import as_integer, as_number, check_integer, check_posit
 from metalgen.cache.render import AppendSchedule
 from metalgen.dispatch import check_scale
 from metalgen.families import check_schedule, decode_schedule
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 
 
 class Seven:

@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.contents import check_contents
 from metalgen.errors import ArgumentError
-from metalgen.inputs import Inputs, check_call
-from metalgen.samples import sample_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs, check_call
+from metalgen.problem.samples import sample_call
 
 PACKED = AttentionConfig(32, varlen=True, alibi=True, sinks=True)
 PAGED = AttentionConfig(32, page_size=8, rope="half")

@@ -14,8 +14,8 @@ from metalgen import AttentionConfig, simulator
 from metalgen.devices import get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
-from metalgen.inputs import Inputs
-from metalgen.samples import sample_call
+from metalgen.problem.inputs import Inputs
+from metalgen.problem.samples import sample_call
 
 LENGTH, DIM = 2048, 128
 PLAIN = AttentionConfig(DIM)

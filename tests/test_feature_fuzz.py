@@ -12,10 +12,10 @@ import mlx.core as mx
 import pytest
 
 from metalgen import simulator
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, all_devices
 from metalgen.errors import InvalidSchedule
 from metalgen.families import APPLE
+from metalgen.problem.config import AttentionConfig
 from metalgen.simulator.errors import SimulatorError
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up, smallest
 

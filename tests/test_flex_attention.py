@@ -24,7 +24,7 @@ from metalgen.devices import get_device
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.source.render import render
 from metalgen.testing.devices import normal
 from metalgen.testing.functions import Case, definition
@@ -301,7 +301,7 @@ def test_inputs_that_do_not_fit_the_config() -> None:
     for wrong in (Inputs(score=None), Inputs(score=(3,))):  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match="score_mod: expected a tuple of captured arrays"):
             kernel(q, k, v, inputs=wrong)
-    with pytest.raises(ArgumentError, match="inputs: expected a metalgen.inputs.Inputs"):
+    with pytest.raises(ArgumentError, match="inputs: expected a metalgen.problem.inputs.Inputs"):
         kernel(q, k, v, inputs=(table,))  # type: ignore[arg-type]
     masked = AttentionConfig(
         32,
@@ -319,7 +319,7 @@ def test_inputs_that_do_not_fit_the_config() -> None:
 
 def test_a_pieced_mask_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = create_block_mask(window(7), None, None, 100, 90, 8)
-    monkeypatch.setattr("metalgen.block_mask.MAX_ELEMENTS", 90 * 8 * 2)
+    monkeypatch.setattr("metalgen.problem.block_mask.MAX_ELEMENTS", 90 * 8 * 2)
     pieces = create_block_mask(window(7), None, None, 100, 90, 8)
     assert isinstance(pieces, BlockMask)
     assert mx.array_equal(whole.some, pieces.some)

@@ -10,8 +10,8 @@ from metalgen import AttentionConfig, InvalidSchedule, Schedule, get_kernel, sim
 from metalgen.devices import get_device
 from metalgen.families import default_schedule
 from metalgen.families.launch import attention_launches
-from metalgen.inputs import Inputs
-from metalgen.samples import sample_call
+from metalgen.problem.inputs import Inputs
+from metalgen.problem.samples import sample_call
 
 TILE = Schedule(bq=32, bk=16, bd=32, simdgroups=2, row_blocks=2)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from metalgen.config import AttentionConfig
 from metalgen.dsl.trace import trace
-from metalgen.inputs import Inputs, check_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs, check_call
+from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.samples import sample_call
 from metalgen.verify import TOLERANCE, lse_fault, lse_tolerance, relative_error
 
 SCALE = 0.3
@@ -149,12 +149,12 @@ def test_quantized_keys_are_what_mlx_dequantizes(bits: int, group: int) -> None:
 def test_queries_turn_as_in_mlx(style: str, dims: int | None) -> None:
     q, k, v = qkv()
     c = config(rope=style, rope_dims=dims)
-    freqs = 100.0 ** (-mx.arange(0, c.turned, 2) / c.turned)
+    freqs = 100.0 ** (-mx.arange(0, c.rotary_dim, 2) / c.rotary_dim)
     out, _ = float64(q, k, v, c, rope_freqs=freqs, rope_offset=mx.array([0, 33]))
     for n, offset in enumerate((0, 33)):
         turned = mx.fast.rope(
             q[n : n + 1],
-            c.turned,
+            c.rotary_dim,
             traditional=style == "pairs",
             base=None,
             scale=1.0,

@@ -75,7 +75,7 @@ def test_the_simulator_is_usable_without_the_rest(uses: dict[str, set[str]]) -> 
     ("rooms", "above"),
     [
         (
-            {"config", "problem", "schedules", "kinds", "families", "languages"},
+            {"problem", "features", "schedules", "kinds", "families", "languages"},
             {"source", "devices", "database"},
         ),
         ({"source"}, {"devices", "database", "dispatch"}),

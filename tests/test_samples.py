@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.contents import check_contents
-from metalgen.inputs import asked_for, check_call
-from metalgen.samples import sample_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import check_call
+from metalgen.problem.samples import sample_call
 
 EVERYTHING = AttentionConfig(
     64,
@@ -47,7 +47,7 @@ def test_calls_bring_what_the_config_asks_for(
         )
         check_call(config, q, k, v, inputs)
         check_contents(config, q, k, inputs)
-        assert sorted(inputs.named) == sorted(asked_for(config))
+        assert sorted(inputs.named) == sorted(each.name for each in config.inputs)
 
 
 def test_ragged_lengths_have_none_one_and_all() -> None:

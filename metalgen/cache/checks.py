@@ -6,11 +6,12 @@ import itertools
 
 import mlx.core as mx
 
-from metalgen.config import KV_BITS, AttentionConfig
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import integers
+from metalgen.features.conversions import integers
+from metalgen.features.triple import arrays_of, bits_of
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
+from metalgen.problem.config import AttentionConfig
 
 MAX_ROWS = 1 << 31
 """There are fewer rows in a cache: the kernel counts them in 32 bits."""
@@ -22,12 +23,12 @@ def parts_of(cache: object) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]
         raise ArgumentError("cache", "a pair, of keys and of values", type(cache).__name__)
     found = []
     for name, x in zip(("keys", "values"), cache, strict=True):
-        parts = (x,) if isinstance(x, mx.array) else x
-        whole = isinstance(parts, (tuple, list)) and len(parts) in (1, 3)
-        if not whole or not all(isinstance(y, mx.array) and y.ndim == 4 for y in parts):
+        one = isinstance(x, (tuple, list)) and len(x) == 1
+        arrays = arrays_of(x[0] if one else x)
+        if arrays is None or arrays[0].ndim != 4:
             expected = "an mlx.core.array of 4 axes, or the three of mx.quantize"
-            raise ArgumentError(f"cache, its {name}", expected, _shapes(parts))
-        found.append(tuple(parts))
+            raise ArgumentError(f"cache, its {name}", expected, _shapes(arrays or x))
+        found.append(arrays)
     if len(found[0]) != len(found[1]):
         raise ArgumentError("cache", "keys and values both quantized, or neither", "one")
     return found[0], found[1]
@@ -102,7 +103,7 @@ def _quantization(key: tuple[mx.array, ...], k: mx.array) -> tuple[int | None, i
     if len(key) == 1:
         return None, 64
     width = k.shape[3]
-    bits = next((b for b in KV_BITS if key[0].shape[3] * 32 == width * b), None)
+    bits = bits_of(key[0], width)
     group = width // max(1, key[1].shape[3])
     if bits is None:
         expected = f"a last axis of {width // 8} (4 bits) or {width // 4} (8 bits) for k's {width}"
@@ -169,8 +170,8 @@ def check_sizes(
 def check_turns(config: AttentionConfig, rope: Rope) -> None:
     """Raises `ArgumentError` unless there is one period for each pair of columns."""
     freqs = rope.turns(config.head_dim)
-    if freqs.shape != (config.turned // 2,):
-        expected = f"({config.turned // 2},), half the columns that turn"
+    if freqs.shape != (config.rotary_dim // 2,):
+        expected = f"({config.rotary_dim // 2},), half the columns that turn"
         raise ArgumentError("rope.freqs.shape", expected, freqs.shape)
 
 

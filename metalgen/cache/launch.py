@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 
 from metalgen.cache.render import AppendSchedule, is_placed, operands, outputs
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, get_device
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.marking import marked_outputs
 from metalgen.errors import MetalgenError
+from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
 Maker = Callable[[Mapping[str, mx.array]], Arrays]
@@ -136,8 +136,8 @@ def _rotated(
     position = mx.take(given["rope_offset"], sequence) + local
     angle = position.astype(mx.float32)[..., None] * given["rope_freqs"]
     cos, sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
-    turned = x[..., : config.turned].astype(mx.float32)
-    half = config.turned // 2
+    turned = x[..., : config.rotary_dim].astype(mx.float32)
+    half = config.rotary_dim // 2
     if config.rope == "half":
         one, other = turned[..., :half], turned[..., half:]
     else:
@@ -147,7 +147,7 @@ def _rotated(
         out = mx.concatenate(pair, axis=-1)
     else:
         out = mx.stack(pair, axis=-1).reshape(turned.shape)
-    return mx.concatenate([out.astype(x.dtype), x[..., config.turned :]], axis=-1)
+    return mx.concatenate([out.astype(x.dtype), x[..., config.rotary_dim :]], axis=-1)
 
 
 def _places(

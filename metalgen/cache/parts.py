@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.config import KV_BITS, KV_GROUPS
 from metalgen.errors import ArgumentError
-
-Part = mx.array | tuple[mx.array, mx.array, mx.array]
-"""Keys or values of a cache: an array, or the three that ``mx.quantize`` returns."""
+from metalgen.features.quantized import KV_BITS, KV_GROUPS
+from metalgen.features.triple import Part, part_of
 
 
 def check_quantization(bits: object, group: object) -> tuple[int | None, int]:
@@ -43,33 +39,24 @@ def empty(
     return words, scales, biases
 
 
-def arrays_of(part: Part) -> tuple[mx.array, ...]:
-    """The arrays of a part: one, or three."""
+def _arrays(part: Part) -> tuple[mx.array, ...]:
     return part if isinstance(part, tuple) else (part,)
-
-
-def part_of(arrays: Sequence[mx.array]) -> Part:
-    """The part that one array is, or three."""
-    if len(arrays) == 1:
-        return arrays[0]
-    words, scales, biases = arrays
-    return words, scales, biases
 
 
 def slots_of(part: Part) -> int:
     """How many slots each entry has."""
-    return arrays_of(part)[0].shape[2]
+    return _arrays(part)[0].shape[2]
 
 
 def rows_of(part: Part, stop: int) -> Part:
     """The slots before `stop`, as views."""
-    return part_of([x[:, :, :stop] for x in arrays_of(part)])
+    return part_of([x[:, :, :stop] for x in _arrays(part)])
 
 
 def wider(part: Part, more: int) -> Part:
     """The same with further slots, of zeros."""
     found = []
-    for x in arrays_of(part):
+    for x in _arrays(part):
         first, heads, _, width = x.shape
         found.append(mx.concatenate([x, mx.zeros((first, heads, more, width), x.dtype)], axis=2))
     return part_of(found)

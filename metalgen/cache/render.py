@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from metalgen.arguments import as_integer
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.languages import LANGUAGES
+from metalgen.problem.config import AttentionConfig
 from metalgen.source.render import KernelSource, _environment, _tidy
 
 THREADS = (32, 64, 128, 256, 512, 1024)
@@ -153,7 +153,7 @@ def render_append(
 def _constants(config: AttentionConfig, schedule: AppendSchedule) -> dict[str, int]:
     found = {"ROWS": schedule.rows(config), "THREADS": schedule.threads}
     if config.rope is not None:
-        found["PAIRS"] = config.turned // 2
+        found["PAIRS"] = config.rotary_dim // 2
     if config.page_size is not None:
         found["PAGE"] = config.page_size
     if config.kv_bits is not None:
@@ -170,7 +170,7 @@ def _constants(config: AttentionConfig, schedule: AppendSchedule) -> dict[str, i
 
 def _operand(config: AttentionConfig, name: str) -> dict[str, Any]:
     width = config.head_dim if name == "k" else config.v_dim
-    pairs = config.turned // 2 if name == "k" and config.rope is not None else 0
+    pairs = config.rotary_dim // 2 if name == "k" and config.rope is not None else 0
     bits = config.kv_bits or 0
     return {
         "name": name,

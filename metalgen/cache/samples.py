@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalgen.cache.render import inputs
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 
 def sample_rows(config: AttentionConfig, seed: int = 0) -> dict[str, mx.array]:
@@ -27,6 +27,6 @@ def sample_rows(config: AttentionConfig, seed: int = 0) -> dict[str, mx.array]:
     given["offset"] = mx.array(starts)
     given["limit"] = mx.array([7 if config.page_size else 2 * page + 3])
     given["table"] = mx.array([[4, -1], [0, 2], [1, 5]])
-    given["rope_freqs"] = 0.7 ** mx.arange(max(1, config.turned // 2)).astype(mx.float32)
+    given["rope_freqs"] = 0.7 ** mx.arange(max(1, config.rotary_dim // 2)).astype(mx.float32)
     given["rope_offset"] = mx.array([100, 0, 7])
     return {name: given[name] for name in inputs(config)}

@@ -8,22 +8,15 @@ simdgroup, exponentials once a lane.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 from metalgen.bounds import shift_of
-from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.families import SIMD_WIDTH, Schedule, threadgroup_bytes
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
-
-COVERED = frozenset(
-    "head_dim dtype value_head_dim heads_per_kv causal return_lse window_left window_right softcap "
-    "score_mod mask_mod".split()
-)
-"""Fields of a config whose work is counted; a new field is none of them until it is added here."""
+from metalgen.problem.config import AttentionConfig, declared, field_names
 
 
 def covers(config: AttentionConfig) -> str | None:
@@ -33,9 +26,9 @@ def covers(config: AttentionConfig) -> str | None:
     compute and read is in no count; the model prices it (`metalgen.chips.functions`).
     """
     unknown = [
-        f"{f.name}={getattr(config, f.name)}"
-        for f in dataclasses.fields(config)
-        if f.name not in COVERED and getattr(config, f.name) != f.default
+        f"{name}={getattr(config, name)}"
+        for name in field_names()
+        if not declared(name).counted and getattr(config, name) != declared(name).default
     ]
     return f"counted as if without {', '.join(unknown)}" if unknown else None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple
 
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 if TYPE_CHECKING:
     from metalgen.dsl.graph import Graph, Node

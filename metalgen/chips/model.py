@@ -17,9 +17,9 @@ from metalgen.chips.chip import Chip, IncompleteChip
 from metalgen.chips.coefficients import DEFAULT, Coefficients
 from metalgen.chips.counts import covers, decode_counts, forward_counts
 from metalgen.chips.work import Work, combine_work, forward_work
-from metalgen.config import AttentionConfig
 from metalgen.families import SIMD_WIDTH, Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 HALF_REGISTER_BYTES = 2 * SIMD_WIDTH
 """Bytes that a 16-bit register takes for a whole simdgroup."""

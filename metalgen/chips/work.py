@@ -7,10 +7,10 @@ from typing import NamedTuple
 from metalgen.bounds import shift_of
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
-from metalgen.config import AttentionConfig
 from metalgen.families import SIMD_WIDTH, Schedule
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
+from metalgen.problem.config import AttentionConfig
 
 REGISTERS = 256
 """16-bit registers that a thread can address."""

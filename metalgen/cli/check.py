@@ -19,10 +19,10 @@ from click.core import ParameterSource
 from metalgen.cli.locating import line_in
 from metalgen.cli.options import Sizes, chip_option, described_options, json_option, print_json
 from metalgen.cli.render import change, starting_point
-from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, check_schedule, is_valid
 from metalgen.plurals import counted
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import all_knobs
 
 if TYPE_CHECKING:
@@ -273,8 +273,8 @@ def _check_schedule(
 
 def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> str:
     """Run a call of these sizes; what is wrong with its numbers."""
-    from metalgen.inputs import has_inputs
-    from metalgen.samples import sample_call
+    from metalgen.problem.inputs import needs_inputs
+    from metalgen.problem.samples import sample_call
     from metalgen.verify import judge
 
     q, k, v, inputs = sample_call(
@@ -285,7 +285,7 @@ def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: 
         kv_len=sizes.kv_len,
         ragged=False,
     )
-    given = (inputs,) if has_inputs(config) else ()
+    given = (inputs,) if needs_inputs(config) else ()
     out, lse = device.build(config, schedule)(q, k, v, config.head_dim**-0.5, *given)
     *_, fault = judge(config, q, k, v, inputs, out, lse)
     return f"Lq={sizes.q_len} Lk={sizes.kv_len}: {fault}" if fault else ""

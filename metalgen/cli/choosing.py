@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from metalgen.cli.options import Sizes, config_options
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.problem.config import AttentionConfig
 
 if TYPE_CHECKING:
     from metalgen.tuning.presets import Preset

@@ -21,9 +21,9 @@ from metalgen.cli.options import (
     problem_cells,
     problem_fields,
 )
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.plurals import counted
+from metalgen.problem.config import AttentionConfig
 
 if TYPE_CHECKING:
     from metalgen.database.exchange import Summary

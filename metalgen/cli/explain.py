@@ -15,7 +15,7 @@ from metalgen.cli.options import (
     print_json,
     problem_fields,
 )
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from metalgen.cli.options import Sizes, chip_option, config_options, json_option, print_json
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.families import (
     APPLE,
@@ -19,6 +18,7 @@ from metalgen.families import (
     get_family,
 )
 from metalgen.kinds import get_kind
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import all_knobs
 
 

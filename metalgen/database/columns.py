@@ -6,10 +6,10 @@ import json
 import math
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError, MetalgenError
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 
 def row_of(problem: Problem) -> dict[str, Any]:

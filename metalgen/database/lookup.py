@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metalgen.config import AttentionConfig
 from metalgen.database.connect import open_for_reading
 from metalgen.database.errors import DatabaseError, MissingDatabase, explain_sqlite
 from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, WARM, user_database
@@ -33,7 +32,8 @@ from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
 from metalgen.families import APPLE, Limits, Schedule, check_schedule, decode_schedule
 from metalgen.plurals import counted
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from metalgen.arguments import as_number
-from metalgen.config import AttentionConfig
 from metalgen.database.layout import CHAINED, MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
 from metalgen.database.schedules import schedule_on
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule
-from metalgen.problem import FAMILIES, Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import FAMILIES, Problem
 
 
 def now() -> str:

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.database.columns import problem_of, row_of
 from metalgen.database.rows import (
     COLUMNS,
@@ -26,6 +25,7 @@ from metalgen.database.rows import (
 )
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
+from metalgen.problem.config import AttentionConfig
 
 GATHERED = 300_000
 """Rows that are gathered before they are written; a row takes about a kilobyte."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
-    from metalgen.config import AttentionConfig
     from metalgen.database.measurement import Measurement
     from metalgen.families import Schedule
-    from metalgen.problem import Problem
+    from metalgen.problem.config import AttentionConfig
+    from metalgen.problem.sizes import Problem
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import MetalgenError
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.resources import MissingResource, tuning_db_dir
 
 

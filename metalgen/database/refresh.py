@@ -27,7 +27,7 @@ from metalgen.database.store import Store, explained
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
 from metalgen.languages import LANGUAGES
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 
 
 @dataclass

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metalgen.config import AttentionConfig
 from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError
 from metalgen.database.layout import STATUSES
@@ -35,7 +34,8 @@ from metalgen.database.untrusted import (
 )
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, check_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 IDENTITY = (
     *("problem", "schedule", "template_hash", "chip", "cores", "device"),

@@ -14,7 +14,6 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from metalgen.config import AttentionConfig
 from metalgen.database.columns import measurement_of, problem_of, row_of
 from metalgen.database.connect import check_header, open_for_reading
 from metalgen.database.errors import (
@@ -37,7 +36,8 @@ from metalgen.database.protocol import Check, Run
 from metalgen.database.schema import migrate
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process before the database counts as locked."""

@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import DeviceError
 from metalgen.families import APPLE, Limits, Schedule
+from metalgen.problem.config import AttentionConfig
 
 Runner = Callable[..., "tuple[mx.array, mx.array | None]"]
 """``run(q, k, v, scale) -> (out, lse or None)``; shapes as in `metalgen.attention`, unchecked.
 
-A `metalgen.inputs.Inputs` follows the scale where the config asks for more arrays.
+A `metalgen.problem.inputs.Inputs` follows the scale where the config asks for more arrays.
 """
 
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, check_schedule, get_family
 from metalgen.families.launch import Launch
-from metalgen.inputs import NOTHING, Inputs, asked_for, key_places
+from metalgen.features.base import Binder
 from metalgen.languages import Language, get_language
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
 
 if TYPE_CHECKING:
     from metalgen.source.render import KernelSource
@@ -85,7 +86,7 @@ class KernelDevice(Device):
             q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
             shape = q.shape
-            if 0 in shape or 0 in k.shape or not key_places(config, k, inputs):
+            if 0 in shape or 0 in k.shape or not max_kv_len(config, k, inputs):
                 return _empty(config, q, inputs)  # nothing to launch: no row sees a key
             # With a bound on the work a call is cut into dispatches, which keep to the limits.
             crowded = shape[0] > self.most_groups or k.shape[1] > most_kv_heads
@@ -96,8 +97,13 @@ class KernelDevice(Device):
             exponents = self.number(scale * math.log2(math.e))  # of 2
             bound = [*(_rows(x, language) for x in (q, k, v)), exponents]
             if inputs is not NOTHING:
-                bound += _more(config, source, schedule, shape, k, inputs, language)
-            keys = key_places(config, k, inputs)
+                whole = (*shape[:3], max_kv_len(config, k, inputs))
+                binder = Binder(
+                    whole, source.bq, schedule.bk, functools.partial(_rows, language=language)
+                )
+                for feature in config.features:
+                    bound += feature.bind(config, inputs, binder)
+            keys = max_kv_len(config, k, inputs)
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
             found = []
             launches = dispatches(shape[:3], keys, sequences, q.dtype)
@@ -136,32 +142,6 @@ class KernelDevice(Device):
             )
 
         return run
-
-
-def _more(
-    config: AttentionConfig,
-    source: KernelSource,
-    schedule: Schedule,
-    shape: tuple[int, ...],
-    k: mx.array,
-    inputs: Inputs,
-    language: Language,
-) -> list[mx.array]:
-    """A kernel's inputs beside q, k, v and the scale."""
-    bound = []
-    if inputs.blocks is not None:
-        bound.append(inputs.blocks.lists(source.bq, schedule.bk))
-    bound += [mx.contiguous(x) for x in (*inputs.score, *inputs.mask)]
-    for name in asked_for(config):
-        array = getattr(inputs, name)
-        if name in ("bias", "array_mask"):
-            whole = (*shape[:3], key_places(config, k, inputs))
-            bound.append(mx.broadcast_to(array, whole))
-        elif name.endswith(("_scales", "_biases")):
-            bound.append(_rows(array, language))
-        else:
-            bound.append(mx.contiguous(array))
-    return bound
 
 
 def _rows(x: mx.array, language: Language) -> mx.array:

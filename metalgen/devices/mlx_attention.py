@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Runner
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.reference import attention_mlx, config_features
 
 MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})

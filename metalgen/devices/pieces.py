@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import NOTHING, Inputs
-
-BY_ENTRY = ("kv_lens", "rope_offset", "block_table")
-"""Inputs with a row for each batch entry."""
-BY_HEAD = ("alibi_slopes", "sinks")
-"""Inputs with a number for each query head."""
-BY_BOTH = ("bias", "array_mask")
-"""Inputs whose first axes are batch entries and query heads, or 1 for all."""
-BY_KEYS = ("k_scales", "k_biases", "v_scales", "v_biases")
-"""Inputs that are cut as the keys are."""
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs
 
 
 def run_in_pieces(
@@ -45,7 +33,7 @@ def run_in_pieces(
         ArgumentError: a config whose functions or dropout see the numbers of entries and heads,
             which would begin at 0 in each piece.
     """
-    if config.score_mod or config.mask_mod or config.dropout:
+    if any(feature.numbered for feature in config.features):
         wanted = (
             f"at most {most_entries} batch entries and {most_kv_heads} KV heads on this device "
             "beside score or mask functions and dropout, or max_work"
@@ -62,29 +50,40 @@ def run_in_pieces(
         for head in heads:
             columns = slice(head, head + most_kv_heads)
             rows = slice(head * group, (head + most_kv_heads) * group)
-            given = inputs if inputs is NOTHING else _piece(inputs, own, rows, cached, columns)
+            given = inputs
+            if inputs is not NOTHING:
+                given = _piece(config, inputs, own, rows, cached, columns)
             keys, values = k[cached, columns], v[cached, columns]
             some.append(run(q[own, rows], keys, values, scale, given))
         outputs.append(_joined(some, 1))
     return _joined(outputs, 0)
 
 
-def _piece(inputs: Inputs, own: slice, rows: slice, cached: slice, columns: slice) -> Inputs:
-    found: dict[str, Any] = {}
-    for name, x in inputs.named.items():
-        if name in BY_ENTRY:
-            found[name] = x[own]
-        elif name in BY_HEAD:
-            found[name] = x[rows]
-        elif name in BY_KEYS:
-            found[name] = x[cached, columns]
-        elif name in BY_BOTH:
+def _piece(
+    config: AttentionConfig,
+    inputs: Inputs,
+    own: slice,
+    rows: slice,
+    cached: slice,
+    columns: slice,
+) -> Inputs:
+    """The inputs of a piece: of some batch entries, query heads and KV heads."""
+    found = {}
+    for each in config.inputs:
+        x = inputs[each.name]
+        if each.cut == "entries":
+            found[each.name] = x[own]
+        elif each.cut == "heads":
+            found[each.name] = x[rows]
+        elif each.cut == "keys":
+            found[each.name] = x[cached, columns]
+        elif each.cut == "scores":
             along = (
                 own if x.shape[0] > 1 else slice(None),
                 rows if x.shape[1] > 1 else slice(None),
             )
-            found[name] = x[along]
-    return dataclasses.replace(inputs, **found)
+            found[each.name] = x[along]
+    return inputs.having(found)
 
 
 def _joined(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.base import Device, Runner
 from metalgen.families import Schedule
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.reference import attention_mlx, config_features
 
 

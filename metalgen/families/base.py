@@ -6,10 +6,10 @@ import abc
 import dataclasses
 from dataclasses import dataclass
 
-from metalgen.config import AttentionConfig
 from metalgen.families.launch import Launch
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Schedule
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from metalgen.config import AttentionConfig
 from metalgen.families.base import Family, Step, at_most
 from metalgen.families.forward import hidden_rows
 from metalgen.families.launch import Launch, attention_launches
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Schedule
 
 DECODE_QUERIES = 64

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from metalgen.config import AttentionConfig
 from metalgen.families.base import Family, Step
 from metalgen.families.launch import Launch, attention_launches
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
 

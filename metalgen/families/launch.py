@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.operands import Accumulator, Operands, Passes, Product, operand
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
 

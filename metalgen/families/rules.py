@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.families.registry import get_family
 from metalgen.kinds import Kind, get_kind, kinds_in
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import APPLE, Limits, Schedule, kinds_of, schedule_type
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.families.registry import get_family
 from metalgen.families.rules import default_schedule, device_kinds, is_valid
 from metalgen.kinds import Kind, get_kind
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import APPLE, Knob, Limits, Point, Schedule, always, schedule_type
 
 

@@ -6,8 +6,8 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.operands import Operands, Plan
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
 
 Require = Callable[[str, bool, str], None]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.base import Kind, Require, q_source, value_parts
 from metalgen.kinds.mma_plan import MmaPlan, mma_plan
 from metalgen.kinds.mma_tiles import MmaTiles, mma_tiles
 from metalgen.kinds.operands import Operands, operand
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule
 
 

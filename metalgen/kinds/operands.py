@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
 from metalgen.kinds.operands import Operands
 from metalgen.kinds.simdgroup_plan import FRAGMENT as FRAGMENT
 from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES, SimdgroupPlan, simdgroup_plan
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule
 
 REGISTERS = 250

@@ -18,15 +18,15 @@ from metalgen.cache.checks import (
     vector,
 )
 from metalgen.cache.launch import row_maker, store_places, store_slice
-from metalgen.cache.parts import Part, part_of
 from metalgen.cache.render import AppendSchedule, inputs, outputs
-from metalgen.config import AttentionConfig
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import as_int32
+from metalgen.features.conversions import as_int32
+from metalgen.features.triple import Part, part_of
 from metalgen.ops.options import Keys
 from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
+from metalgen.problem.config import AttentionConfig
 
 _SCHEDULE = AppendSchedule()
 

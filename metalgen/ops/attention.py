@@ -7,8 +7,8 @@ from typing import Literal, Unpack, overload
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
+from metalgen.features.conversions import integers
 from metalgen.ops.call import call
-from metalgen.ops.conversions import integers
 from metalgen.ops.options import Keys, Options, SharedOptions
 
 

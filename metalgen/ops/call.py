@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.config import KV_BITS, KV_GROUPS, AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.errors import ArgumentError
-from metalgen.inputs import NOTHING, Inputs, check_call, has_inputs, key_places
-from metalgen.ops.conversions import booleans, brief, dropout_key, integers, numbers, scores
+from metalgen.features import FIELDS, INPUTS
+from metalgen.features.conversions import brief, integers
+from metalgen.features.quantized import KV_BITS, KV_GROUPS
+from metalgen.features.triple import arrays_of, bits_of, group_of
 from metalgen.ops.options import Keys, Options
 from metalgen.ops.rope import Rope
-from metalgen.problem import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.problem.config import BASE, AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
+from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:
-    from metalgen.block_mask import BlockMask
     from metalgen.dsl.trace import Traced
+    from metalgen.problem.block_mask import BlockMask
 
 KNOWN_OPTIONS = Options.__optional_keys__
 
-USERS_NAMES = {
-    "array_mask": "mask",
-    "cu_k": "cu_seqlens_k",
-    "cu_q": "cu_seqlens_q",
-    "dtype": "q.dtype",
-    "head_dim": "q.shape, head_dim",
-    "k_biases": "k[2]",
-    "k_scales": "k[1]",
-    "page_size": "k.shape, keys of a page",
-    "rope": "rope.style",
-    "rope_dims": "rope.dims",
-    "rope_freqs": "rope.freqs",
-    "rope_offset": "rope.offset",
-    "v_biases": "v[2]",
-    "v_scales": "v[1]",
-    "value_head_dim": "v.shape, value_head_dim",
+OPTIONS = {each.name: each.option for each in INPUTS.values()}
+"""What users call the inputs of a call: options, or parts of other arguments."""
+FIELD_OPTIONS = {
+    each.name: each.option for each in (*BASE.values(), *FIELDS.values()) if each.option
 }
-"""What users call the fields of configs and inputs that have another name there."""
+"""What users call the fields of a config."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +48,13 @@ class Functions:
 
 NO_FUNCTIONS = Functions()
 
-_FIELDS = frozenset(
-    {
-        *("causal", "window_left", "window_right", "softcap"),
-        *("dropout", "deterministic", "tf32", "max_work"),
-    }
-)
+_ARRAYS = {each.option: each for each in INPUTS.values() if each.convert is not None}
+"""Options that are arrays, and the inputs that they become."""
+_SWITCHES = {option: name for name, option in FIELD_OPTIONS.items() if option in _ARRAYS}
+"""Those whose presence a config says, and by which field."""
+_FIELDS = frozenset(n for n, option in FIELD_OPTIONS.items() if n == option and n not in _ARRAYS)
 """Options that a config takes as they are."""
-_SWITCHES = {
-    "alibi_slopes": "alibi",
-    "bias": "bias",
-    "mask": "array_mask",
-    "sinks": "sinks",
-    "cu_seqlens_q": "varlen",
-    "kv_lens": "kv_lens",
-}
-"""Options that are arrays, and what a config says of them."""
-_BRINGING = frozenset((*_SWITCHES, "block_table", "rope", "dropout", "dropout_key"))
+_BRINGING = frozenset((*_ARRAYS, "rope", "dropout"))
 """Options that may bring arrays to a kernel."""
 
 _config_of = functools.lru_cache(maxsize=1024, typed=True)(AttentionConfig)
@@ -100,24 +81,27 @@ def call(
     options, names = _widened(options, functions)
     key, value, bits, group = _main_arrays(q, k, v)
     if bits is not None:
-        names |= {"k": "k[0]", "v": "v[0]"}
-    words = _UsersWords(names)
-    with words:
+        names = names | {"k": "k[0]", "v": "v[0]"}
+    try:
         config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
-    inputs = _inputs(config, q, key, value, options, functions)
+    except ArgumentError as error:
+        if type(error) is ArgumentError and error.argument in FIELD_OPTIONS:
+            option = FIELD_OPTIONS[error.argument]
+            raise ArgumentError(option, error.expected, error.got) from None
+        raise
+    inputs = _inputs(config, q, key, value, options, functions, names)
     sizes = _sizes(config, q, key[0], inputs, options)
-    with words:
-        kernel = get_kernel(config, **sizes)
-        if options.get("check", False):
-            _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
-        return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
+    kernel = get_kernel(config, **sizes)
+    if options.get("check", False):
+        _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
+    return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
 
 
 def _main_arrays(
     q: mx.array, k: Keys, v: Keys
 ) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...], int | None, int]:
     """Keys and values taken apart, each with what it is quantized by; bits and group of that."""
-    key, value = _taken_apart("k", k), _taken_apart("v", v)
+    key, value = _arrays("k", k), _arrays("v", v)
     for name, x in (("q", q), ("k", key[0]), ("v", value[0])):
         if not isinstance(x, mx.array):
             raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
@@ -142,28 +126,26 @@ def _main_arrays(
     return key, value, bits, group
 
 
-def _taken_apart(name: str, x: Any) -> tuple[Any, ...]:
-    if isinstance(x, mx.array) or not isinstance(x, (tuple, list)):
+def _arrays(name: str, x: Any) -> tuple[Any, ...]:
+    if not isinstance(x, (tuple, list)):
         return (x,)
-    whole = len(x) == 3 and all(isinstance(part, mx.array) and part.ndim == 4 for part in x)
-    if not whole:
+    if (found := arrays_of(x)) is None:
         what = f"mx.quantize({name}, group_size=64, bits=8)"
         expected = f"an mlx.core.array, or the three of 4 axes that {what} returns"
         raise ArgumentError(name, expected, [getattr(part, "shape", part) for part in x])
-    return tuple(x)
+    return found
 
 
 def _quantization(name: str, parts: tuple[mx.array, ...], width: int) -> tuple[int, int]:
     """Bits and group of quantized rows of a width."""
-    packed, scales = parts[0].shape[3], parts[1].shape[3]
     if parts[0].dtype != mx.uint32:
         raise ArgumentError(f"{name}[0].dtype", "uint32, as of mx.quantize", str(parts[0].dtype))
-    bits = next((b for b in KV_BITS if packed * 32 == width * b), None)
+    bits = bits_of(parts[0], width)
     if bits is None:
         sizes = " or ".join(f"{width * b // 32} ({b} bits)" for b in KV_BITS)
         expected = f"a last axis of {sizes} for queries of width {width}"
         raise ArgumentError(f"{name}[0].shape", expected, parts[0].shape)
-    group = next((g for g in KV_GROUPS if scales * g == width), None)
+    group = group_of(parts[1], width)
     if group is None:
         known = ", ".join(f"{width // g} (groups of {g})" for g in KV_GROUPS if width % g == 0)
         expected = f"a last axis of {known}" if known else "queries of a width that 32 divides"
@@ -176,7 +158,7 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
 
     What excludes each other is refused.
     """
-    names = dict(USERS_NAMES)
+    names = OPTIONS
     rope = options.get("rope")
     if rope is not None and not isinstance(rope, Rope):
         raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
@@ -193,7 +175,7 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
                 expected = "booleans beside a bias; write bias=bias + mask for the sum of both"
                 raise ArgumentError("mask", expected, str(mask.dtype))
             options |= {"mask": None, "bias": mask}
-            names["bias"] = "mask"
+            names = names | {"bias": "mask"}
     if cu_q is None:
         for name in ("cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"):
             if options.get(name) is not None:
@@ -264,22 +246,19 @@ def _inputs(
     value: tuple[mx.array, ...],
     options: Options,
     functions: Functions,
+    names: Mapping[str, str],
 ) -> Inputs:
     """The other arrays of a call, in the types that kernels take."""
     if functions is NO_FUNCTIONS and config.kv_bits is None and _BRINGING.isdisjoint(options):
         return NOTHING  # soon said, for most calls
-    if not has_inputs(config) and options.get("dropout_key") is None:
+    if not needs_inputs(config) and options.get("dropout_key") is None:
         return NOTHING
-    found: dict[str, Any] = {
-        "cu_q": integers("cu_seqlens_q", options.get("cu_seqlens_q"), 1),
-        "kv_lens": integers("kv_lens", options.get("kv_lens"), 1),
-        "block_table": integers("block_table", options.get("block_table"), 2),
-        "alibi_slopes": numbers("alibi_slopes", options.get("alibi_slopes")),
-        "sinks": numbers("sinks", options.get("sinks")),
-        "bias": scores(options.get("bias"), q.dtype),
-        "array_mask": booleans(options.get("mask")),
-        "dropout_key": dropout_key(config, options.get("dropout_key")),
-    }
+    found: dict[str, Any] = {}
+    required = config.input_names
+    for option, each in _ARRAYS.items():
+        given = options.get(option)
+        if each.convert is not None and (given is not None or each.name in required):
+            found[each.name] = each.convert(option, given, config)
     if config.varlen and config.page_size is None:
         cu_k = options.get("cu_seqlens_k")
         if cu_k is None and q.shape[2] != key[0].shape[2]:
@@ -301,6 +280,7 @@ def _inputs(
         score=() if functions.score is None else functions.score.arrays,
         mask=() if functions.mask is None else functions.mask.arrays,
         blocks=functions.blocks,
+        options=names,
         **found,
     )
 
@@ -331,7 +311,7 @@ def _sizes(
 ) -> dict[str, Any]:
     """What `get_kernel` chooses among tuned kernels by; a call may well be larger."""
     batch, heads, q_len = q.shape[:3]
-    kv_len = key_places(config, key, inputs)
+    kv_len = max_kv_len(config, key, inputs)
     if inputs.cu_q is not None:
         batch = max(1, inputs.cu_q.size - 1)
         q_len = _longest("max_seqlen_q", options.get("max_seqlen_q")) or -(-q_len // batch)
@@ -379,29 +359,6 @@ def _check_contents(
             raise
         expected = "False inside of mx.compile, where arrays have no contents yet"
         raise ArgumentError("check", expected, True) from None
-
-
-class _UsersWords:
-    """Errors of configs and kernels, raised in here, leave it in the user's names."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if type(error) is not ArgumentError:
-            return
-        head = re.match(r"\w+", error.argument)
-        if head and head[0] in self.names:
-            error.argument = self.names[head[0]] + error.argument[head.end() :]
-        error.expected = re.sub(
-            r"\b(cu_[qk]|array_mask|[kv]_(scales|biases)|rope_(freqs|offset|dims))\b",
-            lambda found: self.names[found[0]],
-            error.expected,
-        )
-        error.args = (f"{error.argument}: expected {error.expected}, but got {error.got!r}",)
 
 
 def _unexpected(operation: str, options: Options) -> TypeError:

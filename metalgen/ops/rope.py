@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen.arguments import as_integer, as_number
-from metalgen.config import MAX_HEAD_DIM, ROPES
 from metalgen.errors import ArgumentError
-from metalgen.ops.conversions import integers
+from metalgen.features.conversions import integers
+from metalgen.features.rotary import ROPES
+from metalgen.problem.config import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
 
 __all__ = ["attention_float64", "attention_mlx", "config_features"]
 
@@ -42,7 +42,7 @@ def attention_float64(
         q, k, v: arrays of MLX or NumPy, of the shapes that `AttentionConfig` describes.
         scale: factor of the scores.
         features: fields of an `AttentionConfig`, by name; left out: its default. ``inputs``: the
-            `metalgen.inputs.Inputs` that they ask for.
+            `metalgen.problem.inputs.Inputs` that they ask for.
 
     Returns:
         ``(B, H, Lq, Dv)``, zeros in rows that see no key, and ``(B, H, Lq)``, -inf there (with
@@ -70,4 +70,5 @@ def attention_mlx(
 def config_features(config: AttentionConfig) -> dict[str, Any]:
     """The keyword arguments of both functions for a config."""
     names = (field.name for field in dataclasses.fields(config))
-    return {name: getattr(config, name) for name in names if name not in HOW_NOT_WHAT}
+    found = {name: getattr(config, name) for name in names if name not in HOW_NOT_WHAT}
+    return found | dict(found.pop("others"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from metalgen import philox
 from metalgen.dsl.graph import parse
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.inputs import NOTHING, Inputs
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen import philox
-from metalgen.inputs import NOTHING, Inputs
+from metalgen.problem.inputs import NOTHING, Inputs
 
 
 @dataclass(frozen=True)

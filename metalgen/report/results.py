@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from metalgen.database.measurement import Measurement
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
 from metalgen.schedules import all_knobs
 from metalgen.source.hashes import present_templates

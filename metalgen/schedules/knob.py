@@ -10,7 +10,7 @@ from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
     from metalgen.schedules.limits import Limits
 
 Point = Mapping[str, Any]

@@ -11,9 +11,9 @@ import hashlib
 import json
 import re
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, decode_schedule, get_family, language_of
+from metalgen.problem.config import AttentionConfig
 
 
 def source_hash(config: AttentionConfig, schedule: Schedule) -> str:

@@ -19,8 +19,8 @@ START = "metalgen.source.render"
 def template_hash(family: str = "forward", language: str = "metal") -> str:
     """16 hexadecimal digits that change when a source rendered in a language might.
 
-    Covers all templates but those of other languages and their kinds, and the modules by which they are rendered
-    (`metalgen.imports.code_digest`).
+    Covers all templates but those of other languages and their kinds, and the modules by which
+    they are rendered (`metalgen.imports.code_digest`).
     """
     root = templates_dir()
     others = {other for other in LANGUAGES if other != language}

@@ -1,213 +1,105 @@
-"""What a config puts at each hook of the attention templates."""
+"""What the features of a config put at the hooks of the attention templates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from metalgen.bounds import shift_of
-from metalgen.config import AttentionConfig
+from metalgen.families import get_family
 from metalgen.families.launch import split_keys
-from metalgen.inputs import asked_for
+from metalgen.features import FEATURES
+from metalgen.features.base import Macros, Site
 from metalgen.kinds import value_width
+from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
-LN2 = math.log(2)
-Feature = Callable[..., Any]
+Render = Callable[..., Any]
 """``feature(name, **variables)``: the macros of a feature file."""
 
 
 def hooks(
-    config: AttentionConfig, schedule: Schedule, target: str, family: str, feature: Feature
+    config: AttentionConfig, schedule: Schedule, target: str, family: str, feature: Render
 ) -> dict[str, Any]:
     """The template's variables of all features.
 
-    ``places``: whose rows and keys a group has; ``pages``; ``key_arrays``: what K and V are read
-    from; ``scores``, ``adds``, ``masks``, ``probabilities``, ``outputs``: features with macros for
-    these hooks; ``parts``: files of the target's header; ``constants``, and ``lines`` of constants.
+    ``places``, ``pages``, ``scores``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
+    ``functions``: what stands at these hooks (see `metalgen.features.base.Hooks`), with rendered
+    macros; ``parts``: files of the language's header; ``hook_constants``, and ``lines`` of
+    declarations; ``unit``: what a score is multiplied by to become an exponent of 2, and
+    ``base_unit``: the same before something was added; and the variables of each feature.
     """
-    packed = family == "decode"
-    names = asked_for(config)
-    score = _score(config, feature)
-    shift = shift_of(config)
-    places = {}
-    if config.varlen:
-        places["varlen"] = feature("varlen")
-    if config.has_lengths:
-        places["kv_lens"] = feature("kv_lens", varlen=config.varlen)
-    pages = {"paged": feature("paged")} if config.page_size is not None else {}
-    adds = {name: feature(name) for name in ("alibi", "bias") if getattr(config, name)}
-    lines = list(score.pop("score_constants"))
-    if shift is not None:
-        lines.append(f"constexpr float SHIFT = {shift:.9e}f;")
-    if adds or config.sinks:
-        lines.append(f"constexpr float LOG2E = {1 / LN2:.9e}f;")
+    site = _site(config, schedule, target, family)
+    found = [each.hooks(config, site) for each in config.features]
+    variables = _unused(config, site)
+    for own in found:
+        variables |= own.variables
+    adds = {name: macros for own in found for name, macros in own.adds.items()}
     if adds:
-        score["base_unit"], score["unit"] = score["unit"], "1.0f"
-    constants = {}
-    if config.page_size is not None:
-        constants["PAGE"] = config.page_size
-    if config.kv_bits is not None:
-        constants |= {"KV_BITS": config.kv_bits, "KV_GROUP": config.kv_group}
-    splits = getattr(schedule, "splits", 1)
-    if config.deterministic and splits > 1:
-        constants["SHARE"] = split_keys(schedule)
-    if config.dropout:
-        dropped = min(round(config.dropout * 2**32), 2**32 - 1)
-        lines.append(f"constexpr unsigned int DROPPED = {dropped}u;")
-    position = "sequence == sequences ? 0 : rope_offset[sequence]"
-    return {
-        "hook_constants": constants,
-        "lines": lines,
-        "parts": [
-            name
-            for name, used in (
-                ("pages", config.page_size is not None),
-                ("quantized", config.kv_bits is not None),
-                ("rotary", config.rope is not None),
-                ("philox", config.dropout > 0),
-            )
-            if used
-        ],
-        "bounded": shift is not None,
-        "varlen": config.varlen,
-        "paged": config.page_size is not None,
-        "one_page": config.page_size is not None and config.page_size % schedule.bk == 0,
-        "quantized": config.kv_bits is not None,
-        "sequences": config.varlen
-        or config.has_lengths
-        or config.rope is not None
-        or config.dropout > 0,
-        "chunked": config.max_work is not None,
-        "deterministic": config.deterministic and splits > 1,
-        "key_arrays": ["k", "v", *(n for n in names if n[:2] in ("k_", "v_"))],
+        variables |= {"base_unit": variables["unit"], "unit": "1.0f"}
+
+    def rendered(macros: Any, **more: Any) -> Any:
+        if not isinstance(macros, Macros):
+            return macros  # a feature from outside may bring functions instead
+        return feature(macros.file, **more, **macros.variables)
+
+    def at(hook: str, **more: Any) -> list[Any]:
+        return [rendered(macros, **more) for own in found for macros in getattr(own, hook)]
+
+    def named(hook: str) -> dict[str, Any]:
+        each = (pair for own in found for pair in getattr(own, hook).items())
+        return {name: rendered(macros) for name, macros in each}
+
+    return variables | {
+        "hook_constants": {n: value for own in found for n, value in own.constants.items()},
+        "lines": list(dict.fromkeys(line for own in found for line in own.lines)),
+        "parts": [name for own in found for name in own.header],
         "own_keys": own_keys(schedule),
-        "value_part_bytes": _value_part_bytes(config, schedule),
-        "tf32": config.tf32,
-        "rope": config.rope,
-        "turned": config.turned,
-        "first_position": position if config.varlen else "rope_offset[sequence]",
-        "places": places,
-        "pages": pages,
-        "adds": adds,
-        "reads_rows": config.array_mask,
-        "dropout": config.dropout > 0,
-        "masks": [feature(name) for name in _masks(config)],
-        "probabilities": [feature("dropout", BK=schedule.bk, k0=own_keys(schedule)[0])]
-        if config.dropout
-        else [],
-        "outputs": [feature("sinks", less=score.pop("less"))] if config.sinks else [],
-        "kept": f" * {1 / (1 - config.dropout):.9e}f" if config.dropout else "",
-        "functions": _functions(config, target, packed),
-        "listed": config.block_mask,
-        "whole": _whole(config),
-        **score,
+        "places": named("places"),
+        "pages": named("pages"),
+        "adds": named("adds"),
+        "scores": at("scores"),
+        "masks": at("masks"),
+        "probabilities": at("probabilities"),
+        "outputs": at("outputs", less=variables["less"]),
+        "functions": [function for own in found for function in own.functions],
     }
+
+
+def _site(config: AttentionConfig, schedule: Schedule, target: str, family: str) -> Site:
+    first, past = own_keys(schedule)
+    return Site(
+        language=target,
+        bk=schedule.bk,
+        first_key=first,
+        past_key=past,
+        head_rows=get_family(family).few_rows,
+        share=split_keys(schedule) if getattr(schedule, "splits", 1) > 1 else None,
+        v_width=value_width(config, schedule),
+    )
+
+
+def _unused(config: AttentionConfig, site: Site) -> dict[str, Any]:
+    """What templates substitute of features that a config does not use."""
+    variables: dict[str, Any] = {
+        "key_arrays": ["k", "v", *(each.name for each in config.inputs if each.cut == "keys")],
+        "value_part_bytes": {"v": site.v_width * config.itemsize},
+        "sequences": False,
+        "unit": "scale2",
+        "lse_shift": "",
+        "less": "",
+    }
+    for each in FEATURES.values():
+        variables |= each.variables
+    return variables
 
 
 def own_keys(schedule: Schedule) -> tuple[str, str]:
     """What a kernel calls a simdgroup's first key of a pass, and the one behind its last."""
-    return (
-        ("k_own", "k_own + OWN_KEYS")
-        if getattr(schedule, "key_simdgroups", 1) > 1
-        else ("k0", "k0 + BK")
-    )
-
-
-def _value_part_bytes(config: AttentionConfig, schedule: Schedule) -> dict[str, int]:
-    """Bytes of a threadgroup's share of a row, by array of the values."""
-    width = value_width(config, schedule)
-    if config.kv_bits is None:
-        return {"v": width * config.itemsize}
-    groups = width // config.kv_group * config.itemsize
-    return {"v": width * config.kv_bits // 8, "v_scales": groups, "v_biases": groups}
-
-
-@dataclass(frozen=True)
-class Function:
-    """A printed score or mask function; ``role`` is ``"score"`` or ``"mask"``."""
-
-    role: str
-    group: tuple[str, ...]
-    row: tuple[str, ...]
-    element: tuple[str, ...]
-    result: str
-
-
-def graphs(config: AttentionConfig) -> dict[str, Any]:
-    """The graphs of a config's score and mask functions, by role."""
-    from metalgen.dsl.graph import parse
-
-    texts = {"score": config.score_mod, "mask": config.mask_mod}
-    return {role: parse(text) for role, text in texts.items() if text is not None}
+    shared = getattr(schedule, "key_simdgroups", 1) > 1
+    return ("k_own", "k_own + OWN_KEYS") if shared else ("k0", "k0 + BK")
 
 
 def extra_inputs(config: AttentionConfig) -> list[str]:
-    """A kernel's inputs beside q, k, v and the scale, in order."""
-    from metalgen.dsl.printer import array_names
-
-    names = ["block_mask"] if config.block_mask else []
-    for role, graph in graphs(config).items():
-        names += array_names(graph, role)
-    names += asked_for(config)
-    return names + (["chunk"] if config.max_work is not None else [])
-
-
-def _functions(config: AttentionConfig, target: str, packed: bool) -> list[Function]:
-    from metalgen.dsl.printer import print_graph
-
-    places = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
-    if packed:  # rows of several heads
-        places["h"] = "q_head"
-    if config.varlen:
-        places["b"] = "sequence"
-    rows = ("h", "q") if packed else ("q",)
-    found = []
-    for role, graph in graphs(config).items():
-        printed = print_graph(graph, target, role, places, rows)
-        found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
-    return found
-
-
-def _whole(config: AttentionConfig) -> str:
-    """What else it takes for a tile to need no mask."""
-    if config.mask_mod is None:
-        return ""
-    return " && unmasked" if config.block_mask else " && false"
-
-
-def _masks(config: AttentionConfig) -> list[str]:
-    found = {
-        "causal": config.causal,
-        "window_left": config.window_left is not None,
-        "window_right": config.window_right is not None,
-        "paged": config.page_size is not None,
-        "array_mask": config.array_mask,
-    }
-    return [name for name, used in found.items() if used]
-
-
-def _score(config: AttentionConfig, feature: Feature) -> dict[str, Any]:
-    """What fills the score hook: features, and how their scores become exponents of 2."""
-    plain = {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": "", "less": ""}
-    if config.score_mod is not None:  # its scores are natural ones
-        constant = f"const float score_scale = scale2 * {LN2:.9e}f;"
-        return plain | {"score_constants": [constant], "unit": f"{1 / LN2:.9e}f"}
-    if config.softcap is None:
-        return plain
-    cap = config.softcap
-    exact = config.dtype == "float32"
-    # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of 2 x / C.
-    inner, unit = (LN2 / cap, cap / LN2) if exact else (2 / cap, 2 * cap / LN2)
-    return {
-        "scores": [feature("softcap", exact=exact)],
-        "score_constants": [
-            f"const float cap_in = scale2 * {inner:.9e}f;",
-            f"constexpr float UNIT = {unit:.9e}f;",
-        ],
-        "unit": "UNIT",
-        "lse_shift": "" if exact else f" + {cap:.9e}f",
-        "less": "" if exact else f" - {cap:.9e}f",
-    }
+    """A kernel's inputs in addition to q, k, v and the scale, in order."""
+    names = [name for each in config.features for name in each.kernel_inputs(config)]
+    return names + [name for each in config.features for name in each.launch_inputs(config)]

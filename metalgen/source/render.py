@@ -9,11 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from metalgen.config import AttentionConfig
 from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
 from metalgen.families.operands import attention_operands
 from metalgen.kinds import Kind, get_kind, value_width
 from metalgen.languages import LANGUAGES
+from metalgen.problem.config import AttentionConfig
 from metalgen.resources import templates_dir
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class KernelSource:
         header, source: text before the kernel's function, and its body.
         inputs: ``q``, ``k``, ``v`` (for Metal viewed as bytes), and ``scale``, which comes times
             log2(e); then ``block_mask`` where the config has one, the captured arrays of score and
-            mask, what `metalgen.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry,
-            head (or KV head) and block of rows where a dispatch begins.
+            mask, what `metalgen.problem.inputs.Inputs` names, and ``chunk`` with `max_work`: batch
+            entry, head (or KV head) and block of rows where a dispatch begins.
         outputs: ``out``, and ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.devices.kernel import KernelDevice
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, default_schedule
-from metalgen.inputs import Inputs
 from metalgen.kinds import MMA, SIMDGROUP
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
 from metalgen.reference import attention_float64, config_features
 from metalgen.source.render import render
 from metalgen.testing.base import OnDevice

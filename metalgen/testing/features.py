@@ -4,8 +4,8 @@
         name = "simulator"
 
 All expected values come from `metalgen.reference.attention_float64`. Calls are made up by
-`metalgen.samples.sample_call`: ragged lengths, pages in any order, views into larger caches, and
-NaN wherever nothing may be looked at. Combinations: `metalgen.testing.fuzz`.
+`metalgen.problem.samples.sample_call`: ragged lengths, pages in any order, views into larger
+caches, and NaN wherever nothing may be looked at. Combinations: `metalgen.testing.fuzz`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 
 from metalgen import simulator
-from metalgen.config import AttentionConfig
 from metalgen.dispatch import get_kernel
 from metalgen.families import Schedule, default_schedule
-from metalgen.inputs import Inputs
 from metalgen.kinds import kinds_in
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
+from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.samples import sample_call
 from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import Case, default_case, fault, functions, hostile

@@ -12,17 +12,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from metalgen.config import KV_BITS, KV_GROUPS, MIN_WORK, AttentionConfig
 from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, space
-from metalgen.inputs import Inputs, check_call
+from metalgen.features.max_work import MIN_WORK
+from metalgen.features.quantized import KV_BITS, KV_GROUPS
 from metalgen.kinds import kinds_in
-from metalgen.problem import DECODE_QUERIES
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs, check_call
+from metalgen.problem.samples import sample_call
+from metalgen.problem.sizes import DECODE_QUERIES
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.samples import sample_call
 from metalgen.verify import (
     FUNCTION_FACTOR,
     MOST_FOR_FUNCTIONS,
@@ -43,7 +45,7 @@ HOSTILE_NUMBERS = (-(2**31), -100, -1, 0, 1, 3, 7, 8, 100, 2**20, 2**31 - 1)
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one kernel; the arguments of `metalgen.samples.sample_call`."""
+    """One call of one kernel; the arguments of `metalgen.problem.samples.sample_call`."""
 
     config: AttentionConfig
     schedule: Schedule

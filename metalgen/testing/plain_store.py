@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError, ReadOnlyDatabase
 from metalgen.database.layout import STATUSES
@@ -32,7 +31,8 @@ from metalgen.database.measurement import (
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.families import Limits, Schedule, check_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 Kernel = tuple[str, str, str, str]
 """Family, key of the config, key of the schedule, template hash."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement, host
 from metalgen.families import APPLE, Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 HASH = "0123456789abcdef"
 OTHER_HASH = "f" * 16

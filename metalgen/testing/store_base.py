@@ -15,7 +15,7 @@ from metalgen.database.lookup import Hit, lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.families import Limits, Schedule
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.testing.rows import CHIP, CONFIG, HASH, NEIGHBOURS, PROBLEM, SECOND
 
 NEAR = replace(PROBLEM, kv_len=2048)

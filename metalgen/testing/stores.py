@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.exchange import Summary
 from metalgen.database.layout import STATUSES
@@ -27,7 +26,8 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device
 from metalgen.families import Limits, Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import (

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError, MetalgenError
 from metalgen.families import Schedule
-from metalgen.inputs import has_inputs
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import needs_inputs
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.racing import Race, race
 from metalgen.verify import Verification
@@ -136,7 +136,7 @@ class Here(Executor):
         with self._watched():
             runner = self.device.build(problem.config, schedule)
             q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
-            more = (inputs,) if has_inputs(problem.config) else ()
+            more = (inputs,) if needs_inputs(problem.config) else ()
             with marked_outputs():
                 out = runner(q, k, v, 1.0, *more)[0]
             mx.eval(out)

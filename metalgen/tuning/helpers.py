@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from metalgen.arguments import as_integer, as_number
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.executing import Executor, KernelFailure, NoRoom
 from metalgen.tuning.helper import BEAT, serve
 from metalgen.tuning.measure import Policy, Timing

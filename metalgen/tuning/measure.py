@@ -21,9 +21,9 @@ from metalgen.devices import Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
-from metalgen.inputs import Inputs, has_inputs
-from metalgen.problem import Problem
-from metalgen.samples import Call, sample_call
+from metalgen.problem.inputs import Inputs, needs_inputs
+from metalgen.problem.samples import Call, sample_call
+from metalgen.problem.sizes import Problem
 
 Clock = Callable[[], float]
 """Seconds, from any start."""
@@ -165,7 +165,7 @@ class Bench:
         self.sets = [arrays(problem, 0)]
         count = set_count(sum(x.nbytes for x in members(self.sets[0])), policy)
         self.sets += [arrays(problem, seed) for seed in range(1, count)]
-        self._bare = not has_inputs(problem.config)
+        self._bare = not needs_inputs(problem.config)
         self._next = 0
 
     def run(self, runner: Runner, launches: int = 1) -> float:
@@ -302,7 +302,7 @@ def arrays(
     """Unit-variance arrays of a problem's bucket, a batch of one, evaluated.
 
     ``(1, H, L, D)`` q, k and v, and whatever else the config asks for, everything as long as it may
-    be (`metalgen.samples.sample_call`); with other lengths where they are given.
+    be (`metalgen.problem.samples.sample_call`); with other lengths where they are given.
     """
     call = sample_call(
         problem.config,

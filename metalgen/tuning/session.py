@@ -11,7 +11,7 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, Space, default_schedule, enumerate_valid, space
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.executing import NoRoom
 from metalgen.tuning.measure import Clock
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report

@@ -7,10 +7,10 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from metalgen.config import AttentionConfig
 from metalgen.families import Limits, Schedule
 from metalgen.kinds import get_kind
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -6,11 +6,11 @@ import functools
 import re
 from collections.abc import Callable
 
-from metalgen.config import AttentionConfig
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.tuning.executing import KernelFailure, NoRoom
 from metalgen.verify import Verification, of_compiler
 

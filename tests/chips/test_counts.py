@@ -16,9 +16,9 @@ from metalgen.chips.counts import (
     forward_counts,
     pass_sums,
 )
-from metalgen.config import AttentionConfig
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, threadgroup_bytes
+from metalgen.problem.config import AttentionConfig
 
 
 @given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))

@@ -17,9 +17,9 @@ from metalgen.chips.counts import (
     decode_counts,
     forward_counts,
 )
-from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.problem.config import AttentionConfig
 
 HEAD_DIMS = ((64, None), (128, None), (80, None), (20, 9), (33, 64), (8, 8), (48, 72), (256, None))
 NARROW = ((8, 8), (16, 40), (20, 9), (33, 24), (24, None), (40, 16))

@@ -13,9 +13,9 @@ from metalgen.chips.coefficients import Coefficients
 from metalgen.chips.counts import combine_counts, forward_counts, pass_sums
 from metalgen.chips.model import estimate, predict, predict_sizes, resident_groups
 from metalgen.chips.work import Work, combine_work
-from metalgen.config import AttentionConfig
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 
 M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]

@@ -16,10 +16,10 @@ import pytest
 
 from metalgen.chips import get_chip
 from metalgen.cli.app import COMMANDS, run
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, decode_schedule, default_schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.source.hashes import template_hash
 from metalgen.source.render import render
 from metalgen.tuning.presets import preset

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from metalgen.cli.app import run
-from metalgen.config import AttentionConfig
 from metalgen.families import DECODE, decode_schedule, default_schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.source.render import render
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
 
-from metalgen.config import AttentionConfig
 from metalgen.families import default_schedule
-from metalgen.inputs import Inputs
 from metalgen.kinds import mma_plan
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
 from metalgen.source.render import KernelSource
 from metalgen.testing.features import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up

@@ -16,7 +16,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule
-from metalgen.problem import Problem
+from metalgen.problem.sizes import Problem
 from metalgen.testing.rows import (
     CHIP,
     CONFIG,

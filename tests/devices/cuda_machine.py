@@ -16,7 +16,7 @@ import pytest
 
 from metalgen import chips
 from metalgen.cache.launch import plain_rows
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_mlx, config_features
 
 Compute = Callable[[Sequence[mx.array], Sequence[Sequence[int]]], list[mx.array]]

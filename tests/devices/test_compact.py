@@ -8,9 +8,9 @@ import re
 import pytest
 
 from metalgen.cache.render import render_append
-from metalgen.config import AttentionConfig
 from metalgen.devices.compact import compact
 from metalgen.families import Limits, default_schedule, get_family
+from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
 from metalgen.source.render import KernelSource, render
 

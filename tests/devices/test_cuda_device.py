@@ -16,12 +16,12 @@ import metalgen
 from metalgen import chips, dispatch
 from metalgen.cache.launch import row_maker
 from metalgen.cache.render import AppendSchedule
-from metalgen.config import AttentionConfig
 from metalgen.devices import cuda, default_device, get_device
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Limits, default_schedule, space
+from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_float64
 from metalgen.source.render import render
 from metalgen.verify import verify

@@ -9,13 +9,13 @@ import pytest
 from cuda_machine import CudaMachine, use_cuda
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.source.render import render
 from metalgen.tuning import executing
 from metalgen.tuning.executing import Here

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from metalgen import simulator
-from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
-from metalgen.samples import sample_call
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.samples import sample_call
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ziglang") is None,

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.sanitize_cuda import APPENDS, CONFIGS, kernels, main
 from metalgen.cache.render import inputs, operands, outputs, render_append
-from metalgen.config import AttentionConfig
 from metalgen.devices import Runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.families import Limits, Schedule, check_schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.source.render import render
 
 

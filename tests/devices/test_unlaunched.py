@@ -9,7 +9,8 @@ import pytest
 
 CODE = """
 import dataclasses
-from metalgen.config import AttentionConfig
+from metalgen.problem.config import AttentionConfig
+from metalgen import targets
 from metalgen.devices import get_device
 from metalgen.families import Schedule
 from metalgen.kinds import MMA

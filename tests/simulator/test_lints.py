@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 
 from metalgen import simulator
-from metalgen.config import AttentionConfig
 from metalgen.families import default_schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.simulator import lints
 from metalgen.simulator.api import PREAMBLE, mlx_include_dir
 from metalgen.simulator.lints import HELPER_VARIABLE, NARROWING, RECURSION, UNQUALIFIED

@@ -7,10 +7,10 @@ from typing import Any
 from tuning_fakes import FakeGpu, FakeVerify
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.families import default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune

@@ -13,12 +13,12 @@ import pytest
 from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, ProcessGpu
 
-from metalgen.config import AttentionConfig
 from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.tuning import executing, racing
 from metalgen.tuning.measure import Bench

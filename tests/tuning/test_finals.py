@@ -13,12 +13,12 @@ import pytest
 from tuning_fakes import Clock, FakeGpu, FakeVerify
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.lookup import Hit, lookup
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import Outcome

@@ -16,12 +16,12 @@ import pytest
 from tuning_fakes import FakeVerify, ProcessGpu, events
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.executing import KernelFailure, one_at_a_time
 from metalgen.tuning.helpers import Helpers, usual_jobs
 from metalgen.tuning.measure import Policy

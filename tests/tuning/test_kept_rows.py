@@ -10,10 +10,10 @@ from tuning_fakes import Clock, FakeGpu, FakeVerify
 import metalgen
 from metalgen import dispatch
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.devices import get_device
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.source.digests import source_hash
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.measure import Policy

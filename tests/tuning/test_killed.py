@@ -27,9 +27,9 @@ WORKER = textwrap.dedent(
     from pathlib import Path
     from tuning_fakes import Clock, FakeGpu, FakeVerify
     from metalgen.chips import get_chip
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
     from metalgen.database.store import Store
-    from metalgen.problem import Problem
+    from metalgen.problem.sizes import Problem
     from metalgen.tuning.measure import Policy
     from metalgen.tuning.runner import tune
 
@@ -57,9 +57,9 @@ READER = textwrap.dedent(
     import sys, time
     from pathlib import Path
     from metalgen.chips import get_chip
-    from metalgen.config import AttentionConfig
+    from metalgen.problem.config import AttentionConfig
     from metalgen.database.lookup import lookup
-    from metalgen.problem import Problem
+    from metalgen.problem.sizes import Problem
     from metalgen.source.hashes import template_hash
 
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tuning_fakes import Clock
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Runner, get_device
 from metalgen.devices.marking import marking
 from metalgen.errors import ArgumentError
 from metalgen.families import default_schedule
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.tuning.measure import (
     Bench,

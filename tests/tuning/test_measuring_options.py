@@ -13,11 +13,11 @@ from metalgen.chips import get_chip
 from metalgen.cli import tune as cli
 from metalgen.cli.app import metalgen
 from metalgen.cli.measuring import Measuring
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning import presets
 
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.presets import MODELS, preset, preset_names
 
 

@@ -12,12 +12,12 @@ import pytest
 from tuning_fakes import cost
 
 from metalgen.chips import get_chip
-from metalgen.config import AttentionConfig
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.families import APPLE, Schedule, enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.replay import Recording, read_recordings
 from metalgen.tuning.search import STRATEGIES, Search
 from metalgen.tuning.starts import borrow, borrowed_schedules, related, translated

@@ -16,14 +16,14 @@ from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
 from metalgen.chips import get_chip
 from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
-from metalgen.config import AttentionConfig
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator
 from metalgen.source.hashes import template_hash
 from metalgen.tuning import modelled

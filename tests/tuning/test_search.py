@@ -9,10 +9,10 @@ from tuning_fakes import cost
 
 from metalgen.chips import get_chip
 from metalgen.chips.model import predict
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, default_schedule, enumerate_valid, space
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning.search import Search, rank
 
 CONFIG = AttentionConfig(head_dim=64)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from metalgen.config import AttentionConfig
 from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid, is_valid, space
 from metalgen.kinds import kinds_in
+from metalgen.problem.config import AttentionConfig
 
 CONFIGS = [
     AttentionConfig(head_dim=64),

@@ -19,10 +19,10 @@ from tuning_fakes import SimulatedGpu
 from metalgen.chips import get_chip
 from metalgen.cli import tune as command
 from metalgen.cli.app import run as main
-from metalgen.config import AttentionConfig
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
-from metalgen.problem import Problem
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.sizes import Problem
 from metalgen.tuning import presets
 from metalgen.tuning.distributed import Share
 from metalgen.tuning.runner import tune

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.devices import Device, Runner
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Schedule
+from metalgen.problem.config import AttentionConfig
 from metalgen.tuning.executing import NoRoom
 from metalgen.verify import Verification
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 
 from metalgen.arguments import check_integer
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.problem.config import AttentionConfig
 
 FAMILIES = ("forward", "decode")
 DECODE_QUERIES = 64
@@ -52,7 +52,7 @@ class Problem:
         ):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, most))
         if not self.family:
-            few = self.q_len <= DECODE_QUERIES and not self.config.block_mask
+            few = self.q_len <= DECODE_QUERIES and not self.config.one_head
             family = "decode" if few else "forward"
             object.__setattr__(self, "family", family)
         if self.family not in FAMILIES:

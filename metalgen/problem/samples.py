@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.inputs import NOTHING, Inputs, key_places
+from metalgen.features.functions import graphs
+from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
 
 if TYPE_CHECKING:
-    from metalgen.config import AttentionConfig
-    from metalgen.dsl.graph import Graph
-
-ROPE_BASE = 10000.0
-LAST_OFFSET = 1000
-"""Positions of first queries are below this."""
-SEEN_SHARE = 0.8
-"""Share of the keys that a made-up boolean mask leaves."""
+    from metalgen.problem.config import AttentionConfig
 
 Call = tuple[mx.array, mx.array, mx.array, Inputs]
 
@@ -69,25 +63,28 @@ class _Sampler:
         self.heads = kv_heads * config.heads_per_kv
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
         self.choices = random.Random(seed)
+        self.layout = dict[str, mx.array]()
+        self.scores = (0, 0, 0, 0)
         self.keys = iter(mx.random.split(mx.random.key(seed), 16))
 
     def call(self) -> Call:
-        config, found = self.config, dict[str, Any]()
+        config, layout = self.config, self.layout
         rows, entries = self.q_len, self.batch
         kv_lens = self.lengths(self.kv_len) if config.varlen or config.has_lengths else None
         if config.varlen:
             starts = self.starts(self.lengths(self.q_len))
-            found["cu_q"] = mx.array(starts, mx.int32)
+            layout["cu_q"] = mx.array(starts, mx.int32)
             entries, rows = 1, starts[-1] + (3 if self.ragged else 0)
         q = self.normal((entries, self.heads, rows, config.head_dim)).astype(self.dtype)
         if config.varlen:
             q = mx.where((mx.arange(rows) < starts[-1])[:, None], q, self.outside)
-        k, v = self.caches(kv_lens, found)
-        found |= self.turns() | self.by_head()
-        places = key_places(config, k, Inputs(**found))
-        found |= self.by_score((entries, self.heads, rows, places))
-        functions = synthetic_inputs(config, entries, self.heads, rows, places, self.seed)
-        return q, k, v, Inputs(functions.score, functions.mask, functions.blocks, **found)
+        k, v = self.caches(kv_lens)
+        known = Inputs(block_table=layout.get("block_table"))
+        self.scores = (entries, self.heads, rows, max_kv_len(config, k, known))
+        captured, named = dict[str, Any](), dict[str, mx.array]()
+        for feature in config.features:
+            (captured if feature.captures else named).update(feature.sample(self))
+        return q, k, v, NOTHING.having(named, **captured)
 
     @property
     def outside(self) -> mx.array:
@@ -107,29 +104,29 @@ class _Sampler:
     def starts(self, lengths: list[int]) -> list[int]:
         return [sum(lengths[:n]) for n in range(len(lengths) + 1)]
 
-    def caches(self, kv_lens: list[int] | None, found: dict[str, Any]) -> tuple[mx.array, mx.array]:
-        """Keys and values, and how long they are, and where."""
-        config = self.config
+    def caches(self, kv_lens: list[int] | None) -> tuple[mx.array, mx.array]:
+        """Keys and values; how long they are, and where, goes to the layout."""
+        config, layout = self.config, self.layout
         if config.page_size is not None:
             assert kv_lens is not None
             table, used = self.table(kv_lens, config.page_size)
-            found["kv_lens"] = mx.array(kv_lens, mx.int32)
-            found["block_table"] = mx.array(table, mx.int32).reshape(self.batch, -1)
+            layout["kv_lens"] = mx.array(kv_lens, mx.int32)
+            layout["block_table"] = mx.array(table, mx.int32).reshape(self.batch, -1)
             seen = mx.array(used)
         elif config.varlen:
             assert kv_lens is not None
             starts = self.starts(kv_lens)
-            found["cu_k"] = mx.array(starts, mx.int32)
+            layout["cu_k"] = mx.array(starts, mx.int32)
             seen = mx.arange(starts[-1] + (5 if self.ragged else 0))[None] < starts[-1]
         else:
             places = mx.arange(self.kv_len)[None]
             seen = mx.broadcast_to(places < self.kv_len, (self.batch, self.kv_len))
             if kv_lens is not None:
-                found["kv_lens"] = mx.array(kv_lens, mx.int32)
-                seen = places < found["kv_lens"][:, None]
+                layout["kv_lens"] = mx.array(kv_lens, mx.int32)
+                seen = places < layout["kv_lens"][:, None]
         return (
-            self.cache("k", seen, config.head_dim, found),
-            self.cache("v", seen, config.v_dim, found),
+            self.cache("k", seen, config.head_dim),
+            self.cache("v", seen, config.v_dim),
         )
 
     def table(self, kv_lens: list[int], size: int) -> tuple[list[list[int]], list[list[bool]]]:
@@ -150,7 +147,7 @@ class _Sampler:
                 used[page] = [place * size + slot < length for slot in range(size)]
         return table, used or [[False] * size]
 
-    def cache(self, name: str, seen: mx.array, width: int, found: dict[str, Any]) -> mx.array:
+    def cache(self, name: str, seen: mx.array, width: int) -> mx.array:
         """``(B, Hkv, keys, width)`` or pages of that, perhaps a view; quantized if asked for."""
         first, keys = seen.shape
         extra = self.choices.choice([0, 7]) if self.ragged else 0
@@ -178,40 +175,30 @@ class _Sampler:
             words = mx.zeros((*x.shape[:3], width * self.config.kv_bits // 32), mx.uint32)
             scales = biases = mx.zeros((*x.shape[:3], width // self.config.kv_group), self.dtype)
         for kind, part in (("scales", scales), ("biases", biases)):
-            found[f"{name}_{kind}"] = view(mx.where(mask, part, self.outside))
+            self.layout[f"{name}_{kind}"] = view(mx.where(mask, part, self.outside))
         return view(words)
 
-    def turns(self) -> dict[str, mx.array]:
-        if self.config.rope is None:
-            return {}
-        turned = self.config.turned
-        offsets = [
-            self.choices.randrange(LAST_OFFSET) if self.ragged else max(0, self.kv_len - self.q_len)
-            for _ in range(self.batch)
-        ]
-        exponents = mx.arange(0, turned, 2, dtype=mx.float32) / turned
-        return {"rope_freqs": ROPE_BASE**-exponents, "rope_offset": mx.array(offsets, mx.int32)}
+    def functions(self) -> dict[str, Any]:
+        """Captured arrays of the config's functions, and the blocks of its mask."""
+        found = graphs(self.config)
+        arrays: dict[str, tuple[mx.array, ...]] = {"score": (), "mask": ()}
+        for role, graph in found.items():
+            seeds = range(self.seed, self.seed + len(graph.arrays))
+            arrays[role] = tuple(
+                _synthetic(a.dtype, a.shape, s) for a, s in zip(graph.arrays, seeds, strict=True)
+            )
+        if not self.config.block_mask:
+            return arrays
+        from metalgen.dsl.trace import Traced
+        from metalgen.problem.block_mask import BlockMask, _computed
 
-    def by_head(self) -> dict[str, mx.array]:
-        found = {}
-        if self.config.alibi:
-            places = mx.arange(1, self.heads + 1, dtype=mx.float32)
-            found["alibi_slopes"] = mx.power(2.0, -8 * places / self.heads)
-        if self.config.sinks:
-            found["sinks"] = self.normal((self.heads,))
-        if self.config.dropout:
-            found["dropout_key"] = mx.random.key(self.seed)
-        return found
+        batch, heads, q_len, kv_len = self.scores
+        traced = Traced(found["mask"], arrays["mask"])
+        some, every = _computed(traced, batch, heads, q_len, kv_len, 8, 8)
+        return arrays | {"blocks": BlockMask(traced, q_len, kv_len, (8, 8), some, every)}
 
-    def by_score(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
-        found = {}
-        if self.config.bias:
-            dtype = self.choices.choice([mx.float32, self.dtype]) if self.ragged else self.dtype
-            found["bias"] = self.normal(self.broadcast(shape)).astype(dtype)
-        if self.config.array_mask:
-            key = next(self.keys)
-            found["array_mask"] = mx.random.bernoulli(SEEN_SHARE, self.broadcast(shape), key=key)
-        return found
+    def bernoulli(self, share: float, shape: tuple[int, ...]) -> mx.array:
+        return mx.random.bernoulli(share, shape, key=next(self.keys))
 
     def broadcast(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A shape that broadcasts to another: any axis 1."""
@@ -223,35 +210,8 @@ class _Sampler:
         return mx.random.normal(shape, key=next(self.keys))
 
 
-def synthetic_inputs(
-    config: AttentionConfig, batch: int, heads: int, q_len: int, kv_len: int, seed: int
-) -> Inputs:
-    """Inputs for checking a kernel: normal floats, small integers, and the mask's own blocks."""
-    if config.score_mod is None and config.mask_mod is None:
-        return NOTHING
-    from metalgen.block_mask import BlockMask, _computed
-    from metalgen.dsl.graph import parse
-    from metalgen.dsl.trace import Traced
-
-    graphs: dict[str, Graph] = {}
-    arrays: dict[str, tuple[mx.array, ...]] = {"score": (), "mask": ()}
-    for role, text in (("score", config.score_mod), ("mask", config.mask_mod)):
-        if text is not None:
-            graphs[role] = parse(text)
-            seeds = range(seed, seed + len(graphs[role].arrays))
-            arrays[role] = tuple(
-                _synthetic(a.dtype, a.shape, s)
-                for a, s in zip(graphs[role].arrays, seeds, strict=True)
-            )
-    blocks = None
-    if config.block_mask:
-        traced = Traced(graphs["mask"], arrays["mask"])
-        some, every = _computed(traced, batch, heads, q_len, kv_len, 8, 8)
-        blocks = BlockMask(traced, q_len, kv_len, (8, 8), some, every)
-    return Inputs(arrays["score"], arrays["mask"], blocks)
-
-
 def _synthetic(dtype: str, shape: tuple[int, ...], seed: int) -> mx.array:
+    """Normal floats, or small integers."""
     key = mx.random.key(1000 + seed)
     kind: Any = getattr(mx, "bool_" if dtype == "bool" else dtype)
     if "float" in dtype:

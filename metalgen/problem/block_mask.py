@@ -54,6 +54,15 @@ class BlockMask:
         """Share of the blocks that are skipped; looks at the blocks, so it waits for them."""
         return 1.0 - float(mx.mean(self.some.astype(mx.float32)))
 
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        """Raise `ArgumentError` unless this is the mask of a call of these sizes."""
+        if (self.q_len, self.kv_len) != (q_len, kv_len):
+            wanted = f"one made for {q_len} queries and {kv_len} keys"
+            raise ArgumentError("block_mask", wanted, self)
+        for name, own, given in (("batch", batch, self.batch), ("heads", heads, self.heads)):
+            if given not in (1, own):
+                raise ArgumentError("block_mask", f"one of {name} {own} or 1", self)
+
     def tiles(self, bq: int, bk: int) -> tuple[mx.array, mx.array]:
         """`some` and `every` of tiles of other sizes; never less seen than there is."""
         found = self.some, self.every

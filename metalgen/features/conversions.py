@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
+from metalgen.features.fields import Fields
 
 
 def _array(name: str, x: object, of: str) -> mx.array:
@@ -78,7 +78,7 @@ def _four_axes(name: str, x: mx.array) -> mx.array:
     return mx.expand_dims(x, tuple(range(4 - x.ndim)))
 
 
-def dropout_key(config: AttentionConfig, key: object) -> mx.array | None:
+def dropout_key(config: Fields, key: object) -> mx.array | None:
     """The key of a call's dropout; by default from MLX's own generator, as ``mx.random`` has it."""
     if key is not None:
         if not isinstance(key, mx.array):

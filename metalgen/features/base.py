@@ -1,0 +1,259 @@
+"""What a feature of attention declares, once, for everything that reads it.
+
+A config is checked by its features' fields, a call by their inputs; devices bind and cut those
+inputs, samples make them up, templates take the features' hooks. None of these knows a feature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import mlx.core as mx
+
+from metalgen.errors import ArgumentError
+from metalgen.features.arrays import Arrays, Shape, check_type
+from metalgen.features.checks import Check
+from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.features.sampler import Sampler
+
+
+class Field(NamedTuple):
+    """A field of a config.
+
+    Args:
+        name: of the field, and of the keys of what is stored.
+        check: its canonical value. Fields are checked in the order of features, so it may rely on
+            those before it.
+        default: what means that the feature is not used.
+        option: what the option of `metalgen.attention` is called that the field is taken from, or
+            whose presence the field says; in errors about the options it stands for the name.
+        counted: whether the chip model's counts hold with it.
+    """
+
+    name: str
+    check: Check
+    default: Any = None
+    option: str = ""
+    counted: bool = False
+
+
+class Binder(NamedTuple):
+    """How a device hands arrays to a kernel.
+
+    Args:
+        scores: ``(B, H, Lq, Lk)`` of the call.
+        bq, bk: rows and keys of the kernel's tiles.
+        rows: an array of rows (of Q, of keys, or of what belongs to keys) as kernels of the
+            device's language take it.
+    """
+
+    scores: tuple[int, ...]
+    bq: int
+    bk: int
+    rows: Callable[[mx.array], mx.array]
+
+
+LOG2E = f"constexpr float LOG2E = {1 / math.log(2):.9e}f;"
+"""What turns natural scores into exponents of 2; declared once, however many features ask."""
+
+Cut = Literal["whole", "entries", "heads", "scores", "keys"]
+"""How an input is cut for a call in pieces: not at all; by its first axis, as batch entries or as
+query heads; as ``(B, H, ...)``, each of which may be 1; as keys and values are."""
+Binding = Literal["contiguous", "broadcast", "rows"]
+"""How an input is bound: without gaps; broadcast to ``(B, H, Lq, Lk)``; as rows."""
+Contents = Callable[[Any, Arrays], Iterable[tuple[Any, str]]]
+"""``contents(values, arrays)``: which elements of a NumPy array are wrong, and what was expected.
+
+In that, ``{name}`` stands for the array's, ``{index}`` and ``{before}`` for the place and the value
+of the element before."""
+
+
+class OptionalInput(NamedTuple):
+    """An array that calls bring in addition to q, k and v.
+
+    Args:
+        name: of the field of `metalgen.problem.inputs.Inputs`, and in kernels.
+        dtypes: types that kernels take; ``"config"`` is the config's.
+        shape: what its shape must be.
+        option: the option of `metalgen.attention` that it is, or the part of an argument, such as
+            ``"k[1]"``: what errors about a call of that function name.
+        convert: ``convert(option, value, config)``: an option's value in a type that kernels take.
+            None: not an option by itself.
+        sample: makes one up; None: it follows from the layout of the sequences.
+        required: whether a config that uses the feature requires it; None: each does.
+        contents: what it must contain.
+        cut: how it is cut for a call in pieces.
+        binding: how it is bound.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: Shape
+    option: str = ""
+    convert: Callable[[str, Any, Any], mx.array | None] | None = None
+    sample: Callable[[Sampler], mx.array] | None = None
+    required: Callable[[Fields], bool] | None = None
+    contents: Contents | None = None
+    cut: Cut = "whole"
+    binding: Binding = "contiguous"
+
+    def check(self, array: mx.array, name: str, arrays: Arrays) -> None:
+        """Whether an array has the type and the shape; raises `ArgumentError` that names `name`."""
+        allowed = [arrays.config.dtype if d == "config" else d for d in self.dtypes]
+        check_type(name, array, allowed)
+        if (expected := self.shape(array, arrays)) is not None:
+            raise ArgumentError(f"{name}.shape", expected, array.shape)
+
+
+class Site(NamedTuple):
+    """Where a feature's code stands in a kernel.
+
+    Args:
+        language: what user functions are printed in.
+        bk: keys of a pass.
+        first_key, past_key: how a simdgroup's first key of a pass is spelled, and the key behind
+            its last.
+        head_rows: whether rows of several heads share a group.
+        share: keys of a share of the keys that is the same whatever else is in the call; None where
+            shares depend on the number of keys, or there are none.
+        v_width: columns of the values that a group computes with.
+    """
+
+    language: Any
+    bk: int
+    first_key: str = "k0"
+    past_key: str = "k0 + BK"
+    head_rows: bool = False
+    share: int | None = None
+    v_width: int = 0
+
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+class Macros(NamedTuple):
+    """The macros of ``templates/features/NAME.jinja``, rendered with these variables."""
+
+    file: str
+    variables: Mapping[str, Any] = _NONE
+
+
+class Hooks(NamedTuple):
+    """What a feature puts into a kernel; `templates/families/forward.jinja` says where each stands.
+
+    At a hook stand `Macros`, or any object whose functions return what those macros would.
+
+    Args:
+        places: which sequence a group's rows belong to, and how many queries and keys that has.
+        pages: how keys are found.
+        adds: what is added to the exponents.
+        masks: whether a key is seen.
+        scores: what a raw score becomes.
+        probabilities: what a probability becomes.
+        outputs: what a row's sum takes in at the end.
+        functions: printed functions of users.
+        constants: integers of the kernel, by name.
+        lines: declarations at its beginning.
+        header: files of functions in the language's header.
+        variables: what templates substitute in addition.
+    """
+
+    places: Mapping[str, Any] = _NONE
+    pages: Mapping[str, Any] = _NONE
+    adds: Mapping[str, Any] = _NONE
+    scores: Sequence[Any] = ()
+    masks: Sequence[Any] = ()
+    probabilities: Sequence[Any] = ()
+    outputs: Sequence[Any] = ()
+    functions: Sequence[Any] = ()
+    constants: Mapping[str, int] = _NONE
+    lines: Sequence[str] = ()
+    header: Sequence[str] = ()
+    variables: Mapping[str, Any] = _NONE
+
+
+def unused(**variables: Any) -> Mapping[str, Any]:
+    """What templates substitute where a feature is not used."""
+    return MappingProxyType(variables)
+
+
+class Feature:
+    """One thing that attention may do. A subclass declares it; its one instance is registered.
+
+    Attributes:
+        name: unique.
+        fields: of the config, which uses the feature where one of them is not at its default.
+        used_by: fields of other features that use it, too.
+        inputs: that calls bring where the feature is used, in the order of kernels' inputs.
+        variables: what templates substitute where the feature is not used.
+        rank: where its words stand in a config's short name; features of one rank in their order.
+        captures: whether calls bring something else for it than the inputs that it declares.
+        numbered: whether its results depend on the numbers of batch entries and heads, so that a
+            call cannot be cut into pieces that each count from 0.
+        one_head: whether the rows of a threadgroup must be those of one head.
+    """
+
+    name: ClassVar[str]
+    fields: ClassVar[tuple[Field, ...]] = ()
+    used_by: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[OptionalInput, ...]] = ()
+    variables: ClassVar[Mapping[str, Any]] = unused()
+    rank: ClassVar[int] = 0
+    captures: ClassVar[bool] = False
+    numbered: ClassVar[bool] = False
+    one_head: ClassVar[bool] = False
+
+    def excludes(self, config: Fields) -> Mapping[str, str]:
+        """Fields that must be at their defaults, each with what an error says was expected."""
+        return {}
+
+    def check(self, config: Fields) -> None:
+        """Whether fields of a config that uses it go together; raises `ArgumentError`."""
+
+    def words(self, config: Fields) -> Iterable[str]:
+        """What a config's short name says of it: its name where nothing else is said."""
+        return (self.name,)
+
+    def required(self, config: Fields) -> list[OptionalInput]:
+        """The inputs that calls of a config which uses it bring."""
+        return [each for each in self.inputs if each.required is None or each.required(config)]
+
+    def kernel_inputs(self, config: Fields) -> list[str]:
+        """Names of its inputs in kernels, in the order in which `bind` returns them."""
+        return [each.name for each in self.required(config)]
+
+    def launch_inputs(self, config: Fields) -> list[str]:
+        """Names of inputs that each dispatch of a call brings, behind all others."""
+        return []
+
+    def bind(self, config: Fields, inputs: Any, binder: Binder) -> list[mx.array]:
+        """Its inputs of a call as kernels take them."""
+        bound = []
+        for each in self.required(config):
+            array = inputs.get(each.name)
+            if each.binding == "broadcast":
+                bound.append(mx.broadcast_to(array, binder.scores))
+            elif each.binding == "rows":
+                bound.append(binder.rows(array))
+            else:
+                bound.append(mx.contiguous(array))
+        return bound
+
+    def check_captured(self, arrays: Arrays) -> None:
+        """Whether what it captures fits a call, used or not; raises `ArgumentError`."""
+
+    def sample(self, sampler: Sampler) -> dict[str, Any]:
+        """Made-up inputs, by name."""
+        return {
+            each.name: sampler.layout[each.name] if each.sample is None else each.sample(sampler)
+            for each in self.required(sampler.config)
+        }
+
+    def hooks(self, config: Fields, site: Site) -> Hooks:
+        """What it puts into a kernel of a config that uses it."""
+        return Hooks()

@@ -1,0 +1,67 @@
+"""The plain fields of a config, which features read; `metalgen.AttentionConfig` checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""The types of queries, keys, values and output, with their bytes per element."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What one attention problem consists of; `metalgen.AttentionConfig` documents each field.
+
+    ``others`` holds the values of fields that features from outside of metalgen declare, as pairs
+    of name and value in the order of their names, without those at their default.
+    """
+
+    head_dim: int
+    dtype: str = "float16"
+    value_head_dim: int | None = None
+    heads_per_kv: int = 1
+    causal: bool = False
+    return_lse: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float | None = None
+    score_mod: str | None = None
+    mask_mod: str | None = None
+    block_mask: bool = False
+    alibi: bool = False
+    bias: bool = False
+    array_mask: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+    varlen: bool = False
+    kv_lens: bool = False
+    page_size: int | None = None
+    kv_bits: int | None = None
+    kv_group: int = 64
+    rope: str | None = None
+    rope_dims: int | None = None
+    deterministic: bool = False
+    tf32: bool = False
+    max_work: int | None = None
+    others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a value and output row."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Columns of a query that a rotary embedding rotates."""
+        return self.head_dim if self.rope_dims is None else self.rope_dims
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether calls bring the number of keys of each sequence as `kv_lens`."""
+        return self.kv_lens or self.page_size is not None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of Q, K, V and O."""
+        return DTYPES[self.dtype]

@@ -1,0 +1,132 @@
+"""Score and mask functions of users, as graphs that `metalgen.dsl` traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mlx.core as mx
+
+from metalgen.errors import ArgumentError
+from metalgen.features.arrays import Arrays
+from metalgen.features.base import Binder, Feature, Field, Hooks, Site, unused
+from metalgen.features.fields import Fields
+
+if TYPE_CHECKING:
+    from metalgen.dsl.graph import Graph
+    from metalgen.features.sampler import Sampler
+
+LN2 = math.log(2)
+
+
+class Function(NamedTuple):
+    """A printed score or mask function; ``role`` is ``"score"`` or ``"mask"``."""
+
+    role: str
+    group: tuple[str, ...]
+    row: tuple[str, ...]
+    element: tuple[str, ...]
+    result: str
+
+
+def graphs(config: Fields) -> dict[str, Graph]:
+    """The graphs of a config's score and mask functions, by role."""
+    from metalgen.dsl.graph import parse
+
+    texts = {"score": config.score_mod, "mask": config.mask_mod}
+    return {role: parse(text) for role, text in texts.items() if text is not None}
+
+
+def _graph(name: str, value: Any, config: Fields) -> str | None:
+    if value is None:
+        return None
+    from metalgen.dsl.graph import check_function
+
+    return check_function(name, value).text
+
+
+class Functions(Feature):
+    """``score_mod`` takes the place of a softcap; ``mask_mod`` is one more mask."""
+
+    name = "functions"
+    fields = (
+        Field("score_mod", _graph, counted=True),
+        Field("mask_mod", _graph, counted=True),
+    )
+    variables = unused(whole="")
+    captures = True
+    numbered = True
+
+    def excludes(self, config: Fields) -> Mapping[str, str]:
+        if config.score_mod is None:
+            return {}
+        return {"softcap": "None beside a score_mod, where C * mx.tanh(score / C) says the same"}
+
+    def check(self, config: Fields) -> None:
+        from metalgen.dsl.graph import MAX_ARRAYS
+
+        arrays = sum(len(graph.arrays) for graph in graphs(config).values())
+        if arrays > MAX_ARRAYS:
+            expected = f"at most {MAX_ARRAYS} captured arrays of score_mod and mask_mod together"
+            raise ArgumentError("mask_mod", expected, arrays)
+
+    def words(self, config: Fields) -> Iterable[str]:
+        for role, graph in graphs(config).items():
+            yield f"{role}_mod:{graph.digest}"
+
+    def kernel_inputs(self, config: Fields) -> list[str]:
+        from metalgen.dsl.printer import array_names
+
+        return [n for role, graph in graphs(config).items() for n in array_names(graph, role)]
+
+    def bind(self, config: Fields, inputs: Any, binder: Binder) -> list[mx.array]:
+        return [mx.contiguous(array) for array in (*inputs.score, *inputs.mask)]
+
+    def check_captured(self, arrays: Arrays) -> None:
+        config, inputs = arrays.config, arrays.inputs
+        if config.score_mod is config.mask_mod is None and inputs.score == inputs.mask == ():
+            return
+        expected = graphs(config)
+        for role in ("score", "mask"):
+            given = getattr(inputs, role)
+            check_arrays(f"{role}_mod", given, expected.get(role))
+
+    def sample(self, sampler: Sampler) -> dict[str, Any]:
+        return sampler.functions()
+
+    def hooks(self, config: Fields, site: Site) -> Hooks:
+        lines, variables = [], dict[str, Any]()
+        if config.score_mod is not None:  # its scores are natural ones
+            lines.append(f"const float score_scale = scale2 * {LN2:.9e}f;")
+            variables["unit"] = f"{1 / LN2:.9e}f"
+        if config.mask_mod is not None:
+            variables["whole"] = " && unmasked" if config.block_mask else " && false"
+        return Hooks(functions=_printed(config, site), lines=lines, variables=variables)
+
+
+def check_arrays(name: str, arrays: Any, graph: Graph | None) -> None:
+    """Whether these are the arrays that a function captures; raises `ArgumentError`."""
+    if not isinstance(arrays, tuple) or not all(isinstance(a, mx.array) for a in arrays):
+        raise ArgumentError(name, "a tuple of captured arrays", type(arrays).__name__)
+    expected = () if graph is None else graph.arrays
+    found = [(str(a.dtype).removeprefix("mlx.core.").rstrip("_"), a.shape) for a in arrays]
+    if found != [(a.dtype, a.shape) for a in expected]:
+        wanted = ", ".join(f"{a.dtype}{list(a.shape)}" for a in expected) or "none"
+        raise ArgumentError(name, f"these captured arrays: {wanted}", found)
+
+
+def _printed(config: Fields, site: Site) -> list[Function]:
+    from metalgen.dsl.printer import print_graph
+
+    names = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
+    if site.head_rows:
+        names["h"] = "q_head"
+    if config.varlen:
+        names["b"] = "sequence"
+    rows = ("h", "q") if site.head_rows else ("q",)
+    found = []
+    for role, graph in graphs(config).items():
+        printed = print_graph(graph, site.language, role, names, rows)
+        found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
+    return found
