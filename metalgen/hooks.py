@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from metalgen.bounds import shift_of
+from metalgen.bounds import shift_of, takes_tanh
 from metalgen.config import AttentionConfig
 from metalgen.inputs import asked_for
 from metalgen.schedule import Schedule, share, value_width
 
 LN2 = math.log(2)
+HALF_UNIT = f"{2 / LN2:.9e}f"
+"""What makes an exponent of 2 of half of a natural score."""
 Feature = Callable[..., Any]
 """``feature(name, **variables)``: the macros of a feature file."""
 
@@ -40,10 +42,10 @@ def hooks(
     lines = list(score.pop("score_constants"))
     if shift is not None:
         lines.append(f"constexpr float SHIFT = {shift:.9e}f;")
-    if adds or config.sinks:
-        lines.append(f"constexpr float LOG2E = {1 / LN2:.9e}f;")
+    if config.sinks:
+        lines.append(f"constexpr float HALF_LOG2E = {0.5 / LN2:.9e}f;")
     if adds:
-        score["base_unit"], score["unit"] = score["unit"], "1.0f"
+        score["unit"] = HALF_UNIT
     constants = {}
     if config.page_size is not None:
         constants["PAGE"] = config.page_size
@@ -184,23 +186,27 @@ def _masks(config: AttentionConfig) -> list[str]:
 
 def _score(config: AttentionConfig, feature: Feature) -> dict[str, Any]:
     """What fills the score hook: features, and how their scores become exponents of 2."""
-    plain = {"scores": [], "score_constants": [], "unit": "scale2", "lse_shift": "", "less": ""}
+    found: dict[str, Any] = {"scores": [], "score_constants": [], "lse_shift": "", "less": ""}
     if config.score_mod is not None:  # its scores are natural ones
         constant = f"const float score_scale = scale2 * {LN2:.9e}f;"
-        return plain | {"score_constants": [constant], "unit": f"{1 / LN2:.9e}f"}
+        return found | {"score_constants": [constant], "unit": HALF_UNIT, "base_unit": "1.0f"}
     if config.softcap is None:
-        return plain
+        if config.alibi or config.bias:
+            constant = f"const float half_scale = scale2 * {LN2 / 2:.9e}f;"
+            found |= {"score_constants": [constant], "base_unit": "half_scale"}
+        return found | {"unit": "scale2"}
     cap = config.softcap
-    exact = config.dtype == "float32"
+    exact = takes_tanh(config)
     # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of 2 x / C.
-    inner, unit = (LN2 / cap, cap / LN2) if exact else (2 / cap, 2 * cap / LN2)
-    return {
+    inner, natural = (LN2 / cap, cap) if exact else (2 / cap, 2 * cap)
+    return found | {
         "scores": [feature("softcap", exact=exact)],
         "score_constants": [
             f"const float cap_in = scale2 * {inner:.9e}f;",
-            f"constexpr float UNIT = {unit:.9e}f;",
+            f"constexpr float UNIT = {natural / LN2:.9e}f;",
         ],
         "unit": "UNIT",
+        "base_unit": f"{natural / 2:.9e}f",
         "lse_shift": "" if exact else f" + {cap:.9e}f",
         "less": "" if exact else f" - {cap:.9e}f",
     }

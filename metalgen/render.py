@@ -46,7 +46,9 @@ class KernelSource:
             log2(e); then ``block_mask`` where the config has one, the captured arrays of score and
             mask, what `metalgen.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry,
             head (or KV head) and block of rows where a dispatch begins.
-        outputs: ``out``, and ``lse`` where the config asks for it.
+        outputs: ``out``; then ``sums`` where a combine step follows (for each row, half of an
+            exponent of 2 and the sum of exponentials in units of that power), else ``lse`` where
+            the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.
         bq: query rows a threadgroup.
@@ -106,10 +108,8 @@ def render(
         name=f"metalgen_{family}_{kind}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
-        inputs=("parts", "part_lse")
-        if combine
-        else ("q", "k", "v", "scale", *extra_inputs(config)),
-        outputs=("out", "lse") if context["lse"] else ("out",),
+        inputs=("parts", "sums") if combine else ("q", "k", "v", "scale", *extra_inputs(config)),
+        outputs=("out", *(["sums"] if context["partial"] else ["lse"] if context["lse"] else [])),
         math_mode="safe" if combine else schedule.math_mode,
         threads=COMBINE_THREADS if combine else schedule.threads,
         bq=schedule.bq,
@@ -185,7 +185,8 @@ def _context(
             "v_steps": [step for step in steps if step.operand == "v"],
             "longest_first": config.causal,
             "packed": family == "decode",
-            "lse": config.return_lse or parts,
+            "lse": config.return_lse,
+            "partial": parts,
             "Out": "float" if parts else own["T"],
         }
     )

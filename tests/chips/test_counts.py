@@ -171,7 +171,8 @@ def test_joining_three_splits_counts_as_by_hand() -> None:
     got = combine_counts(config, schedule, batch_heads=8, q_len=5)
     assert got.threads == 8 * 5 * 24
     assert got.parts_read == 3 * 8 * 5 * 24 * 4
-    assert got.lse_read == 2 * 3 * 8 * 5 * 24 * 4  # by every thread, for the maximum and the weight
+    # by every thread: the exponent for the maximum, then both numbers for the weight
+    assert got.sums_read == 3 * 3 * 8 * 5 * 24 * 4
     assert got.exponentials == 3 * 8 * 5 * 24
     assert (got.out_written, got.lse_written) == (8 * 5 * 24 * 2, 8 * 5 * 4)
 
