@@ -12,6 +12,9 @@ TOP, BOTTOM = 36, -109
 largest, times values of 2^40, sum to a float32 number, and the smallest keeps all of its bits. In a
 row whose every score is near the low end, products with values below 2^-17 may be subnormal."""
 
+WIDEST_RECIPROCAL = 64
+"""Largest softcap of 16-bit types whose rounding does not show: 2^-23 of it is below 1e-5."""
+
 
 def shift_of(config: Fields) -> float | None:
     """What is added to every exponent of 2 instead of a row's maximum being subtracted.
@@ -29,5 +32,16 @@ def shift_of(config: Fields) -> float | None:
     if width > TOP - BOTTOM:
         return None
     top = min(TOP, width / 2)
-    # Scores of kernels reach 0 in bfloat16, and width / 2 in float32 (features/softcap.jinja).
-    return top - width / 2 if config.dtype == "float32" else top
+    # Scores of kernels reach width / 2 by the tangent, and 0 otherwise (features/softcap.jinja).
+    return top - width / 2 if takes_tanh(config) else top
+
+
+def takes_tanh(config: Fields) -> bool:
+    """Whether a softcap is computed by the hyperbolic tangent, not by a reciprocal of 1 + 2^x.
+
+    The reciprocal is cheaper. Its rounding, and that of adding the cap to the log-sum-exp, are of
+    the cap's magnitude, whatever the score's.
+    """
+    return config.softcap is not None and (
+        config.dtype == "float32" or config.softcap > WIDEST_RECIPROCAL
+    )

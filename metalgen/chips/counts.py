@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from metalgen.bounds import shift_of
+from metalgen.bounds import shift_of, takes_tanh
 from metalgen.errors import InvalidSchedule
 from metalgen.families import SIMD_WIDTH, Schedule, threadgroup_bytes
 from metalgen.kinds import SIMDGROUP, value_width
@@ -42,10 +42,11 @@ class Counts(NamedTuple):
         live_passes: passes in which a simdgroup computes, summed over simdgroups; in the others
             all of its rows are masked, and it only stages and waits.
         multiply_accumulates: 8x8x8 matrix instructions.
-        q_read, k_read, v_read, out_written, lse_written: device bytes by buffer.
+        q_read, k_read, v_read, out_written, lse_written: device bytes by buffer; of splits, the
+            last are those of exponents and sums.
         threadgroup_read, threadgroup_written: bytes to and from threadgroup memory.
         threadgroup_memory: bytes of threadgroup memory that a threadgroup declares.
-        exponentials: exp2, one a lane (the hyperbolic tangents of a float32 softcap are none).
+        exponentials: exp2, one a lane (the hyperbolic tangents of a softcap are none).
         shuffles: simdgroup shuffles.
         barriers, simdgroup_barriers: one for each simdgroup that takes part.
     """
@@ -136,7 +137,7 @@ def decode_counts(
         keys=tiles * (kv_len - begin) * parts,
         live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes * parts,
         out_written=splits * heads * rows * config.v_dim * (4 if splits > 1 else config.itemsize),
-        lse_written=splits * heads * rows * 4 if splits > 1 or config.return_lse else 0,
+        lse_written=splits * heads * rows * (8 if splits > 1 else 4 if config.return_lse else 0),
     )
 
 
@@ -145,15 +146,15 @@ class CombineCounts(NamedTuple):
 
     Args:
         threads: that compute, one for each element of the output.
-        parts_read, lse_read: device bytes of the float32 outputs and log-sum-exps of all splits;
-            each thread reads the latter twice.
+        parts_read, sums_read: device bytes of the float32 outputs of all splits, and of their
+            exponents and sums, of which each thread reads the former twice.
         out_written, lse_written: device bytes of the result.
         exponentials: exp2, one a thread and split.
     """
 
     threads: int
     parts_read: int
-    lse_read: int
+    sums_read: int
     out_written: int
     lse_written: int
     exponentials: int
@@ -168,7 +169,7 @@ def combine_counts(
     return CombineCounts(
         threads=threads,
         parts_read=threads * splits * 4,
-        lse_read=threads * splits * 2 * 4,
+        sums_read=threads * splits * 3 * 4,
         out_written=threads * config.itemsize,
         lse_written=rows * 4 if config.return_lse else 0,
         exponentials=threads * splits,
@@ -216,7 +217,7 @@ def _counts(
 
     slices = (-(-k_padded // s.bd) if k_staged else 0) + (-(-v_padded // s.bd) if v_staged else 0)
     fragments = bk // FRAGMENT
-    capped = config.softcap is not None and item == 2  # by an exp2 a score
+    capped = config.softcap is not None and not takes_tanh(config)  # by an exp2 a score
     peaks = shift_of(config) is None  # a row's maximum is found, and what came before rescaled
     return Counts(
         groups=groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalgen.bounds import shift_of
+from metalgen.bounds import shift_of, takes_tanh
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
 from metalgen.families import SIMD_WIDTH, Schedule
@@ -107,8 +107,8 @@ def forward_work(
     wider = s.fragment == "float32"
     spread = k_fragments + (2 * (k_fragments + v_fragments) if wider else 0)
     # An element of S: maximum, FMA, sum, conversion to P; exp2 is counted apart. A softcap takes a
-    # reciprocal and a sum in 16-bit types, and a hyperbolic tangent in float32.
-    capped = 0 if config.softcap is None else 8 if item == 2 else 20
+    # reciprocal and a sum, or a hyperbolic tangent.
+    capped = 0 if config.softcap is None else 20 if takes_tanh(config) else 8
     peaks = shift_of(config) is None  # maxima are found, and rows of the output rescaled
     per_fragment: float = spread + (6 + 2 * peaks + 2 * capped) * blocks
     per_pass = 60.0 + blocks * (2 + (10 + 2 * v_fragments) * peaks + 2 * fragments)
@@ -192,8 +192,8 @@ def combine_work(config: AttentionConfig, schedule: Schedule, batch_heads: int, 
     """
     counts = combine_counts(config, schedule, batch_heads=batch_heads, q_len=q_len)
     simdgroups = -(-counts.threads // SIMD_WIDTH)
-    shared = min(SIMD_WIDTH, config.v_dim)  # lanes of a row read the same log-sum-exp
-    other = counts.parts_read + counts.lse_read / shared + counts.out_written + counts.lse_written
+    shared = min(SIMD_WIDTH, config.v_dim)  # lanes of a row read the same sums
+    other = counts.parts_read + counts.sums_read / shared + counts.out_written + counts.lse_written
     return Work(
         groups=-(-simdgroups // COMBINE_SIMDGROUPS),
         simdgroups=COMBINE_SIMDGROUPS,
@@ -202,7 +202,7 @@ def combine_work(config: AttentionConfig, schedule: Schedule, batch_heads: int, 
         products=0.0,
         exponentials=counts.exponentials / SIMD_WIDTH,
         shuffles=0.0,
-        moves=simdgroups * (3 * schedule.partials + 1),
+        moves=simdgroups * (4 * schedule.partials + 1),
         arithmetic=simdgroups * (60 + 12 * schedule.partials),
         wide=False,
         spill_uses=0.0,
@@ -213,7 +213,9 @@ def combine_work(config: AttentionConfig, schedule: Schedule, batch_heads: int, 
         on_core_bytes=other,
         direct_bytes=0.0,
         other_bytes=other,
-        distinct_bytes=counts.parts_read + counts.lse_read / 2 / config.v_dim + counts.out_written,
+        distinct_bytes=counts.parts_read
+        + counts.sums_read * 2 / 3 / config.v_dim
+        + counts.out_written,
         reused_bytes=other,
         heads=1,
         slices=0.0,

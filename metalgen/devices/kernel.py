@@ -70,7 +70,7 @@ class KernelDevice(Device):
                 dtypes = [dtype, mx.float32]
                 if merge:
                     dtypes[0] = mx.float32
-                    shapes = [(launch.splits, *own) for own in shapes]
+                    shapes = [(launch.splits, *own) for own in (shapes[0], (*shapes[1], 2))]
                 x, y, z = launch.groups
                 arguments = {
                     "output_shapes": shapes[:count],
@@ -130,11 +130,11 @@ class KernelDevice(Device):
         source = render(config, schedule, merging)
         kernel = self.compile(source)
 
-        def run(parts: mx.array, part_lse: mx.array, dtype: mx.Dtype) -> list[mx.array]:
-            shapes = [tuple(parts.shape[1:]), tuple(part_lse.shape[1:])]
+        def run(parts: mx.array, sums: mx.array, dtype: mx.Dtype) -> list[mx.array]:
+            shapes = [tuple(parts.shape[1:]), tuple(parts.shape[1:-1])]
             size = math.prod(shapes[0])
             return kernel(
-                inputs=[parts, part_lse],
+                inputs=[parts, sums],
                 output_shapes=shapes[: len(source.outputs)],
                 output_dtypes=[dtype, mx.float32][: len(source.outputs)],
                 grid=(-(-size // source.threads) * source.threads, 1, 1),

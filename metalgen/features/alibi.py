@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from metalgen.features.arrays import per_head, vector
 from metalgen.features.base import (
-    LOG2E,
     Feature,
     Field,
     Hooks,
@@ -50,4 +49,4 @@ class Alibi(Feature):
     rank = 1
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(adds={"alibi": Macros("alibi")}, lines=[LOG2E])
+        return Hooks(adds={"alibi": Macros("alibi")})

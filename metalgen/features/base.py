@@ -58,7 +58,9 @@ class Binder(NamedTuple):
     rows: Callable[[mx.array], mx.array]
 
 
-LOG2E = f"constexpr float LOG2E = {1 / math.log(2):.9e}f;"
+HALF_LOG2E = f"constexpr float HALF_LOG2E = {0.5 / math.log(2):.9e}f;"
+HALF_UNIT = f"{2 / math.log(2):.9e}f"
+"""What makes an exponent of 2 of half of a natural score."""
 """What turns natural scores into exponents of 2; declared once, however many features ask."""
 
 Cut = Literal["whole", "entries", "heads", "scores", "keys"]

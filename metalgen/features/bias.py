@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from metalgen.features.arrays import scores
 from metalgen.features.base import (
-    LOG2E,
     Feature,
     Field,
     Hooks,
@@ -52,4 +51,4 @@ class Bias(Feature):
     rank = 1
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(adds={"bias": Macros("bias")}, lines=[LOG2E])
+        return Hooks(adds={"bias": Macros("bias")})

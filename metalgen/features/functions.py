@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays
-from metalgen.features.base import Binder, Feature, Field, Hooks, Site, unused
+from metalgen.features.base import HALF_UNIT, Binder, Feature, Field, Hooks, Site, unused
 from metalgen.features.fields import Fields
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Functions(Feature):
         lines, variables = [], dict[str, Any]()
         if config.score_mod is not None:  # its scores are natural ones
             lines.append(f"const float score_scale = scale2 * {LN2:.9e}f;")
-            variables["unit"] = f"{1 / LN2:.9e}f"
+            variables |= {"natural": True, "unit": HALF_UNIT, "base_unit": "1.0f"}
         if config.mask_mod is not None:
             variables["whole"] = " && unmasked" if config.block_mask else " && false"
         return Hooks(functions=_printed(config, site), lines=lines, variables=variables)

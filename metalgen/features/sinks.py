@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from metalgen.features.arrays import per_head, vector
 from metalgen.features.base import (
-    LOG2E,
+    HALF_LOG2E,
     Feature,
     Field,
     Hooks,
@@ -49,4 +49,4 @@ class Sinks(Feature):
     rank = 1
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(outputs=[Macros("sinks")], lines=[LOG2E])
+        return Hooks(outputs=[Macros("sinks")], lines=[HALF_LOG2E])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from metalgen.arguments import as_number
-from metalgen.bounds import shift_of
+from metalgen.bounds import shift_of, takes_tanh
 from metalgen.errors import ArgumentError
 from metalgen.features.base import Feature, Field, Hooks, Macros, Site, unused
 from metalgen.features.fields import Fields
@@ -37,13 +37,13 @@ class Softcap(Feature):
     def hooks(self, config: Fields, site: Site) -> Hooks:
         cap = config.softcap
         assert cap is not None
-        exact = config.dtype == "float32"
+        exact = takes_tanh(config)
         # scale2 is in units of log2: times ln 2 / C it is that of x / C, times 2 / C that of
         # 2 x / C.
-        inner, unit = (LN2 / cap, cap / LN2) if exact else (2 / cap, 2 * cap / LN2)
+        inner, natural = (LN2 / cap, cap) if exact else (2 / cap, 2 * cap)
         lines = [
             f"const float cap_in = scale2 * {inner:.9e}f;",
-            f"constexpr float UNIT = {unit:.9e}f;",
+            f"constexpr float UNIT = {natural / LN2:.9e}f;",
         ]
         if (shift := shift_of(config)) is not None:
             lines.append(f"constexpr float SHIFT = {shift:.9e}f;")
@@ -53,6 +53,8 @@ class Softcap(Feature):
             variables={
                 "bounded": shift is not None,
                 "unit": "UNIT",
+                "base_unit": f"{natural / 2:.9e}f",
+                "unbounded": False,
                 "lse_shift": "" if exact else f" + {cap:.9e}f",
                 "less": "" if exact else f" - {cap:.9e}f",
             },

@@ -50,6 +50,8 @@ LANGUAGE = (
     Macro("scalar", ("name",), "the value of an input that is one number", callers=("kinds",)),
     Macro("group_array", ("type", "name", "size"), "declares an array of a threadgroup"),
     Macro("exp2", ("x",), "2 to the power of x, as exact as the type of the arrays", callers=ALL),
+    Macro("tanh", ("x",), "the hyperbolic tangent of x, exact", callers=ALL),
+    Macro("power_above", ("x",), "the smallest power of 2 not below x", callers=ALL),
     Macro("cos", ("x",), "the cosine, to float32's precision"),
     Macro("sin", ("x",), "the sine, to float32's precision"),
     Macro("divide", ("x", "y"), "the quotient, rounded to nearest"),
@@ -93,7 +95,7 @@ TILE = (
     ),
     Macro("row_max", ("x",), "the maximum over the lanes that share a row"),
     Macro("row_sum", ("x",), "the sum over the lanes that share a row"),
-    Macro("store_row", ("name", "r", "value"), "stores what belongs to row r, once for each row"),
+    Macro("store_row", ("name", "r", "values"), "stores the numbers of row r, once for each row"),
     Macro("store", ("name", "array"), "stores the rows of an output that are there"),
 )
 """What every matrix kind's tile library has."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from metalgen.families import get_family
 from metalgen.families.launch import split_keys
 from metalgen.features import FEATURES
-from metalgen.features.base import Macros, Site
+from metalgen.features.base import HALF_UNIT, Macros, Site
 from metalgen.kinds import value_width
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
@@ -25,8 +26,10 @@ def hooks(
     ``places``, ``pages``, ``scores``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
     ``functions``: what stands at these hooks (see `metalgen.features.base.Hooks`), with rendered
     macros; ``parts``: files of the language's header; ``hook_constants``, and ``lines`` of
-    declarations; ``unit``: what a score is multiplied by to become an exponent of 2, and
-    ``base_unit``: the same before something was added; and the variables of each feature.
+    declarations; and the variables of each feature. ``unit``: what a score is multiplied by to
+    become an exponent of 2. ``natural``: whether scores are half of the natural ones, which they
+    are where something is added to them; ``base_unit``: what makes them so. ``unbounded``: whether
+    they may be of any size; ``large``: from which exponent on rounding must not show.
     """
     site = _site(config, schedule, target, family)
     found = [each.hooks(config, site) for each in config.features]
@@ -34,8 +37,11 @@ def hooks(
     for own in found:
         variables |= own.variables
     adds = {name: macros for own in found for name, macros in own.adds.items()}
+    lines = list(dict.fromkeys(line for own in found for line in own.lines))
     if adds:
-        variables |= {"base_unit": variables["unit"], "unit": "1.0f"}
+        if variables["base_unit"] == "half_scale":
+            lines.append(f"const float half_scale = scale2 * {0.5 * math.log(2):.9e}f;")
+        variables |= {"natural": True, "unit": HALF_UNIT}
 
     def rendered(macros: Any, **more: Any) -> Any:
         if not isinstance(macros, Macros):
@@ -51,7 +57,7 @@ def hooks(
 
     return variables | {
         "hook_constants": {n: value for own in found for n, value in own.constants.items()},
-        "lines": list(dict.fromkeys(line for own in found for line in own.lines)),
+        "lines": lines,
         "parts": [name for own in found for name in own.header],
         "own_keys": own_keys(schedule),
         "places": named("places"),
@@ -85,6 +91,11 @@ def _unused(config: AttentionConfig, site: Site) -> dict[str, Any]:
         "value_part_bytes": {"v": site.v_width * config.itemsize},
         "sequences": False,
         "unit": "scale2",
+        "base_unit": "half_scale",
+        "natural": False,
+        "unbounded": True,
+        # The largest probability of a row is 2^(ulp / 2) at most: within float16, or float32.
+        "large": f"{1 << (28 if config.dtype == 'float16' else 30)}.0f",
         "lse_shift": "",
         "less": "",
     }

@@ -35,7 +35,9 @@ class KernelSource:
             log2(e); then ``block_mask`` where the config has one, the captured arrays of score and
             mask, what `metalgen.problem.inputs.Inputs` names, and ``chunk`` with `max_work`: batch
             entry, head (or KV head) and block of rows where a dispatch begins.
-        outputs: ``out``, and ``lse`` where the config asks for it.
+        outputs: ``out``; then ``sums`` where a combine step follows (for each row, half of an
+            exponent of 2, and the sum of exponentials in units of that power), else ``lse`` where
+            the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
         threads: threads a threadgroup.
         bq: query rows a threadgroup.
@@ -91,10 +93,10 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
         name=f"metalgen_{step.name}_{dtype}_d{config.head_dim}_{digest}",
         header=header,
         source=body,
-        inputs=("parts", "part_lse")
+        inputs=("parts", "sums")
         if step.merges
         else ("q", "k", "v", "scale", *extra_inputs(config)),
-        outputs=("out", "lse") if context["lse"] else ("out",),
+        outputs=("out", *(["sums"] if context["partial"] else ["lse"] if context["lse"] else [])),
         math_mode=math_mode,
         threads=COMBINE_THREADS if step.merges else schedule.threads,
         bq=schedule.bq,
@@ -149,7 +151,8 @@ def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step
         "splits": splits,
         "longest_first": config.causal,
         "packed": few_rows,
-        "lse": config.return_lse or partial,
+        "lse": config.return_lse,
+        "partial": partial,
         "Out": "float" if partial else element,
     }
 

@@ -1,4 +1,4 @@
-"""Where the calls of these tests run; lets them import `attention_calls` from anywhere."""
+"""Where the calls of these tests run; lets them import `attention_calls` and `emulated_cuda`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from metalgen import dispatch
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "cuda"))  # for `emulated_cuda`
 
 
 @pytest.fixture(params=["reference", "kernel"])

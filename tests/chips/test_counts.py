@@ -168,8 +168,8 @@ def test_a_decode_launch_counts_as_by_hand() -> None:
     assert got.k_read == got.v_read == 24 * 8 * 64 * 2  # whole passes: past the end the last key
     assert got.q_read == 8 * 8 * 64 * 2
     assert got.out_written == 2 * 24 * 64 * 4  # each split writes float32
-    assert got.lse_written == 2 * 24 * 4
-    assert got.exponentials == 24 * 32 * (2 + 1)
+    assert got.lse_written == 2 * 24 * 8  # an exponent and a sum
+    assert got.exponentials == 24 * 32 * (2 + 1) + 2 * 24  # one a stored sum
 
 
 def test_joining_three_splits_counts_as_by_hand() -> None:
@@ -178,7 +178,8 @@ def test_joining_three_splits_counts_as_by_hand() -> None:
     got = combine_counts(config, schedule, batch_heads=8, q_len=5)
     assert got.threads == 8 * 5 * 24
     assert got.parts_read == 3 * 8 * 5 * 24 * 4
-    assert got.lse_read == 2 * 3 * 8 * 5 * 24 * 4  # by every thread, for the maximum and the weight
+    # by every thread: the exponent for the maximum, then both numbers for the weight
+    assert got.sums_read == 3 * 3 * 8 * 5 * 24 * 4
     assert got.exponentials == 3 * 8 * 5 * 24
     assert (got.out_written, got.lse_written) == (8 * 5 * 24 * 2, 8 * 5 * 4)
 

@@ -74,20 +74,20 @@ def simulated(
         combine = CombineCounts(
             threads=2 * heads * q_len * config.v_dim,
             parts_read=last.buffer("parts").bytes_read,
-            lse_read=last.buffer("part_lse").bytes_read,
+            sums_read=last.buffer("sums").bytes_read,
             out_written=last.buffer("out").bytes_written,
             lse_written=last.buffer("lse").bytes_written if config.return_lse else 0,
             exponentials=last.exponentials,
         )
     expected = COUNTS[family](config, schedule, batch_heads=2 * heads, q_len=q_len, kv_len=kv_len)
-    with_lse = config.return_lse or schedule.partials > 1
+    sums = "sums" if schedule.partials > 1 else "lse" if config.return_lse else None
     found = expected._replace(  # what only the closed form knows stays: groups and passes
         multiply_accumulates=seen.multiply_accumulates,
         q_read=seen.buffer("q").bytes_read,
         k_read=seen.buffer("k").bytes_read,
         v_read=seen.buffer("v").bytes_read,
         out_written=seen.buffer("out").bytes_written,
-        lse_written=seen.buffer("lse").bytes_written if with_lse else 0,
+        lse_written=seen.buffer(sums).bytes_written if sums else 0,
         threadgroup_read=seen.threadgroup.bytes_read,
         threadgroup_written=seen.threadgroup.bytes_written,
         threadgroup_memory=seen.threadgroup_memory,

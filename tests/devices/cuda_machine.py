@@ -8,6 +8,7 @@ MLX does: memory that still holds the right answer of an earlier kernel, or the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,9 +78,10 @@ class CudaMachine:
             return [rows[output] for output in outputs]
         if "combine" in name:
             # The parts are alike, as below; NaN in any of them stays NaN.
-            count = float(len(given["part_lse"]))
-            lse = given["part_lse"].sum(axis=0) / count + mx.log(mx.array(count))
-            return [given["parts"].sum(axis=0) / len(given["parts"]), lse][: len(outputs)]
+            count = len(given["parts"])
+            exponents, sums = (given["sums"].sum(axis=0)[..., n] / count for n in (0, 1))
+            lse = 2 * math.log(2) * exponents + mx.log(count * sums)
+            return [given["parts"].sum(axis=0) / count, lse][: len(outputs)]
         dtype = getattr(mx, self.config.dtype)
         q, k, v = (given[x] for x in "qkv")
         assert q.dtype == dtype
@@ -87,8 +89,10 @@ class CudaMachine:
         features = config_features(dataclasses.replace(self.config, return_lse=True))
         out, lse = attention_mlx(q, k, v, scale=scale, **features)
         assert lse is not None
-        # Every part has the same share of each key: all have the same rows.
-        return [out, lse - mx.log(mx.array(float(parts)))][: len(outputs)]
+        if "sums" in outputs:  # every part has the same share of each key: all have the same rows
+            half = lse / (2 * math.log(2))
+            return [out, mx.stack([half, mx.full(lse.shape, 1 / parts)], axis=-1)]
+        return [out, lse][: len(outputs)]
 
 
 def use_cuda(
