@@ -47,7 +47,7 @@ class FakeGpu(Device):
     """A GPU that computes by the definition, right or wrong, and counts what it built."""
 
     name = "reference"  # so that `get_device` finds it by a known name
-    target = "metal"
+    language = "metal"
     is_gpu = True
 
     def __init__(self, factor: float = 1.0, broken: str = "") -> None:
@@ -410,7 +410,7 @@ def test_the_reference_can_be_forced() -> None:
     expected, expected_lse = attention_float64(x, x, x, scale=0.125)
     np.testing.assert_allclose(np.array(out), expected, atol=1e-6)
     np.testing.assert_allclose(np.array(lse), expected_lse, rtol=1e-6)
-    assert get_device("reference").target is None
+    assert get_device("reference").language is None
     assert kernel.schedule == default_schedule(config)
 
 

@@ -12,13 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
-from metalgen.config import AttentionConfig
-from metalgen.inputs import NOTHING, Inputs
-from metalgen.schedule import default_schedule
 
 from metalgen import attention, flex_attention
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
+from metalgen.families import default_schedule
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.reference import attention_float64, config_features
 from metalgen.testing.devices import normal
 from metalgen.verify import lse_fault, lse_tolerance, relative_error, tolerance_of, verify
@@ -51,7 +51,7 @@ def run(
 ) -> tuple[mx.array, mx.array]:
     """The default schedule's kernel: several passes, and in decode several splits."""
     schedule = default_schedule(config, gpu.limits, family)
-    out, lse = gpu.build(config, schedule, family)(q, k, v, scale, inputs)
+    out, lse = gpu.build(config, schedule)(q, k, v, scale, inputs)
     assert lse is not None
     return out, lse
 
@@ -254,7 +254,7 @@ def test_caps_of_any_width_pass_their_check(
     gpu: KernelDevice, family: str, dtype: str, softcap: float, return_lse: bool
 ) -> None:
     config = AttentionConfig(WIDTH, dtype, softcap=softcap, return_lse=return_lse)
-    result = verify(gpu, config, default_schedule(config, gpu.limits, family), family=family)
+    result = verify(gpu, config, default_schedule(config, gpu.limits, family))
     assert result.ok, result.detail
 
 

@@ -49,7 +49,7 @@ class EmulatedCuda(KernelDevice):
     """
 
     name = "cuda"
-    target = "cuda"
+    language = "cuda"
 
     def __init__(self, offset: int = 0, seed: int = 0) -> None:
         self.offset, self.seed = offset, seed

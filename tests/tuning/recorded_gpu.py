@@ -41,7 +41,7 @@ class Replayed(FakeGpu):
     """The recorded GPU."""
 
     name = "cuda"
-    target = "cuda"
+    language = "cuda"
     policy = Policy(warmup_seconds=0.01, repetitions=3, sample_seconds=1e-3, sets=1, rounds=2)
 
     def __init__(self) -> None:

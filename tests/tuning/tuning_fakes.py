@@ -42,7 +42,7 @@ class FakeGpu(Device):
     """Its kernels compute nothing and take `seconds`; `fails` names those that cannot be built."""
 
     name = "metal"
-    target = "metal"
+    language = "metal"
     has_clock = True
     is_gpu = True
 
@@ -100,7 +100,7 @@ class ProcessGpu(Device):
     """
 
     name = "metal"
-    target = "metal"
+    language = "metal"
     has_clock = True
     is_gpu = True
 
