@@ -175,10 +175,11 @@ KEY_ROWS = Operands(
 """Rows of keys that are owned, and of queries that are passed over: S^T = K Q^T, dV += S^T dO."""
 
 
+@pytest.mark.parametrize("source", ["threadgroup", "device"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_a_family_may_own_keys_and_pass_over_queries(kind: Kind) -> None:
+def test_a_family_may_own_keys_and_pass_over_queries(kind: Kind, source: str) -> None:
     """The same files write its loop, in its own names, and with no name of forward's."""
-    sources = dict.fromkeys(("k_source", "q_source", "d_out_source"), "threadgroup")
+    sources = {"k_source": "threadgroup", "q_source": source, "d_out_source": "threadgroup"}
     sizes = {"bq": 64, "bk": 32, "bd": 64, "simdgroups": 4, "row_blocks": 1, "buffers": 2}
     plan = kind.plan(
         KEY_ROWS, cast(Schedule, SimpleNamespace(**sources, **sizes, load_width=8, threads=128))

@@ -110,6 +110,7 @@ REGISTERS = (
     "row_sum",
     "row_state",
     "accumulator",
+    "scores",
     "rows",
     "elements",
     "pairs",

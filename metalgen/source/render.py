@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,11 +176,11 @@ def _feature(name: str, **variables: Any) -> Any:
 
 
 def _tidy(text: str) -> str:
-    """Indent by braces, drop spare blank lines and zeros added: templates need not mind layout."""
+    """Indent by braces, drop spare blank lines: templates need not mind layout."""
     lines: list[str] = []
     depth = 1
     for raw in text.splitlines():
-        line = re.sub(r"(?<![\w.])0 \+ ", "", raw.strip())
+        line = raw.strip()
         closes = line.startswith("}")
         if not lines or not lines[-1] or lines[-1].endswith("{") or closes:
             if not line:
