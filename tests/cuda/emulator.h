@@ -200,6 +200,7 @@ template <typename A, typename B> A em_bits(B x) {
 }
 inline float __uint_as_float(unsigned x) { return em_bits<float>(x); }
 inline float __int_as_float(int x) { return em_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return em_bits<unsigned>(x); }
 
 // The 16-bit float with these bits of exponent, of fraction: to the nearest, ties to even.
 template <int EXPONENT, int FRACTION> unsigned short em_round(double x) {
