@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen.config import AttentionConfig
 from metalgen.database.connect import open_for_reading
-from metalgen.database.errors import DatabaseError, MissingDatabase, explain_sqlite
-from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, WARM, user_database
+from metalgen.database.errors import DatabaseError, MissingDatabase, explained
+from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, STATUSES, WARM, user_database
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.records import shipped_buckets
 from metalgen.errors import MetalgenError
@@ -157,32 +157,32 @@ def checked(
 
     An unreadable database knows none.
     """
-    with _reader(database, []) as connection:
-        if connection is None:
-            return None
-        try:
-            row = connection.execute(
-                "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
-                "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
-                [config.key, family, schedule.key, template_hash, device],
-            ).fetchone()
-        except sqlite3.Error:
-            return None
-        return row[0] if row and isinstance(row[0], str) else None
+    row = _first(
+        database,
+        "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
+        "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
+        [config.key, family, schedule.key, template_hash, device],
+    )
+    return row[0] if row and row[0] in STATUSES else None
 
 
 def last_chip(database: Path | None = None) -> str | None:
     """Name of the chip that was tuned last into a database; None where that cannot be known."""
+    row = _first(database, "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1", [])
+    return row[0] if row and isinstance(row[0], str) else None
+
+
+def _first(database: Path | None, sql: str, values: list[Any]) -> tuple[Any, ...] | None:
+    """The first row of a query; None if there is none, or no database that can be read."""
     with _reader(database, []) as connection:
         if connection is None:
             return None
         try:
-            row = connection.execute(
-                "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1"
-            ).fetchone()
-        except sqlite3.Error:
+            with explained(""):
+                row: tuple[Any, ...] | None = connection.execute(sql, values).fetchone()
+        except DatabaseError:
             return None
-        return row[0] if row and isinstance(row[0], str) else None
+        return row
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def _reader(database: Path | None, path: list[str]) -> Iterator[sqlite3.Connecti
         path.append("user database: none yet")
         yield None
         return
-    except (DatabaseError, OSError, ValueError) as error:
+    except DatabaseError as error:
         path.append(f"user database not used: {error}")
         yield None
         return
@@ -437,9 +437,10 @@ class _Search:
         if self.connection is None:
             return []
         try:
-            return self.connection.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            self.path.append(f"user database not used: {explain_sqlite('', error).reason}")
+            with explained(""):
+                return self.connection.execute(sql, values).fetchall()
+        except DatabaseError as error:
+            self.path.append(f"user database not used: {error.reason}")
             self.connection = None
             return []
 

@@ -239,9 +239,9 @@ class PlainStore:
         with self._writing() as kept:
             kept.pins[problem] = schedule
 
-    def unpin(self, problem: Problem) -> None:
+    def unpin(self, problem: Problem) -> bool:
         with self._writing() as kept:
-            kept.pins.pop(problem, None)
+            return kept.pins.pop(problem, None) is not None
 
     # What other modules do with an SQLite file
 

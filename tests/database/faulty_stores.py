@@ -491,5 +491,5 @@ class TakesFailedChecksForPassed(Store):
 
 @found_by("test_any_calls_do_what_they_do_to_the_definition")
 class PinsTheBest(Store):
-    def unpin(self, problem: Problem) -> None:
-        pass
+    def unpin(self, problem: Problem) -> bool:
+        return True
