@@ -132,11 +132,13 @@ def command(
                 **measuring.arguments(plan.device),
                 **share,
             )
-        path = str(store.path)
     if as_json:
-        print_json(_document(plan, chosen, report, path))
+        found = {"database": str(store.path), "notices": store.notices}
+        print_json(_document(plan, chosen, report) | found)
     else:
-        _print_report(plan, report, path)
+        _print_report(plan, report, str(store.path))
+        for notice in store.notices:
+            click.echo(notice)
     if report.stopped == "interrupted":
         again = shlex.join(["metalgen", *_again(ctx)])
         click.echo(
@@ -258,7 +260,7 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
     )
     if report.kept:
         kept = counted(report.kept, "row")
-        click.echo(f"Kept {kept} of other templates, whose kernel is the same.")
+        click.echo(f"Carried over {kept} from older templates (kernel source unchanged).")
     if report.provenance == "modelled":
         click.echo(
             "These times are predictions. They choose schedules; on a GPU, MLX's own attention "
@@ -284,7 +286,7 @@ def _cells(outcome: Outcome) -> tuple[str, str, str, str]:
     )
 
 
-def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str, Any]:
+def _document(plan: Plan, chosen: Preset, report: Report) -> dict[str, Any]:
     return {
         "chip": plan.chip.name,
         "cores": plan.chip.cores,
@@ -297,7 +299,6 @@ def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str
         "seconds": round(report.seconds, 3),
         "checks": report.checks,
         "kept": report.kept,
-        "database": path,
         "problems": [problem_fields(o.problem) | _outcome_fields(o) for o in report.outcomes],
     }
 

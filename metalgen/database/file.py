@@ -164,9 +164,10 @@ class DatabaseFile:
             self._changes = changes
             raise
         if changes:
-            commits = counted(len(changes), "commit")
-            place = "there" if self.path == first else f"to {self.path}"
-            self.notices.append(f"{first} {happened}: {commits} of this run written again {place}.")
+            commits = f"{counted(len(changes), 'commit')} of this run"
+            were = "was" if len(changes) == 1 else "were"
+            place = "" if self.path == first else f" to {self.path}"
+            self.notices.append(f"{first} {happened}; {commits} {were} written again{place}.")
 
     def _leave(self) -> None:
         """Close what was open, and remove its log, with which no other file may be read."""

@@ -380,7 +380,7 @@ def test_tune_counts_the_rows_of_other_templates_that_it_keeps(
     options = [f"--{name}={number}" for name, number in sizes.items()]
     shape = ["--head-dim=64", "--heads-per-kv=3", "--causal", *options]
     printed = text(capsys, "tune", "--chip", "M3Max", *shape)
-    assert "\nKept 1 row of other templates, whose kernel is the same.\n" in printed
+    assert "\nCarried over 1 row from older templates (kernel source unchanged).\n" in printed
 
 
 def test_explain_gives_the_path_of_the_look_up_and_what_a_call_gets(
