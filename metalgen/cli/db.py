@@ -416,11 +416,14 @@ def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool)
     """List your rows of one problem, the best first."""
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
+    from metalgen.database.winners import ordered
+    from metalgen.source_hash import present_templates
 
     problem = sizes.problem(config)
     with Store.open(read_only=True) as store:
         rows = store.measurements(problem, chip=get_chip(chip).name if chip else None)
-    rows.sort(key=lambda m: (not m.verified, m.rank))
+    current = present_templates()
+    rows = sorted(ordered(rows), key=lambda m: (m.template_hash not in current, not m.verified))
     if as_json:
         print_json({"problem": problem_fields(problem), "rows": [m.to_record() for m in rows]})
         return

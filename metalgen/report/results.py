@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from metalgen.database.measurement import Measurement
+from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
 from metalgen.problem import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
@@ -55,8 +56,8 @@ class Result:
 
     @functools.cached_property
     def ran(self) -> list[Measurement]:
-        """Rows that have a time, in the order of `Measurement.rank`."""
-        return sorted((m for m in self.rows if m.status == "ok" and m.seconds), key=_rank)
+        """Rows that have a time, the best first (`metalgen.database.winners`)."""
+        return [m for m in ordered(self.rows) if m.status == "ok" and m.seconds]
 
     @functools.cached_property
     def times(self) -> dict[Schedule, float]:
@@ -158,10 +159,6 @@ class Result:
         """Whether the search's rows are in the order in which they were measured."""
         rows = self.searched
         return bool(rows) and all(m.run not in ORDERLESS for m in rows)
-
-
-def _rank(m: Measurement) -> tuple[bool, bool, bool, bool, bool, float, str]:
-    return m.rank
 
 
 def _ratio(seconds: float | None, winner: Measurement | None) -> float | None:

@@ -21,8 +21,8 @@ from metalgen.chips import get_chip
 from metalgen.config import AttentionConfig
 from metalgen.database import exchange
 from metalgen.database.exchange import Summary
+from metalgen.database.hit import Hit
 from metalgen.database.layout import STATUSES
-from metalgen.database.lookup import Hit
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device

@@ -362,7 +362,7 @@ def test_rows_of_other_templates_are_counted_and_do_not_win(
     printed = text(capsys, "show")
     count = document(capsys, "show")["rows_of_other_templates"]
     assert count > 1
-    assert f"{count} rows of other templates, not counted here: `metalgen db refresh`" in printed
+    assert f"{count} rows from other template versions, ignored; `metalgen db refresh`" in printed
     assert "No row has passed its check, so none can be dispatched." in printed
 
 

@@ -26,7 +26,6 @@ from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.simulator import errors as simulator
-from metalgen.tuning import modelled
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.space import enumerate_valid
@@ -113,7 +112,7 @@ def test_the_model_ranks_everything_and_the_best_that_passes_its_check_wins(stor
 def test_no_winner_is_modelled_slower_than_the_default(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modelled, "GRAIN", 1e6)  # so that bytes alone would decide
+    monkeypatch.setattr("metalgen.database.winners.GRAIN", 1e6)  # so that bytes alone would decide
     problem = Problem(AttentionConfig(head_dim=128), 32, 128, 128, family="forward")
     verify = FakeVerify()
     report = tune([problem], get_chip("M1"), store, checker=get_device("reference"), verify=verify)
@@ -186,7 +185,7 @@ def test_another_version_of_the_model_replaces_its_predictions(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model(store, FakeVerify(), [SMALL])
-    monkeypatch.setattr(modelled, "model_version", lambda: "another")
+    monkeypatch.setattr("metalgen.tuning.modelled.model_version", lambda: "another")
     report = model(store, FakeVerify(), [SMALL])
     rows = store.measurements(SMALL)
     assert {json.loads(m.policy)["model"] for m in rows} == {"another"}
@@ -196,8 +195,8 @@ def test_another_version_of_the_model_replaces_its_predictions(
 def test_a_run_of_fewer_trials_takes_nothing_away(store: Store) -> None:
     best = model(store, FakeVerify(), [SMALL]).outcomes[0].winner
     assert best is not None
-    few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0].winner
-    assert few is not None and few.schedule == DEFAULT != best.schedule
+    few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0]
+    assert few.tried == 1 and few.winner == best and best.schedule != DEFAULT
     hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert hit is not None and hit.schedule == best.schedule
 
@@ -436,7 +435,7 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     later = host() | {"mlx_version": "99.0"}
     for module in ("session", "measured"):
         monkeypatch.setattr(f"metalgen.tuning.{module}.host", lambda: later)
-    monkeypatch.setattr("metalgen.database.lookup.host", lambda: later)
+    monkeypatch.setattr("metalgen.database.winners.host", lambda: later)
     stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert stale is not None and stale.stale
     gpu = FakeGpu(Clock())
