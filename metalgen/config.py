@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 from dataclasses import dataclass
@@ -258,7 +259,9 @@ class AttentionConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ArgumentError("config", f"fields among {', '.join(known)}", name)
+                near = difflib.get_close_matches(str(name), known, 3, 0.6)
+                some = f"such as {', '.join(near)}" if near else f"among {', '.join(known)}"
+                raise ArgumentError("config", f"a field {some}", name)
         if "head_dim" not in fields:
             raise ArgumentError("config", "a field head_dim", sorted(fields))
         return cls(**fields)
@@ -279,8 +282,8 @@ class AttentionConfig:
         if self.causal:
             words.append("causal")
         if self.window_left is not None or self.window_right is not None:
-            ends = ("" if x is None else str(x) for x in (self.window_left, self.window_right))
-            words.append("window" + ":".join(ends))
+            ends = (("left", self.window_left), ("right", self.window_right))
+            words += [f"window_{end}={keys}" for end, keys in ends if keys is not None]
         if self.softcap is not None:
             words.append(f"softcap{self.softcap:g}")
         for name in ("score_mod", "mask_mod"):

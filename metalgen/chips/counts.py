@@ -36,7 +36,7 @@ def covers(config: AttentionConfig) -> str | None:
         for f in dataclasses.fields(config)
         if f.name not in COVERED and getattr(config, f.name) != f.default
     ]
-    return f"counted as if without {', '.join(unknown)}" if unknown else None
+    return f"the model ignores {', '.join(unknown)}" if unknown else None
 
 
 class Counts(NamedTuple):

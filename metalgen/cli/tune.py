@@ -267,7 +267,11 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
             "keeps the call until ours is measured there as faster."
         )
         for note in dict.fromkeys(o.note for o in report.outcomes if o.winner and o.note):
-            click.echo(f"Some are {note}.")
+            click.echo(f"Note: {note} for some of these problems.")
+    else:
+        for outcome in tuned:
+            if outcome.note:
+                click.echo(f"Note on {outcome.problem}: {outcome.note}.")
     if report.stopped == "budget":
         click.echo("The budget is spent; the same command goes on from here.")
     if len(tuned) < len(report.outcomes) and plan.checker is None:

@@ -166,7 +166,7 @@ def _ratio(seconds: float | None, winner: Measurement | None) -> float | None:
 
 
 def results(sources: Sources) -> list[Result]:
-    """The results of some rows: measured before modelled, then by chip and problem."""
+    """The results of some rows: measured before modelled, the present templates first, by gain."""
     groups: dict[tuple[object, ...], list[Measurement]] = {}
     for m in sources.rows:
         key = (m.provenance, m.chip, m.cores, m.problem.key, m.device, m.template_hash, m.policy)
@@ -195,7 +195,8 @@ def results(sources: Sources) -> list[Result]:
 def _place(r: Result) -> tuple[object, ...]:
     p = r.problem
     sizes = (p.config.head_dim, p.config.key, p.batch_heads, p.q_len, p.kv_len)
-    return (r.provenance, not r.current, r.chip, p.family != "forward", *sizes, r.policy, r.cores)
+    rest = (r.chip, p.family != "forward", *sizes, r.policy, r.cores)
+    return (r.provenance, not r.current, -(r.gain or 0.0), *rest)
 
 
 # Progress

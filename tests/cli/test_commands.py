@@ -450,6 +450,8 @@ def test_chips_lists_all_and_shows_one_with_its_sources(
 ) -> None:
     found = document(capsys, "chips")
     assert {c["name"]: c["cores"] for c in found["chips"]}["M3Max-30"] == 30
+    assert document(capsys, "chips", "list") == found
+    assert text(capsys, "chips", "list") == text(capsys, "chips")
     one = document(capsys, "chips", "m3 max")
     assert (one["name"], one["cores"], one["generation"]) == ("M3Max", 40, "M3")
     assert one["origins"]["dram_gbs"]["source"]

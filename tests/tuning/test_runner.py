@@ -128,7 +128,7 @@ def test_a_modelled_winner_says_what_of_its_config_is_not_priced(store: Store) -
     slopes = Problem(AttentionConfig(head_dim=8, alibi=True), 2, 16, 16)
     plain, other = model(store, FakeVerify(), [SMALL, slopes], trials=20).outcomes
     assert plain.winner and other.winner
-    assert (plain.note, other.note) == ("", "counted as if without alibi=True")
+    assert (plain.note, other.note) == ("", "the model ignores alibi=True")
 
 
 def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:
