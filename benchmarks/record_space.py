@@ -56,6 +56,7 @@ def main() -> None:
 
     from metalgen.chips import detect
     from metalgen.database.store import Store
+    from metalgen.database.winners import ordered
     from metalgen.devices import get_device
     from metalgen.families import enumerate_valid
     from metalgen.tuning.helpers import usual_jobs
@@ -89,7 +90,7 @@ def main() -> None:
             f"{name}: {valid} valid, {len(rows)} rows, {failed} failed, {seconds:.0f} s, "
             f"{report.stopped or 'finished'}"
         )
-        for m in sorted((m for m in rows if m.phase == "final"), key=lambda m: m.rank):
+        for m in ordered(m for m in rows if m.phase == "final"):
             checked = "" if m.verified else " unchecked"
             print(f"    {(m.seconds or 0) * 1e3:.4f} ms {m.schedule}{checked} {m.detail}")
         for m in [m for m in rows if m.phase == "final"][:1]:

@@ -139,3 +139,11 @@ def test_a_problem_is_filed_under_its_buckets() -> None:
     assert problem.heads == 15  # the multiple of 3 below the bucket
     with pytest.raises(ArgumentError, match="q_len"):
         Problem(config, 1, 0, 1)
+
+
+def test_a_window_is_named_by_its_ends() -> None:
+    assert str(AttentionConfig(64, causal=True, window_left=1023)) == (
+        "D64 float16 causal window_left=1023"
+    )
+    both = AttentionConfig(64, window_left=8, window_right=0)
+    assert str(both) == "D64 float16 window_left=8 window_right=0"

@@ -30,7 +30,7 @@ def covers(config: AttentionConfig) -> str | None:
         for name in field_names()
         if not declared(name).counted and getattr(config, name) != declared(name).default
     ]
-    return f"counted as if without {', '.join(unknown)}" if unknown else None
+    return f"the model ignores {', '.join(unknown)}" if unknown else None
 
 
 class Counts(NamedTuple):

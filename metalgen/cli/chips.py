@@ -39,6 +39,14 @@ def command(ctx: click.Context, as_json: bool) -> None:
         _list(as_json)
 
 
+@command.command("list")
+@json_option
+@click.pass_obj
+def list_(outer: bool, as_json: bool) -> None:
+    """List the chips that metalgen knows, as `metalgen chips` does."""
+    _list(as_json or outer)
+
+
 @command.command(short_help="Show the facts of a chip, each with its source.")
 @click.argument("name")
 @json_option

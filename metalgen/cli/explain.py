@@ -19,7 +19,7 @@ from metalgen.problem.config import AttentionConfig
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-    from metalgen.database.lookup import Hit
+    from metalgen.database.hit import Hit
 
 
 @click.command()
@@ -38,7 +38,8 @@ def command(
 
     A kernel that was never checked on the device is checked now, as a first call would do.
     """
-    from metalgen.database.lookup import brief, lookup
+    from metalgen.database.hit import brief
+    from metalgen.database.lookup import lookup
     from metalgen.dispatch import get_kernel
     from metalgen.source.hashes import template_hash
 

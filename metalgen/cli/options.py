@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import functools
 import json
 import shutil
@@ -146,9 +148,16 @@ def _config_options(q_default: str, kv_default: str, function: Function) -> Func
 
 def _fields(given: Sequence[str], named: dict[str, Any]) -> dict[str, Any]:
     """Fields of a config from ``NAME`` or ``NAME=VALUE``; a value is JSON, or else a word."""
+    known = [field.name for field in dataclasses.fields(AttentionConfig)]
     fields: dict[str, Any] = {}
     for text in given:
         name, given_value, value = text.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3, 0.6)
+            some = f"such as {', '.join(near)}" if near else f"one of {', '.join(known)}"
+            raise click.UsageError(
+                f"--with: expected a field of AttentionConfig, {some}, but got {name!r}"
+            )
         if name in named or name in fields:
             other = "--lse" if name == "return_lse" else f"--{name.replace('_', '-')}"
             raise click.UsageError(f"--with {name}: expected once, or as {other}, but got {text!r}")

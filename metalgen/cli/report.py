@@ -28,7 +28,7 @@ REASONS = 5
     default=Path("report.html"),
     show_default=True,
     metavar="PAGE",
-    help="The page to write.",
+    help="The page to write; - for standard output.",
 )
 @chip_option("Only this chip's rows.")
 @json_option
@@ -41,14 +41,21 @@ def command(
     FILE is a database or a file of records (JSON lines). The page needs no network and no script.
     """
     from metalgen.chips import get_chip
-    from metalgen.report.page import write_report
+    from metalgen.report.page import render, write_report
+    from metalgen.report.results import results
     from metalgen.report.sources import read_sources
     from metalgen.report.writing import check_target
 
     name = get_chip(chip).name if chip else None
-    check_target(output)
+    to_output = str(output) == "-" and not as_json
+    if not to_output:
+        check_target(output)
     sources = read_sources(files, name)
-    found = write_report(output, sources, _show_progress if sys.stderr.isatty() else None)
+    show = _show_progress if sys.stderr.isatty() else None
+    if to_output:
+        click.echo(render(sources, results(sources), show).encode("utf-8", "replace"), nl=False)
+        ctx.exit(1 if sources.summary.rejected else 0)
+    found = write_report(output, sources, show)
     kinds = {kind: sum(r.provenance == kind for r in found) for kind in ("measured", "modelled")}
     if as_json:
         print_json(

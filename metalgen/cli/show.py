@@ -19,7 +19,7 @@ from metalgen.cli.options import (
 from metalgen.database.measurement import Measurement
 from metalgen.plurals import counted
 
-AFTER_EDIT = "`metalgen db refresh` keeps those whose kernel is the same"
+AFTER_EDIT = "`metalgen db refresh` keeps those whose kernel source is unchanged"
 
 
 @click.command()
@@ -35,6 +35,7 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.errors import MissingDatabase
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
+    from metalgen.database.winners import winners
     from metalgen.languages import LANGUAGES
     from metalgen.source.hashes import template_hash
 
@@ -68,7 +69,7 @@ def command(chip: str | None, as_json: bool) -> None:
     click.echo(f"{path}: {counted(len(rows), 'row')} ({kinds})")
     if others:
         rows_of_others = counted(others, "row")
-        click.echo(f"{rows_of_others} of other templates, not counted here: {AFTER_EDIT}.")
+        click.echo(f"{rows_of_others} from other template versions, ignored; {AFTER_EDIT}.")
     header = ("chip", "problem", "sizes", "best", "default", "gain", "MLX", "times", "schedule")
     lines = [
         (
@@ -87,16 +88,6 @@ def command(chip: str | None, as_json: bool) -> None:
         echo_table([header, *lines])
     else:
         click.echo("No row has passed its check, so none can be dispatched.")
-
-
-def winners(rows: list[Measurement]) -> list[Measurement]:
-    """The best verified row of each chip and problem, in the order of their names and keys."""
-    best: dict[tuple[str, str], Measurement] = {}
-    for m in rows:
-        place = (m.chip, m.problem.key)
-        if m.verified and (place not in best or m.rank < best[place].rank):
-            best[place] = m
-    return [best[place] for place in sorted(best)]
 
 
 def _kinds(rows: list[Measurement]) -> dict[str, int]:

@@ -132,11 +132,13 @@ def command(
                 **measuring.arguments(plan.device),
                 **share,
             )
-        path = str(store.path)
     if as_json:
-        print_json(_document(plan, chosen, report, path))
+        found = {"database": str(store.path), "notices": store.notices}
+        print_json(_document(plan, chosen, report) | found)
     else:
-        _print_report(plan, report, path)
+        _print_report(plan, report, str(store.path))
+        for notice in store.notices:
+            click.echo(notice)
     if report.stopped == "interrupted":
         again = shlex.join(["metalgen", *_again(ctx)])
         click.echo(
@@ -258,14 +260,18 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
     )
     if report.kept:
         kept = counted(report.kept, "row")
-        click.echo(f"Kept {kept} of other templates, whose kernel is the same.")
+        click.echo(f"Carried over {kept} from older templates (kernel source unchanged).")
     if report.provenance == "modelled":
         click.echo(
             "These times are predictions. They choose schedules; on a GPU, MLX's own attention "
             "keeps the call until ours is measured there as faster."
         )
         for note in dict.fromkeys(o.note for o in report.outcomes if o.winner and o.note):
-            click.echo(f"Some are {note}.")
+            click.echo(f"Note: {note} for some of these problems.")
+    else:
+        for outcome in tuned:
+            if outcome.note:
+                click.echo(f"Note on {outcome.problem}: {outcome.note}.")
     if report.stopped == "budget":
         click.echo("The budget is spent; the same command goes on from here.")
     if len(tuned) < len(report.outcomes) and plan.checker is None:
@@ -284,7 +290,7 @@ def _cells(outcome: Outcome) -> tuple[str, str, str, str]:
     )
 
 
-def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str, Any]:
+def _document(plan: Plan, chosen: Preset, report: Report) -> dict[str, Any]:
     return {
         "chip": plan.chip.name,
         "cores": plan.chip.cores,
@@ -297,7 +303,6 @@ def _document(plan: Plan, chosen: Preset, report: Report, path: str) -> dict[str
         "seconds": round(report.seconds, 3),
         "checks": report.checks,
         "kept": report.kept,
-        "database": path,
         "problems": [problem_fields(o.problem) | _outcome_fields(o) for o in report.outcomes],
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +13,8 @@ from metalgen.database.errors import (
     NewerDatabase,
     OlderDatabase,
     UnreadableDatabase,
-    explain_sqlite,
+    explained,
+    printable,
 )
 from metalgen.database.layout import APPLICATION_ID, OLDEST_READ, SCHEMA_VERSION
 
@@ -37,31 +39,40 @@ def open_for_reading(path: Path, *, timeout: float = 0.05) -> sqlite3.Connection
 
 
 def _opened(path: Path, timeout: float) -> sqlite3.Connection:
-    try:
+    with explained(path):
+        check_name(path)
         if path.is_dir():
             raise UnreadableDatabase(path, "is a folder, not a file")
         if not path.is_file():
             raise MissingDatabase(path, "does not exist yet")
         mode = "mode=ro" if _log_bytes(path) else "mode=ro&immutable=1"
-    except OSError as error:
-        raise UnreadableDatabase(path, f"cannot be opened ({error.strerror})") from error
-    connection = None
-    try:
         connection = sqlite3.connect(
-            f"file:{quote(str(path.absolute()))}?{mode}", uri=True, timeout=timeout
+            f"file:{quote(os.fsencode(path.absolute()))}?{mode}", uri=True, timeout=timeout
         )
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("PRAGMA query_only = ON")
-        check_header(connection, path)
-    except sqlite3.Error as error:
-        if connection:
+        try:
+            set_up(connection)
+            connection.execute("PRAGMA query_only = ON")
+            check_header(connection, path)
+        except BaseException:
             connection.close()
-        raise explain_sqlite(path, error) from error
-    except BaseException:
-        if connection:
-            connection.close()
-        raise
-    return connection
+            raise
+        return connection
+
+
+def check_name(path: Path) -> None:
+    """Raise `UnreadableDatabase` for a name that no file can have."""
+    if "\0" in str(path):
+        raise UnreadableDatabase(printable(path), "no file can have this name")
+
+
+def set_up(connection: sqlite3.Connection) -> None:
+    """Trust nothing in the file: no functions in its schema, and texts that need not be UTF-8.
+
+    Bytes that are not UTF-8 become lone surrogates. These are not printable, so the row that holds
+    them is left out, and the others are read.
+    """
+    connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+    connection.execute("PRAGMA trusted_schema = OFF")
 
 
 def _log_bytes(path: Path) -> int:
@@ -73,7 +84,7 @@ def _log_bytes(path: Path) -> int:
 
 
 def check_header(connection: sqlite3.Connection, path: Path, *, may_migrate: bool = False) -> None:
-    """Whether the file is ours and of a schema that we know.
+    """Check that the file is ours and of a schema that we know.
 
     An empty file, and with `may_migrate` an earlier schema, passes as one to be written to.
 

@@ -1,8 +1,14 @@
-"""What can be wrong with a tuning database: one exception a cause, each a single clear line."""
+"""What can be wrong with a tuning database: one exception per cause, each a single clear line.
+
+`explained` is the one place where a failure of SQLite, or of Python while it reads or writes a
+file, becomes such an exception. Whatever touches a database file runs inside it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from metalgen.errors import MetalgenError
@@ -52,11 +58,40 @@ class FullDisk(DatabaseError):
     """There is no room for another row; what was committed before is safe."""
 
 
+DAMAGED = "damaged ({}); move it away to start a new one"
+
+
+@contextlib.contextmanager
+def explained(path: Path | str) -> Iterator[None]:
+    """Raise `DatabaseError` for every failure of SQLite, or of Python on its behalf, on a file.
+
+    Python has failures of its own on a damaged file: SQLite quotes names from it in its messages,
+    and a name that is not UTF-8 raises `UnicodeDecodeError` instead of the error that it is about.
+    Errors with a message of ours pass.
+    """
+    try:
+        yield
+    except MetalgenError:
+        raise
+    except sqlite3.IntegrityError as error:
+        raise DatabaseError(path, f"a row was refused ({printable(error)})") from error
+    except sqlite3.Error as error:
+        raise explain_sqlite(path, error) from error
+    except (UnicodeError, OverflowError) as error:
+        raise UnreadableDatabase(path, DAMAGED.format(printable(error))) from error
+    except MemoryError as error:
+        raise UnreadableDatabase(path, "needs more memory than there is to be read") from error
+    except OSError as error:
+        reason = error.strerror or printable(error)
+        raise UnreadableDatabase(path, f"cannot be opened ({reason})") from error
+
+
 def explain_sqlite(path: Path | str, error: sqlite3.Error) -> DatabaseError:
     """The typed error for what SQLite reported (by its primary result code)."""
     code = getattr(error, "sqlite_errorcode", None)
-    if code is None:  # raised by the sqlite3 module itself, such as "Could not decode to UTF-8"
-        return UnreadableDatabase(path, f"unreadable ({error})")
+    said = printable(error)
+    if code is None:  # raised by the sqlite3 module itself, such as for a closed database
+        return UnreadableDatabase(path, f"unreadable ({said})")
     primary = code & 0xFF
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LockedDatabase(path, "locked by another process; try again when it has finished")
@@ -67,7 +102,12 @@ def explain_sqlite(path: Path | str, error: sqlite3.Error) -> DatabaseError:
     if primary == sqlite3.SQLITE_NOTADB:
         return ForeignDatabase(path, "not an SQLite database; set METALGEN_DB to another file")
     if primary == sqlite3.SQLITE_CORRUPT:
-        return UnreadableDatabase(path, f"damaged ({error}); move it away to start a new one")
+        return UnreadableDatabase(path, DAMAGED.format(said))
     if primary == sqlite3.SQLITE_CANTOPEN:
         return UnreadableDatabase(path, "cannot be opened; check that it is a file you may read")
-    return UnreadableDatabase(path, f"unreadable ({error})")
+    return UnreadableDatabase(path, f"unreadable ({said})")
+
+
+def printable(text: object, most: int = 200) -> str:
+    """Text from a file or an error, in at most so many characters that a terminal only shows."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:most]

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from metalgen.database.errors import UnreadableDatabase
+
 APPLICATION_ID = 0x6D67656E
 """``mgen`` in SQLite's header: tells our databases from others."""
 
@@ -39,11 +41,17 @@ MAX_TEXT = 1 << 16
 
 
 def user_database() -> Path:
-    """Where the user's measurements are: ``METALGEN_DB``, or the platform's data directory."""
+    """Where the user's measurements are: ``METALGEN_DB``, or the platform's data directory.
+
+    Raises:
+        UnreadableDatabase: it is in the home folder of a user who has none.
+    """
     configured = os.environ.get("METALGEN_DB")
-    if configured:
-        return Path(configured).expanduser()
-    return _data_directory() / "tuning.db"
+    try:
+        return Path(configured).expanduser() if configured else _data_directory() / "tuning.db"
+    except RuntimeError as error:
+        place = configured or "~/tuning.db"
+        raise UnreadableDatabase(place, "its home folder is unknown; set METALGEN_DB") from error
 
 
 def _data_directory() -> Path:

@@ -15,90 +15,38 @@ that were checked against the reference, and that the current templates made, ma
 from __future__ import annotations
 
 import contextlib
-import itertools
+import heapq
 import json
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metalgen.database.connect import open_for_reading
-from metalgen.database.errors import DatabaseError, MissingDatabase, explain_sqlite
-from metalgen.database.layout import CHAINED, MAX_TEXT, PROVENANCES, WARM, user_database
-from metalgen.database.measurement import Measurement, host
+from metalgen.database.errors import DatabaseError, MissingDatabase, explained, printable
+from metalgen.database.hit import MISSING, Hit
+from metalgen.database.layout import MAX_TEXT, PROVENANCES, STATUSES, user_database
+from metalgen.database.measurement import Measurement
 from metalgen.database.records import shipped_buckets
+from metalgen.database.winners import Rank, Standing, ranks
 from metalgen.errors import MetalgenError
 from metalgen.families import APPLE, Limits, Schedule, check_schedule, decode_schedule
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
+from metalgen.problem.sizes import MAX_BATCH_HEADS, MAX_LENGTH, Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
 
-NEAREST_BUCKETS = 8
+MOST_BUCKETS = 64
 """Neighbouring buckets that are tried."""
+MOST_PROBLEMS = 1 << 14
+"""Problems of one config that are read: more than there are combinations of sizes."""
+MOST_ROWS = 1 << 16
+"""Rows of one place that are read, the quickest first."""
 ROWS_TRIED = 16
-"""Rows that are read before a place counts as a miss because its rows are bad."""
-_MISSING = ": no verified "
-"""Between a place and what it lacks."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A schedule that was found, and how good an answer it is.
-
-    Args:
-        schedule: valid for the config on this chip.
-        provenance: ``"measured"``, ``"modelled"``, or ``"pinned"``.
-        place: where it was found, such as ``"user database, this chip"``; an inexact one says so.
-        chip: the chip that the row is about.
-        exact: this very chip and bucket, not stale, and by the standard policy's cold cache.
-        stale: measured with another MLX, or another major version of the operating system.
-        seconds, default_seconds, mlx_seconds: the row's time, and in the same run the default
-            schedule's and MLX's own attention's.
-        verified: the kernel passed its check against the float64 reference.
-        error: relative error in that check.
-        path: what was tried before, and why each better place missed.
-    """
-
-    schedule: Schedule
-    provenance: str
-    place: str
-    chip: str
-    exact: bool
-    stale: bool = False
-    seconds: float | None = None
-    default_seconds: float | None = None
-    mlx_seconds: float | None = None
-    verified: bool = False
-    error: float | None = None
-    path: list[str] = field(default_factory=list, compare=False)
-
-    @property
-    def beats_mlx(self) -> bool:
-        """Measured on this very chip, under this MLX, as faster than MLX's own attention."""
-        return (
-            self.exact
-            and self.provenance == "measured"
-            and self.seconds is not None
-            and self.mlx_seconds is not None
-            and self.seconds < self.mlx_seconds
-        )
-
-
-def brief(path: Sequence[str]) -> list[str]:
-    """The steps of a path; places one after the other that lack the same are one step."""
-    steps: list[str] = []
-    for missing, group in itertools.groupby(path, lambda step: step.partition(_MISSING)[2]):
-        if missing:
-            places = ", ".join(step.partition(_MISSING)[0] for step in group)
-            steps.append(f"no verified {missing}: {places}")
-        else:
-            steps += group
-    return steps
+"""Rows that are tried before a place counts as a miss because its schedules cannot run."""
 
 
 def lookup(
@@ -135,7 +83,7 @@ def lookup(
         if hit:
             return hit
         if chip is None:
-            path.append("no chip is known here: no record can be about it")
+            path.append("chip unknown: no tuning records apply")
             return None
         if neighbours is None:
             from metalgen import chips
@@ -153,36 +101,36 @@ def checked(
     device: str | None = None,
     family: str = "forward",
 ) -> str | None:
-    """How the check of a kernel ended (a failed one before a passed one), or None if none is known.
+    """How the check of a kernel ended (a failed one before a passed one), or None without one.
 
     An unreadable database knows none.
     """
-    with _reader(database, []) as connection:
-        if connection is None:
-            return None
-        try:
-            row = connection.execute(
-                "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
-                "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
-                [config.key, family, schedule.key, template_hash, device],
-            ).fetchone()
-        except sqlite3.Error:
-            return None
-        return row[0] if row and isinstance(row[0], str) else None
+    row = _first(
+        database,
+        "SELECT status FROM checks WHERE config = ? AND family = ? AND schedule = ? AND "
+        "template_hash = ? AND device = coalesce(?, device) ORDER BY status = 'ok'",
+        [config.key, family, schedule.key, template_hash, device],
+    )
+    return row[0] if row and row[0] in STATUSES else None
 
 
 def last_chip(database: Path | None = None) -> str | None:
     """Name of the chip that was tuned last into a database; None where that cannot be known."""
+    row = _first(database, "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1", [])
+    return row[0] if row and isinstance(row[0], str) else None
+
+
+def _first(database: Path | None, sql: str, values: list[Any]) -> tuple[Any, ...] | None:
+    """The first row of a query; None if there is none, or no database that can be read."""
     with _reader(database, []) as connection:
         if connection is None:
             return None
         try:
-            row = connection.execute(
-                "SELECT chip FROM runs ORDER BY started DESC, rowid DESC LIMIT 1"
-            ).fetchone()
-        except sqlite3.Error:
+            with explained(""):
+                row: tuple[Any, ...] | None = connection.execute(sql, values).fetchone()
+        except DatabaseError:
             return None
-        return row[0] if row and isinstance(row[0], str) else None
+        return row
 
 
 @contextlib.contextmanager
@@ -193,7 +141,7 @@ def _reader(database: Path | None, path: list[str]) -> Iterator[sqlite3.Connecti
         path.append("user database: none yet")
         yield None
         return
-    except (DatabaseError, OSError, ValueError) as error:
+    except DatabaseError as error:
         path.append(f"user database not used: {error}")
         yield None
         return
@@ -221,7 +169,8 @@ class _Search:
         self.connection = connection
         self.shipped = shipped
         self.path = path
-        self.ids, self.sizes = self._problems()
+        self.ids: dict[str, int] = {}
+        self._learn_ids("key = ?", [problem.key])
         self.records: dict[str, dict[str, list[Measurement]]] = {}
 
     def pinned(self) -> Hit | None:
@@ -255,7 +204,7 @@ class _Search:
             ("same chip with another core count", same),
             ("same generation", others),
         ]
-        near: list[Problem] | None = None
+        near: dict[str, list[tuple[str, Problem]]] | None = None
         for provenance in PROVENANCES:
             for label, names in groups:
                 for name in names:
@@ -265,20 +214,16 @@ class _Search:
                     if hit:
                         return hit
                 if names:
-                    self.path.append(f"{label}{_MISSING}{provenance} row")
+                    self.path.append(f"{label}{MISSING}{provenance} row")
             if near is None:
-                near = self._near_buckets([chip, *same, *others])
-            for name in [chip, *same, *others]:
-                known = self._known(near, name, provenance)
-                for bucket in near:
-                    if bucket.key not in known:
-                        continue
-                    sizes = f"BH={bucket.batch_heads} Lq={bucket.q_len} Lk={bucket.kv_len}"
-                    place = f"neighbouring bucket ({name}, {sizes})"
-                    hit = self._at(bucket, name, provenance, place, False)
-                    if hit:
-                        return hit
-            self.path.append(f"neighbouring buckets{_MISSING}{provenance} row")
+                near = self._near([chip, *same, *others])
+            for name, bucket in near[provenance]:
+                sizes = f"BH={bucket.batch_heads} Lq={bucket.q_len} Lk={bucket.kv_len}"
+                place = f"neighbouring bucket ({name}, {sizes})"
+                hit = self._at(bucket, name, provenance, place, False)
+                if hit:
+                    return hit
+            self.path.append(f"neighbouring buckets{MISSING}{provenance} row")
         return None
 
     def _at(
@@ -292,69 +237,83 @@ class _Search:
     ) -> Hit | None:
         if problem.key not in self.ids:
             return None
-        rows = self._rows(
-            "SELECT s.key, m.seconds, m.default_seconds, m.mlx_seconds, m.error, m.mlx_version, "
-            "m.os, instr(m.policy, ?) > 0 AS warm "
+        here = [self.ids[problem.key], self.template_hash, provenance, chip]
+        rows = []
+        for key, seconds, default, mlx, error, *texts in self._rows(
+            "SELECT s.key, m.seconds, m.default_seconds, m.mlx_seconds, m.error, m.policy, "
+            "m.phase, m.detail, m.mlx_version, m.os "
             "FROM measurements m JOIN schedules s ON s.id = m.schedule "
             "WHERE m.problem = ? AND m.template_hash = ? AND m.provenance = ? AND m.chip = ? "
-            f"AND m.verified = 1 ORDER BY {_STALE}, warm, instr(m.policy, ?) = 0, m.phase, "
-            "m.detail <> '', m.seconds, s.key LIMIT ?",
-            [
-                *(WARM, self.ids[problem.key], self.template_hash, provenance, chip),
-                *(*_software(), CHAINED, ROWS_TRIED),
-            ],
-        )
-        for key, seconds, default, mlx, error, version, system, warm in rows:
-            schedule = self._valid(key, f"user database, {place}")
-            if schedule is None:
-                continue
+            "AND m.verified = 1 ORDER BY m.seconds LIMIT ?",
+            [*here, MOST_ROWS],
+        ):
             if not _is_time(seconds):
                 self.path.append(f"user database, {place}: a row with a bad time was passed over")
                 continue
-            stale = provenance == "measured" and _is_stale(version, system)
-            return Hit(
-                schedule,
-                provenance,
-                f"user database, {place}" + _labels(stale, bool(warm)),
-                chip,
-                exact and not stale and not warm,
-                stale,
-                seconds,
-                default if _is_time(default) else None,
-                mlx if _is_time(mlx) else None,
-                True,
-                error if _is_time(error) else None,
-                self.path,
+            policy, phase, detail, version, system = map(str, texts)
+            default, mlx, error = (x if _is_time(x) else None for x in (default, mlx, error))
+            standing = Standing(
+                *(provenance, policy, phase, detail, seconds, default, str(key)),
+                *(version, system),
             )
+            rows.append((standing, mlx, error))
+        least = None
+        if provenance == "modelled" and len(rows) > 1:
+            # Of all rows, checked or not: a check must not change which predictions are near.
+            found = self._rows(
+                "SELECT min(seconds) FROM measurements WHERE problem = ? AND template_hash = ? "
+                "AND provenance = ? AND chip = ?",
+                here,
+            )
+            least = found[0][0] if found and _is_time(found[0][0]) else None
+        ranked = zip(ranks(problem, [row[0] for row in rows], least), rows, strict=True)
+        for _, (standing, mlx, error) in heapq.nsmallest(ROWS_TRIED, ranked, key=_rank):
+            schedule = self._valid(standing.schedule, f"user database, {place}")
+            if schedule:
+                return self._hit(
+                    schedule, standing, mlx, error, f"user database, {place}", chip, exact
+                )
         return None
 
     def _shipped_row(
         self, problem: Problem, chip: str, provenance: str, place: str, exact: bool
     ) -> Hit | None:
-        found = self._shipped(chip).get(problem.key, ())
-        rows = [
-            (provenance == "measured" and _is_stale(m.mlx_version, m.os), m)
-            for m in found
-            if m.provenance == provenance
-        ]
-        for stale, m in sorted(rows, key=lambda each: each[0]):  # as ranked otherwise
+        for m in self._shipped(chip).get(problem.key, ()):  # the best first
+            if m.provenance != provenance:
+                continue
             schedule = self._valid(m.schedule.key, f"shipped records, {place}")
             if schedule:
-                return Hit(
-                    schedule,
-                    provenance,
-                    f"shipped records, {place}" + _labels(stale, m.warm),
-                    chip,
-                    exact and not stale and not m.warm,
-                    stale,
-                    m.seconds,
-                    m.default_seconds,
-                    m.mlx_seconds,
-                    True,
-                    m.error,
-                    self.path,
-                )
+                words = f"shipped records, {place}"
+                found = (Standing.of(m), m.mlx_seconds, m.error)
+                return self._hit(schedule, *found, words, chip, exact)
         return None
+
+    def _hit(
+        self,
+        schedule: Schedule,
+        standing: Standing,
+        mlx_seconds: float | None,
+        error: float | None,
+        place: str,
+        chip: str,
+        exact: bool,
+    ) -> Hit:
+        stale, warm = standing.stale, standing.warm
+        place += ", stale" * stale + ", measured with a warm cache" * warm
+        return Hit(
+            schedule,
+            standing.provenance,
+            place,
+            chip,
+            exact and not stale and not warm,
+            stale,
+            standing.seconds,
+            standing.default_seconds,
+            mlx_seconds,
+            True,
+            error,
+            self.path,
+        )
 
     def _shipped(self, chip: str) -> dict[str, list[Measurement]]:
         if chip not in self.records:
@@ -363,46 +322,48 @@ class _Search:
             )
         return self.records[chip]
 
-    def _near_buckets(self, chips: Sequence[str]) -> list[Problem]:
-        """Other buckets of the same config that anything is known about, nearest first."""
-        found = set(self.sizes)
+    def _near(self, chips: Sequence[str]) -> dict[str, list[tuple[str, Problem]]]:
+        """By provenance, chips and other sizes of the config that have a row that may answer.
+
+        In the order of the chips, the nearest sizes first.
+        """
+        config, family = self.problem.config, self.problem.family
+        self._learn_ids("config = ? AND family = ?", [config.key, family])
+        found: set[tuple[str, str, tuple[int, int, int]]] = {
+            (provenance, chip, (heads, queries, keys))
+            for provenance, chip, heads, queries, keys in self._rows(
+                "SELECT m.provenance, m.chip, p.batch_heads, p.q_len, p.kv_len FROM problems p "
+                "JOIN measurements m ON m.problem = p.id WHERE p.config = ? AND p.family = ? AND "
+                f"m.template_hash = ? AND m.chip IN ({', '.join('?' * len(chips))}) AND "
+                "m.verified = 1 GROUP BY m.provenance, m.chip, p.id",
+                [config.key, family, self.template_hash, *chips],
+            )
+            if all(map(_is_size, (heads, queries, keys), MOST))
+        }
         for chip in chips:
             for records in self._shipped(chip).values():
                 p = records[0].problem
-                found.add((p.batch_heads, p.q_len, p.kv_len))
+                sizes = (p.batch_heads, p.q_len, p.kv_len)
+                found |= {(m.provenance, chip, sizes) for m in records}
         here = (self.problem.batch_heads, self.problem.q_len, self.problem.kv_len)
-        found.discard(here)
-        near = sorted(found, key=lambda sizes: (_distance(sizes, here), sizes))[:NEAREST_BUCKETS]
-        return [Problem(self.problem.config, *sizes, family=self.problem.family) for sizes in near]
+        near: dict[str, list[tuple[str, Problem]]] = {name: [] for name in PROVENANCES}
+        order = {chip: n for n, chip in enumerate(chips)}
+        for provenance, chip, sizes in sorted(
+            found, key=lambda each: (order[each[1]], _distance(each[2], here), each[2])
+        ):
+            if sizes != here and len(near[provenance]) < MOST_BUCKETS:
+                near[provenance].append((chip, Problem(config, *sizes, family=family)))
+        return near
 
-    def _known(self, problems: list[Problem], chip: str, provenance: str) -> set[str]:
-        """Keys of the problems that have a row which might answer: one query instead of many."""
-        ids = [self.ids[p.key] for p in problems if p.key in self.ids]
+    def _learn_ids(self, where: str, values: list[Any]) -> None:
+        """The ids of problems in the user's database, by their keys."""
         rows = self._rows(
-            f"SELECT key FROM problems p WHERE id IN ({', '.join('?' * len(ids))}) AND EXISTS "
-            "(SELECT 1 FROM measurements m WHERE m.problem = p.id AND m.template_hash = ? "
-            "AND m.provenance = ? AND m.chip = ? AND m.verified = 1)",
-            [*ids, self.template_hash, provenance, chip],
+            f"SELECT key, id FROM problems WHERE {where} LIMIT ?", [*values, MOST_PROBLEMS]
         )
-        return {key for (key,) in rows} | set(self._shipped(chip))
-
-    def _problems(self) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
-        """Every known problem of this config: row ids by key, and their sizes."""
-        rows = self._rows(
-            "SELECT key, id, batch_heads, q_len, kv_len FROM problems "
-            "WHERE config = ? AND family = ? LIMIT 1000",
-            [self.problem.config.key, self.problem.family],
-        )
-        ids, sizes = {}, []
-        for key, row, heads, queries, keys in rows:
-            if isinstance(key, str) and isinstance(row, int):
-                ids[key] = row
-            if all(isinstance(n, int) and 0 < n <= 1 << 20 for n in (heads, queries, keys)):
-                sizes.append((heads, queries, keys))
-        return ids, sizes
+        self.ids |= {key: n for key, n in rows if isinstance(key, str) and isinstance(n, int)}
 
     def _say_why(self, chip: str, missed: bool) -> None:
-        """Whether rows are there that may not answer."""
+        """Name the rows of this problem and chip that may not answer."""
         if self.problem.key not in self.ids:
             return
         place = [self.ids[self.problem.key], chip, self.template_hash]
@@ -411,15 +372,17 @@ class _Search:
         for (count,) in self._rows(f"SELECT count(*) {rows} <> ?", place):
             if count:
                 self.path.append(
-                    f"{begin}{counted(count, 'row')} of other templates that may not win; "
-                    "`metalgen db refresh` keeps those whose kernel is still the same"
+                    f"{begin}{counted(count, 'row')} from other template versions, ignored; "
+                    "`metalgen db refresh` keeps those whose kernel source is unchanged"
                 )
         if missed:
             for status, count in self._rows(
                 f"SELECT status, count(*) {rows} = ? GROUP BY 1", place
             ):
-                reason = f"{status}, not verified"
-                self.path.append(f"{begin}{counted(count, 'row')} that may not win ({reason})")
+                rows_found = counted(count, "row")
+                self.path.append(
+                    f"{begin}{rows_found} not eligible (status {printable(status)}, not verified)"
+                )
 
     def _valid(self, key: object, place: str) -> Schedule | None:
         """The schedule of a row, typed and valid here; or None, and why."""
@@ -438,9 +401,10 @@ class _Search:
         if self.connection is None:
             return []
         try:
-            return self.connection.execute(sql, values).fetchall()
-        except sqlite3.Error as error:
-            self.path.append(f"user database not used: {explain_sqlite('', error).reason}")
+            with explained(""):
+                return self.connection.execute(sql, values).fetchall()
+        except DatabaseError as error:
+            self.path.append(f"user database not used: {error.reason}")
             self.connection = None
             return []
 
@@ -449,27 +413,17 @@ def _distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     return sum(abs(math.log2(x / y)) for x, y in zip(a, b, strict=True))
 
 
-def _labels(stale: bool, warm: bool) -> str:
-    """What keeps a row from being an exact answer, for its place."""
-    return ", stale" * stale + ", measured with a warm cache" * warm
-
-
 def _is_time(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value) and value > 0
 
 
-_STALE = (
-    "m.provenance = 'measured' AND "
-    "(m.mlx_version <> ? OR substr(m.os, 1, instr(m.os || '.', '.') - 1) <> ?)"
-)
-"""Whether a row was measured by other software than `_software`."""
+MOST = (MAX_BATCH_HEADS, MAX_LENGTH, MAX_LENGTH)
+"""The largest sizes of a problem: batch times heads, queries, keys."""
 
 
-def _software() -> tuple[str, str]:
-    """This MLX, and the major version of this operating system."""
-    here = host()
-    return here["mlx_version"], here["os"].partition(".")[0]
+def _is_size(value: object, most: int) -> bool:
+    return isinstance(value, int) and 0 < value <= most
 
 
-def _is_stale(mlx_version: object, system: object) -> bool:
-    return (mlx_version, str(system).partition(".")[0]) != _software()
+def _rank(ranked: tuple[Rank, Any]) -> Rank:
+    return ranked[0]

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from metalgen.arguments import as_number
-from metalgen.database.layout import CHAINED, MAX_TEXT, PHASES, PROVENANCES, STATUSES, WARM
+from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES
 from metalgen.database.schedules import schedule_on
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule
@@ -105,27 +105,6 @@ class Measurement:
             _check_number("samples", sample)
         if self.status == "ok" and not self.seconds:
             raise ArgumentError("seconds", "a time above 0 for a row that is ok", self.seconds)
-
-    @property
-    def warm(self) -> bool:
-        """Whether it was measured with a warm cache, and so is no match for others."""
-        return WARM in self.policy
-
-    @property
-    def rank(self) -> tuple[bool, bool, bool, bool, bool, float, str]:
-        """The least is the best.
-
-        Measured, cold, by launches that waited, final, without a reservation, quick; by key.
-        """
-        return (
-            self.provenance != "measured",
-            self.warm,
-            CHAINED not in self.policy,
-            self.phase != "final",
-            bool(self.detail),
-            math.inf if self.seconds is None else self.seconds,
-            self.schedule.key,
-        )
 
     def to_record(self) -> dict[str, Any]:
         """The measurement as plain values; fields at their default are left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 from collections import Counter
@@ -22,6 +23,7 @@ from metalgen.database.rows import (
     Row,
     Tables,
     join_rows,
+    known_status,
 )
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
@@ -109,7 +111,7 @@ class Merger:
             "WHERE status <> 'ok'"
         ):
             place = tuple(kernel)
-            failed[place] = max(failed.get(place, "ok"), status, key=GRAVITY.index)
+            failed[place] = max(failed.get(place, "ok"), known_status(status), key=GRAVITY.index)
         return failed
 
     def _checked(self, row: Row, failed: dict[tuple[str, str, str, str], str]) -> Row:
@@ -251,7 +253,9 @@ def _uncollected() -> Iterator[None]:
 
 def merge_rows(store: Store, rows: Iterable[Row]) -> Summary:
     """Merge rows that were read and checked already, all at once."""
+    rows = list(rows)
     merger = Merger(store, Summary())
     merger.add(rows)
     merger.finish()
+    store.remember(functools.partial(merge_rows, store, rows))
     return merger.summary

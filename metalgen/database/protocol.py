@@ -1,7 +1,7 @@
 """What a store of tuning records is: the methods that tuning, exporting and the commands call.
 
-`metalgen.database.store.Store`, an SQLite file, is the one that metalgen has. Whatever else is to
-be one must pass `metalgen.testing.stores.StoreConformance`, which says what each method promises.
+`metalgen.database.store.Store`, an SQLite file, is the one that metalgen has. Any other one must
+pass `metalgen.testing.stores.StoreConformance`, which says what each method promises.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ class TuningStore(Protocol):
     def pin(self, problem: Problem, schedule: Schedule, note: str = "") -> None:
         """Make look-ups of a problem answer with this schedule."""
 
-    def unpin(self, problem: Problem) -> None:
-        """Undo `pin`."""
+    def unpin(self, problem: Problem) -> bool:
+        """Undo `pin`; False if the problem was not pinned."""
+        ...
 
     def prune(
         self,

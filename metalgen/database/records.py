@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from metalgen.database.measurement import Measurement
+from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
 from metalgen.problem.sizes import Problem
 from metalgen.resources import MissingResource, tuning_db_dir
@@ -22,8 +23,8 @@ def shipped_buckets(
 ) -> dict[str, list[Measurement]]:
     """Verified shipped records of the problem's config and family on a chip, by problem key.
 
-    Best first, by `Measurement.rank`. Lines that are not records are left out. An unreadable file
-    is the same as none.
+    The best first (`metalgen.database.winners`). Lines that are not records are left out. An
+    unreadable file is the same as none.
     """
     try:
         path = record_file(chip, folder)
@@ -39,15 +40,13 @@ def shipped_buckets(
             if (
                 m is not None
                 and m.chip == chip
-                and m.verified
                 and m.template_hash == template_hash
                 and m.problem.config == problem.config
                 and m.problem.family == problem.family
             ):
                 found.setdefault(m.problem.key, []).append(m)
-    for records in found.values():
-        records.sort(key=lambda m: m.rank)
-    return found
+    verified = {key: [m for m in ordered(records) if m.verified] for key, records in found.items()}
+    return {key: records for key, records in verified.items() if records}
 
 
 def recorded(

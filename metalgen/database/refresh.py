@@ -19,11 +19,11 @@ from typing import NamedTuple, Protocol
 
 from metalgen.database import exchange
 from metalgen.database.columns import problem_of
-from metalgen.database.errors import DatabaseError
+from metalgen.database.errors import DatabaseError, explained
 from metalgen.database.measurement import Measurement
 from metalgen.database.merging import Merger
-from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, Tables
-from metalgen.database.store import Store, explained
+from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, Tables, known_status
+from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
 from metalgen.languages import LANGUAGES
@@ -314,7 +314,8 @@ def _move_check(store: Store, change: _Change) -> bool:
     number = change.row.id
     if there is not None:
         other, status, created, own, own_created = there
-        wins = (GRAVITY.index(own), own_created) > (GRAVITY.index(status), created)
+        ranks = [GRAVITY.index(known_status(each)) for each in (own, status)]
+        wins = (ranks[0], str(own_created)) > (ranks[1], str(created))
         store.db.execute("DELETE FROM checks WHERE id = ?", [other if wins else number])
     store.db.execute(
         f"UPDATE checks SET template_hash = ?, source_hash = ? WHERE {_SEEN}",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metalgen.database.columns import problem_of
-from metalgen.database.errors import DatabaseError
+from metalgen.database.errors import DatabaseError, printable
 from metalgen.database.layout import STATUSES
 from metalgen.database.measurement import Measurement
 from metalgen.database.schedules import chip_limits, schedule_on
@@ -44,6 +44,13 @@ IDENTITY = (
 GRAVITY = ("ok", "timeout", "runtime", "compile", "invalid", "wrong")
 assert sorted(GRAVITY) == sorted(STATUSES)
 Key = tuple[Any, ...]
+
+
+def known_status(status: object) -> str:
+    """A status from a database; the gravest one for what is none, as of a damaged check."""
+    return status if isinstance(status, str) and status in GRAVITY else GRAVITY[-1]
+
+
 FAULTS = (MetalgenError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 """What a bad row or line may raise while it is read."""
 USUAL_SAMPLES = 10_000
@@ -441,5 +448,4 @@ def _breaks(config: AttentionConfig, schedule: Schedule, limits: Limits) -> str:
 
 def short(error: Exception) -> str:
     """What an error says, in at most 200 printable characters."""
-    text = "".join(c if c.isprintable() else "?" for c in str(error))
-    return text[:200] or type(error).__name__
+    return printable(error) or type(error).__name__

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from metalgen.database.connect import check_name
 from metalgen.database.errors import (
     DatabaseError,
     ForeignDatabase,
@@ -27,7 +29,8 @@ from metalgen.database.errors import (
     NewerDatabase,
     OlderDatabase,
     UnreadableDatabase,
-    explain_sqlite,
+    explained,
+    printable,
 )
 from metalgen.database.layout import APPLICATION_ID, OLDEST_READ, SCHEMA_VERSION
 
@@ -66,33 +69,27 @@ def open_untrusted(path: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         DatabaseError: with the first thing that is wrong with it, also while it is read.
     """
-    version = _check_head(path)
-    connection = None
-    try:
+    with explained(path):
+        version = _check_head(path)
         connection = sqlite3.connect(
-            f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True
+            f"file:{quote(os.fsencode(path.absolute()))}?mode=ro&immutable=1", uri=True
         )
-        for limit, value in LIMITS.items():
-            connection.setlimit(limit, value)
-        for pragma in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute("PRAGMA mmap_size = 0")
-        deadline = [time.monotonic() + MAX_SECONDS]
-        connection.set_progress_handler(lambda: time.monotonic() > deadline[0], 100_000)
-        _check_schema(connection, path, version)
-        faults = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if faults != ("ok",):
-            raise UnreadableDatabase(path, f"damaged ({_plain(faults[0] if faults else '')})")
-        connection.set_authorizer(_authorize)
-        deadline[0] = time.monotonic() + MAX_SECONDS
-        yield connection
-    except sqlite3.Error as error:
-        raise explain_sqlite(path, error) from error
-    except (UnicodeDecodeError, OverflowError) as error:
-        raise UnreadableDatabase(path, f"damaged ({error})") from error
-    finally:
-        if connection is not None:
-            connection.close()
+        with contextlib.closing(connection):
+            for limit, value in LIMITS.items():
+                connection.setlimit(limit, value)
+            for pragma in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON"):
+                connection.execute(f"PRAGMA {pragma}")
+            connection.execute("PRAGMA mmap_size = 0")
+            deadline = [time.monotonic() + MAX_SECONDS]
+            connection.set_progress_handler(lambda: time.monotonic() > deadline[0], 100_000)
+            _check_schema(connection, path, version)
+            faults = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if faults != ("ok",):
+                words = printable(faults[0] if faults else "", 120)
+                raise UnreadableDatabase(path, f"damaged ({words})")
+            connection.set_authorizer(_authorize)
+            deadline[0] = time.monotonic() + MAX_SECONDS
+            yield connection
 
 
 def _authorize(action: int, first: str | None, second: str | None, *_: object) -> int:
@@ -104,15 +101,14 @@ def _authorize(action: int, first: str | None, second: str | None, *_: object) -
 
 
 def _head(path: Path) -> bytes:
-    try:
+    with explained(path):
+        check_name(path)
         if path.is_dir():
             raise UnreadableDatabase(path, "is a folder, not a file")
         if not path.is_file():
             raise MissingDatabase(path, "does not exist, or is no ordinary file")
         with path.open("rb") as file:
             return file.read(100)
-    except OSError as error:
-        raise UnreadableDatabase(path, f"cannot be opened ({error.strerror})") from error
 
 
 def _check_head(path: Path) -> int:
@@ -165,8 +161,8 @@ def _check_schema(connection: sqlite3.Connection, path: Path, version: int) -> N
         if name not in found:
             raise UnreadableDatabase(path, f"lacks the {expected[name][0]} {name}")
         if name not in expected:
-            kind = _plain(found[name][0])
-            raise ForeignDatabase(path, f"has a {kind} that is not ours: {_plain(name)}")
+            kind = printable(found[name][0], 120)
+            raise ForeignDatabase(path, f"has a {kind} that is not ours: {printable(name, 120)}")
         if found[name] != expected[name]:
             raise ForeignDatabase(
                 path, f"its {expected[name][0]} {name} is not as metalgen made it"
@@ -197,11 +193,6 @@ def _tables() -> frozenset[str]:
     )
 
 
-def _plain(text: object) -> str:
-    """Text of someone else's, short and without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:120]
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, str | None, str]]:
     """The lines of a record file: number, text, and why there is no text.
 
@@ -209,10 +200,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | None, str]]:
         DatabaseError: the file cannot be read, or is too large.
     """
     _head(path)
-    size = path.stat().st_size
+    with explained(path):
+        size = path.stat().st_size
     if size > MAX_RECORDS_BYTES:
         raise DatabaseError(path, f"has {size} bytes, and at most {MAX_RECORDS_BYTES} are read")
-    with path.open("rb") as file:
+    with explained(path), path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1

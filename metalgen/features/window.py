@@ -24,9 +24,9 @@ class Window(Feature):
     def words(self, config: Fields) -> Iterable[str]:
         if config.causal:
             yield "causal"
-        if config.window_left is not None or config.window_right is not None:
-            ends = ("" if x is None else str(x) for x in (config.window_left, config.window_right))
-            yield "window" + ":".join(ends)
+        for end in ("window_left", "window_right"):
+            if (keys := getattr(config, end)) is not None:
+                yield f"{end}={keys}"
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         constants = {

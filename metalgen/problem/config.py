@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 from collections.abc import Iterable
@@ -210,7 +211,9 @@ class AttentionConfig(Fields):
         known = field_names()
         for name in fields:
             if name not in known:
-                raise ArgumentError("config", f"fields among {', '.join(known)}", name)
+                near = difflib.get_close_matches(str(name), known, 3, 0.6)
+                some = f"such as {', '.join(near)}" if near else f"among {', '.join(known)}"
+                raise ArgumentError("config", f"a field {some}", name)
         if "head_dim" not in fields:
             raise ArgumentError("config", "a field head_dim", sorted(fields))
         return cls(**fields)

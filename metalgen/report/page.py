@@ -86,6 +86,7 @@ def render(
         "times": times,
         "percent": percent,
         "short": short,
+        "file_name": file_name,
     }
     environment.globals |= {"charts": charts, "counted": counted}
     kinds = []
@@ -387,6 +388,11 @@ def times(ratio: float | None) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """A share such as ``1.2 %``; a dash for none."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def file_name(path: str) -> str:
+    """The name of a file without its folders, which are nothing that a page has to tell."""
+    return Path(path).name
 
 
 def short(text: object) -> str:

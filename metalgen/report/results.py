@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from metalgen.database.measurement import Measurement
+from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem.sizes import Problem
@@ -56,8 +57,8 @@ class Result:
 
     @functools.cached_property
     def ran(self) -> list[Measurement]:
-        """Rows that have a time, in the order of `Measurement.rank`."""
-        return sorted((m for m in self.rows if m.status == "ok" and m.seconds), key=_rank)
+        """Rows that have a time, the best first (`metalgen.database.winners`)."""
+        return [m for m in ordered(self.rows) if m.status == "ok" and m.seconds]
 
     @functools.cached_property
     def times(self) -> dict[Schedule, float]:
@@ -161,16 +162,12 @@ class Result:
         return bool(rows) and all(m.run not in ORDERLESS for m in rows)
 
 
-def _rank(m: Measurement) -> tuple[bool, bool, bool, bool, bool, float, str]:
-    return m.rank
-
-
 def _ratio(seconds: float | None, winner: Measurement | None) -> float | None:
     return seconds / winner.seconds if seconds and winner and winner.seconds else None
 
 
 def results(sources: Sources) -> list[Result]:
-    """The results of some rows: measured before modelled, then by chip and problem."""
+    """The results of some rows: measured before modelled, the present templates first, by gain."""
     groups: dict[tuple[object, ...], list[Measurement]] = {}
     for m in sources.rows:
         key = (m.provenance, m.chip, m.cores, m.problem.key, m.device, m.template_hash, m.policy)
@@ -199,7 +196,8 @@ def results(sources: Sources) -> list[Result]:
 def _place(r: Result) -> tuple[object, ...]:
     p = r.problem
     sizes = (p.config.head_dim, p.config.key, p.batch_heads, p.q_len, p.kv_len)
-    return (r.provenance, not r.current, r.chip, p.family != "forward", *sizes, r.policy, r.cores)
+    rest = (r.chip, p.family != "forward", *sizes, r.policy, r.cores)
+    return (r.provenance, not r.current, -(r.gain or 0.0), *rest)
 
 
 # Progress

@@ -31,6 +31,8 @@ def check_target(path: Path, kind: Kind = PAGE, *, new: bool = False) -> None:
         ArgumentError: a folder, a missing folder, someone's file, or none at all, as a device.
     """
     name = kind.argument
+    if str(path) == "-":
+        raise ArgumentError(name, "the name of a file, not standard output", "-")
     try:
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ArgumentError(name, "a file in a folder that exists", str(path))

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from metalgen.chips.counts import forward_counts
 from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError, ReadOnlyDatabase
+from metalgen.database.hit import Hit
 from metalgen.database.layout import STATUSES
-from metalgen.database.lookup import Hit
 from metalgen.database.measurement import (
     Measurement,
     check_field,
@@ -239,9 +240,9 @@ class PlainStore:
         with self._writing() as kept:
             kept.pins[problem] = schedule
 
-    def unpin(self, problem: Problem) -> None:
+    def unpin(self, problem: Problem) -> bool:
         with self._writing() as kept:
-            kept.pins.pop(problem, None)
+            return kept.pins.pop(problem, None) is not None
 
     # What other modules do with an SQLite file
 
@@ -316,16 +317,41 @@ class PlainStore:
             apart = sum(abs(math.log2(a / b)) for a, b in zip(sizes, here, strict=True))
             place = (m.problem != problem, chips.index(m.chip), apart, sizes)
             overlapped = '"chained":true' not in m.policy
-            within = (_stale(m), m.warm, overlapped, m.phase != "final", m.detail != "", m.seconds)
-            return (m.provenance != "measured", *place, *within, m.schedule.key)
+            warm = '"cache":"warm"' in m.policy
+            within = (_stale(m), warm, overlapped, m.phase != "final", m.detail != "")
+            time = (*self._time(m), m.schedule.key)
+            return (m.provenance != "measured", *place, *within, *time)
 
         if not answers:
             return None
         m = min(answers, key=order)
         here = m.problem == problem and m.chip == chip
         times = (m.seconds, m.default_seconds, m.mlx_seconds, m.verified, m.error)
-        exact = here and not _stale(m) and not m.warm
+        exact = here and not _stale(m) and '"cache":"warm"' not in m.policy
         return Hit(m.schedule, m.provenance, "", m.chip, exact, _stale(m), *times)
+
+    def _time(self, m: Measurement) -> tuple[Any, ...]:
+        """Of two rows the one with less: seconds, or bytes where predictions are as good as equal.
+
+        Those are within 1 % of the least prediction, checked or not, and not above the default's.
+        """
+        if m.provenance == "measured":
+            return (m.seconds,)
+        same = [o for o in self._kept.rows if o.problem == m.problem and o.chip == m.chip]
+        same = [o for o in same if (o.provenance, o.template_hash) == ("modelled", m.template_hash)]
+        seconds = m.seconds or math.inf
+        if seconds > 1.01 * min(o.seconds for o in same if o.seconds):
+            return (True, 0, seconds)
+        if m.default_seconds is not None and seconds > m.default_seconds:
+            return (True, 0, seconds)
+        return (False, _bytes_read(m.problem, m.schedule), seconds)
+
+
+def _bytes_read(problem: Problem, schedule: Schedule) -> int:
+    if problem.family != "forward":
+        return 0
+    sizes = {"batch_heads": problem.batch_heads, "q_len": problem.q_len, "kv_len": problem.kv_len}
+    return forward_counts(problem.config, schedule, **sizes).device_read
 
 
 def _replaces(new: Measurement, old: Measurement) -> bool:

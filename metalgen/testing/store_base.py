@@ -11,7 +11,8 @@ import pytest
 
 from metalgen.database import exchange
 from metalgen.database.exchange import Summary
-from metalgen.database.lookup import Hit, lookup
+from metalgen.database.hit import Hit
+from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.families import Limits, Schedule

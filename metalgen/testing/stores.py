@@ -20,8 +20,8 @@ import pytest
 from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.exchange import Summary
+from metalgen.database.hit import Hit
 from metalgen.database.layout import STATUSES
-from metalgen.database.lookup import Hit
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device
@@ -210,14 +210,14 @@ class StoreConformance(KeepsRecords):
     def test_a_pin_answers_before_every_row_until_it_is_taken_away(self, folder: Path) -> None:
         with self.open(folder) as store:
             put(store, good(FIRST))
-            store.unpin(PROBLEM)
+            assert store.unpin(PROBLEM) is False
             store.pin(PROBLEM, THIRD, "A/B")
             store.pin(PROBLEM, SECOND)
             store.pin(LONGER, THIRD)
         with self.open(folder) as store:
             assert self._found(store) == (SECOND, "pinned")
             assert self._found(store, limits=Limits(threadgroup_bytes=16)) is None
-            store.unpin(PROBLEM)
+            assert store.unpin(PROBLEM) is True
             assert self._found(store) == (FIRST, "measured")
             assert self._found(store, LONGER) == (THIRD, "pinned")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metalgen.database.measurement import Measurement, host
+from metalgen.database.winners import Standing, ordered, winner
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.families import Limits, Schedule
@@ -146,7 +147,7 @@ class MeasuredSession(Session):
             for m in (*earlier, *shipped)
             if (m.template_hash, m.policy) != present and m.provenance == "measured"
         ]
-        stale = sorted((m for m in other if m.status == "ok"), key=lambda m: m.rank)
+        stale = ordered(m for m in other if m.status == "ok")
         try:
             ranked = rank(self.problem, self.valid, self.chip)
         except MetalgenError:  # a chip that the model does not know
@@ -250,9 +251,22 @@ class MeasuredSession(Session):
             note = self._race(finalists)
             if note and (running := self._still_running(finalists)):
                 note = self._race(running)
-        finals = [m for m in self.rows(policy, "final") if m.verified]
-        winner = min(finals, key=lambda m: m.rank, default=None)
-        return winner, rejected, "" if winner else note or "no finalist passed"
+        won = winner(self.rows(policy, "final"))
+        return won, rejected, self._used_instead(won) if won else note or "no finalist passed"
+
+    def _used_instead(self, won: Measurement) -> str:
+        """Why calls use another row than the one that won now; empty where they do not."""
+        rows = self.store.measurements(
+            self.problem,
+            chip=self.chip.name,
+            template_hash=self.report.template_hash,
+            provenance=self.provenance,
+        )
+        best = winner(rows)
+        if best is None or best.schedule == won.schedule:
+            return ""
+        how = "with a cold cache" if Standing.of(won).warm else "under another policy"
+        return f"calls use {best.schedule}, measured {how}"
 
     def _still_running(self, schedules: Sequence[Schedule]) -> list[Schedule]:
         """The finalists of a race that failed that run by themselves; the others become rows."""

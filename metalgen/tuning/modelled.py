@@ -9,17 +9,16 @@ from __future__ import annotations
 import functools
 import json
 
-from metalgen.chips.counts import covers, forward_counts
+from metalgen.chips.counts import covers
 from metalgen.database.measurement import Measurement
+from metalgen.database.winners import ordered, winner
 from metalgen.families import Limits, Schedule
 from metalgen.imports import code_digest
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search import Search, rank
-from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
+from metalgen.tuning.session import CHECKS_A_PROBLEM, Session
 from metalgen.tuning.verifying import CannotCheck, first_line
 
-GRAIN = 1.01
-"""Predicted times up to this factor apart are taken for equal."""
 KEPT = 64
 """Modelled rows that are stored for a problem, beside the default schedule's."""
 
@@ -57,8 +56,10 @@ class ModelledSession(Session):
         if not rows:
             rows = self._rank(candidates, policy)
             new = len(candidates)
+        else:  # of other versions of the model, which came from elsewhere, none is kept
+            self.store.add_measurements(rows, replace_predictions=True)
+        rows = [m for m in ordered(self._predictions()) if m.status == "ok"]
         default = next((m.seconds for m in rows if m.schedule == self.default), None)
-        rows = self._preferred(by_time(rows), default)
         self.show(
             phase="checking",
             tried=len(candidates),
@@ -66,10 +67,10 @@ class ModelledSession(Session):
             best_seconds=rows[0].seconds if rows else None,
             default_seconds=default,
         )
-        winner, rejected, note = self._first_that_passes(rows, policy)
+        won, rejected, note = self._first_that_passes(rows)
         return Outcome(
             self.problem,
-            winner,
+            won,
             default,
             len(self.valid),
             len(candidates),
@@ -103,28 +104,17 @@ class ModelledSession(Session):
         self.store.add_measurements(rows, replace_predictions=True)
         return self.rows(policy)
 
-    def _preferred(self, rows: list[Measurement], default: float | None) -> list[Measurement]:
-        """Rows by time, but those within the model's grain of the best by the bytes they read.
-
-        The model cannot tell such schedules apart; less traffic is less heat and contention. None
-        that is modelled slower than the default is preferred.
-        """
-        p = self.problem
-        if p.family != "forward" or not rows:
-            return rows
-        enough = GRAIN * (rows[0].seconds or 0.0)
-        if default is not None:
-            enough = min(enough, default)
-        near = [m for m in rows if m.seconds and m.seconds <= enough]
-
-        def read(m: Measurement) -> int:
-            sizes = {"batch_heads": p.batch_heads, "q_len": p.q_len, "kv_len": p.kv_len}
-            return forward_counts(p.config, m.schedule, **sizes).device_read
-
-        return sorted(near, key=read) + rows[len(near) :]
+    def _predictions(self) -> list[Measurement]:
+        """All that is predicted of the present problem, whichever schedules were asked about."""
+        return self.store.measurements(
+            self.problem,
+            chip=self.chip.name,
+            template_hash=self.report.template_hash,
+            provenance=self.provenance,
+        )
 
     def _first_that_passes(
-        self, rows: list[Measurement], policy: str
+        self, rows: list[Measurement]
     ) -> tuple[Measurement | None, list[Rejected], str]:
         """The best row whose kernel passes its check, those before it that failed, and a note."""
         rejected: list[Rejected] = []
@@ -134,9 +124,10 @@ class ModelledSession(Session):
             except CannotCheck as error:
                 return None, rejected, f"not checked: {first_line(error)}"
             if check.ok:
-                winner = next(m for m in self.rows(policy) if m.schedule == row.schedule)
-                self.show(best=winner.schedule, best_seconds=winner.seconds)
-                return winner, rejected, covers(self.problem.config) or ""
+                won = winner(self._predictions())
+                assert won is not None  # this row, for all before it have failed
+                self.show(best=won.schedule, best_seconds=won.seconds)
+                return won, rejected, covers(self.problem.config) or ""
             rejected.append(Rejected(row.schedule, check.status, check.detail))
             if len(rejected) == CHECKS_A_PROBLEM:
                 return None, rejected, f"the best {CHECKS_A_PROBLEM} failed their checks"

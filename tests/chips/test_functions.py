@@ -86,7 +86,7 @@ def test_functions_make_a_launch_slower_by_what_they_cost() -> None:
 def test_a_field_that_is_not_counted_is_named_and_noted() -> None:
     assert covers(config(biased, near)) is None
     other = dataclasses.replace(PLAIN, alibi=True, page_size=16)
-    assert covers(other) == "counted as if without alibi=True, page_size=16"
+    assert covers(other) == "the model ignores alibi=True, page_size=16"
     got = predict(Problem(other, 8, 512, 512), default_schedule(PLAIN), get_chip("M3Max"))
     plain = predict(Problem(PLAIN, 8, 512, 512), default_schedule(PLAIN), get_chip("M3Max"))
     assert (got.note, plain.note) == (covers(other), "")

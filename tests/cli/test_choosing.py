@@ -103,7 +103,10 @@ def test_each_option_counts_as_a_shape_even_at_its_default(
         ),
         ("--head-dim 1000", "head_dim: expected an integer from 8 to 576, but got 1000"),
         ("--heads 7 --heads-per-kv 2", "--heads: expected a multiple of --heads-per-kv 2"),
-        ("--with sink", "config: expected fields among"),
+        (
+            "--with sink",
+            "--with: expected a field of AttentionConfig, such as sinks, but got 'sink'",
+        ),
     ],
 )
 def test_a_shape_that_cannot_be_is_one_line_and_nothing_is_written(
@@ -123,7 +126,7 @@ def test_a_shape_of_ones_own_is_tuned_checked_and_found_again(
     assert run([*TUNE, *words.split()]) == 0
     printed = capsys.readouterr().out
     assert "\n1 problem modelled in " in printed
-    assert "Some are counted as if without sinks=True." in printed
+    assert "Note: the model ignores sinks=True for some of these problems." in printed
     wanted = Problem(AttentionConfig(24, causal=True, sinks=True), 4, 40, 50)
     with Store.open(database, read_only=True) as store:
         rows = store.measurements()

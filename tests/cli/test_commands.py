@@ -363,7 +363,7 @@ def test_rows_of_other_templates_are_counted_and_do_not_win(
     printed = text(capsys, "show")
     count = document(capsys, "show")["rows_of_other_templates"]
     assert count > 1
-    assert f"{count} rows of other templates, not counted here: `metalgen db refresh`" in printed
+    assert f"{count} rows from other template versions, ignored; `metalgen db refresh`" in printed
     assert "No row has passed its check, so none can be dispatched." in printed
 
 
@@ -381,7 +381,7 @@ def test_tune_counts_the_rows_of_other_templates_that_it_keeps(
     options = [f"--{name}={number}" for name, number in sizes.items()]
     shape = ["--head-dim=64", "--heads-per-kv=3", "--causal", *options]
     printed = text(capsys, "tune", "--chip", "M3Max", *shape)
-    assert "\nKept 1 row of other templates, whose kernel is the same.\n" in printed
+    assert "\nCarried over 1 row from older templates (kernel source unchanged).\n" in printed
 
 
 def test_explain_gives_the_path_of_the_look_up_and_what_a_call_gets(
@@ -451,6 +451,8 @@ def test_chips_lists_all_and_shows_one_with_its_sources(
 ) -> None:
     found = document(capsys, "chips")
     assert {c["name"]: c["cores"] for c in found["chips"]}["M3Max-30"] == 30
+    assert document(capsys, "chips", "list") == found
+    assert text(capsys, "chips", "list") == text(capsys, "chips")
     one = document(capsys, "chips", "m3 max")
     assert (one["name"], one["cores"], one["generation"]) == ("M3Max", 40, "M3")
     assert one["origins"]["dram_gbs"]["source"]

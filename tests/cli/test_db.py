@@ -102,7 +102,8 @@ def test_an_import_says_when_rows_are_of_other_templates(
     assert db("import", records(tmp_path / "a.jsonl", row(SECOND))) == 0
     assert "refresh" not in capsys.readouterr().out
     assert db("import", records(tmp_path / "b.jsonl", row(SECOND, template_hash="f" * 16))) == 0
-    assert "1 row in all of other templates: see `metalgen db refresh`" in (capsys.readouterr().out)
+    told = "1 row in all from other template versions: see `metalgen db refresh`"
+    assert told in capsys.readouterr().out
 
 
 def test_merge_makes_the_target_and_names_what_it_leaves_out(
@@ -281,6 +282,55 @@ def test_a_pin_answers_look_ups_until_it_is_removed(mine: Path) -> None:
     assert found() == FIRST
     assert db("pin", "--schedule", "{") == 2
     assert db("pin", "--schedule", json.dumps(FIRST.to_dict() | {"bq": 8})) == 2
+
+
+def test_pins_say_what_they_did_in_words_and_as_json(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> str:
+        capsys.readouterr()
+        assert db(*words) == 0
+        return capsys.readouterr().out
+
+    name = str(PROBLEM)
+    assert said("unpin") == f"{name} was not pinned.\n"
+    assert said("pin", "--schedule", SECOND.key).startswith(f"Pinned {name} to ")
+    unpinned = f"Unpinned {name}: look-ups answer with its best row again.\n"
+    assert said("unpin") == unpinned
+    problem = {"config": CONFIG.to_dict(), "family": "forward", "batch_heads": 32}
+    problem |= {"q_len": 1024, "kv_len": 1024}
+    pinned = json.loads(said("pin", "--schedule", SECOND.key, "--note", "A/B", "--json"))
+    assert pinned == {
+        "problem": problem,
+        "pinned": True,
+        "schedule": SECOND.to_dict(),
+        "note": "A/B",
+    }
+    for was_pinned in (True, False):
+        found = json.loads(said("unpin", "--json"))
+        assert found == {"problem": problem, "was_pinned": was_pinned, "pinned": False}
+
+
+def test_an_export_is_a_document_on_request_and_a_dash_is_standard_output(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = row().to_line() + "\n"
+    assert db("export", "-") == 0
+    assert capsys.readouterr().out == lines
+    for words in (("--json",), ("-", "--json")):
+        assert db("export", *words) == 0
+        assert json.loads(capsys.readouterr().out) == {"rows": [row().to_record()]}
+    assert db("export", "out.jsonl", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"file": "out.jsonl", "rows": 1}
+    assert (tmp_path / "out.jsonl").read_text() == lines
+    (tmp_path / "records").mkdir()
+    assert db("export", "--contribute", "records", "--json") == 0
+    (file,) = json.loads(capsys.readouterr().out)["files"]
+    assert file == {"file": "records/m3max.jsonl", "yours": 1, "rows": 1}
+    assert db("study", "-o", "-") == 2
+    assert "--output: expected the name of a file" in capsys.readouterr().err
+    assert not (tmp_path / "-").exists()
 
 
 def test_a_contribution_joins_the_folders_records(mine: Path, tmp_path: Path) -> None:

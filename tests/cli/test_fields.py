@@ -29,7 +29,8 @@ def test_fields_reach_the_config(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nope", "config: expected fields among"),
+        ("page_sise=16", "--with: expected a field of AttentionConfig, such as page_size"),
+        ("zzzz", "--with: expected a field of AttentionConfig, one of head_dim, dtype,"),
         ("page_size=12", "page_size: expected a multiple of 8"),
         ("kv_bits=four", "kv_bits: expected one of None, 4, 8, but got 'four'"),
         ("causal", "--with causal: expected once, or as --causal"),

@@ -16,7 +16,7 @@ from unittest import mock
 
 from metalgen.database import exchange, lookup
 from metalgen.database.exchange import Summary
-from metalgen.database.lookup import Hit
+from metalgen.database.hit import Hit
 from metalgen.database.measurement import Measurement, check_fields
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.database.store import Store
@@ -319,7 +319,7 @@ class Asked(StoreConformance):
         )
         with contextlib.ExitStack() as stack:
             for name, part in self.parts.items():
-                stack.enter_context(mock.patch.object(lookup, name, part))
+                stack.enter_context(mock.patch(f"metalgen.database.{name}", part))
             found = (
                 lookup.lookup(
                     problem,
@@ -351,7 +351,7 @@ class IgnoresLimits(Asked):
 
 @found_by("test_the_nearer_place_answers_however_slow_its_row")
 class AsksFarBucketsFirst(Asked):
-    parts = {"_distance": lambda a, b: -max(a) / max(b)}  # noqa: RUF012
+    parts = {"lookup._distance": lambda a, b: -max(a) / max(b)}  # noqa: RUF012
 
 
 @found_by("test_the_nearer_place_answers_however_slow_its_row")
@@ -361,27 +361,27 @@ class AsksNeighboursInAnyOrder(Asked):
 
 @found_by("test_a_row_measured_with_other_software_is_stale_and_answers_last")
 class TakesStaleRowsForFresh(Asked):
-    parts = {"_is_stale": lambda version, system: False}  # noqa: RUF012
+    parts = {"winners.Standing.stale": False}  # noqa: RUF012
 
 
 @found_by("test_a_fresh_row_answers_however_many_stale_ones_are_quicker")
 class ReadsOnlySomeRows(Asked):
-    parts = {"_STALE": "? = ?"}  # noqa: RUF012
+    parts = {"lookup.MOST_ROWS": 16}  # noqa: RUF012
 
 
 @found_by("test_a_measured_row_outranks_every_modelled_one_wherever_it_is")
 class AsksPredictionsFirst(Asked):
-    parts = {"PROVENANCES": ("modelled", "measured")}  # noqa: RUF012
+    parts = {"lookup.PROVENANCES": ("modelled", "measured")}  # noqa: RUF012
 
 
 @found_by("test_finals_come_first_and_those_with_a_reservation_or_a_warm_cache_later")
 class TakesWarmForCold(Asked):
-    parts = {"WARM": "no such policy"}  # noqa: RUF012
+    parts = {"winners.WARM": "no such policy"}  # noqa: RUF012
 
 
 @found_by("test_a_row_whose_launches_waited_for_one_another_answers_before_others")
 class TakesLaunchesThatOverlapForOthers(Asked):
-    parts = {"CHAINED": "no such policy"}  # noqa: RUF012
+    parts = {"winners.CHAINED": "no such policy"}  # noqa: RUF012
 
 
 class Quickest(StoreConformance):
@@ -491,5 +491,5 @@ class TakesFailedChecksForPassed(Store):
 
 @found_by("test_any_calls_do_what_they_do_to_the_definition")
 class PinsTheBest(Store):
-    def unpin(self, problem: Problem) -> None:
-        pass
+    def unpin(self, problem: Problem) -> bool:
+        return True

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from metalgen.database.lookup import Hit, checked, last_chip, lookup
+from metalgen.database.hit import Hit
+from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
@@ -98,10 +99,10 @@ def test_rows_that_were_never_checked_do_not_answer_and_the_path_says_so(places:
         store.add_measurement(row(run=run, template_hash="f" * 16))
     trace: list[str] = []
     assert places.find(trace=trace) is None
-    ending = "that may not win"
-    assert f"user database, this chip: 1 row {ending} (ok, not verified)" in trace
-    refresh = "`metalgen db refresh` keeps those whose kernel is still the same"
-    assert f"user database, this chip: 1 row of other templates {ending}; {refresh}" in trace
+    begin = "user database, this chip: 1 row"
+    assert f"{begin} not eligible (status ok, not verified)" in trace
+    refresh = "`metalgen db refresh` keeps those whose kernel source is unchanged"
+    assert f"{begin} from other template versions, ignored; {refresh}" in trace
 
 
 def test_a_path_names_the_command_where_rows_of_other_templates_would_be_better(
@@ -110,7 +111,7 @@ def test_a_path_names_the_command_where_rows_of_other_templates_would_be_better(
     def told() -> bool:
         trace: list[str] = []
         assert places.find(trace=trace) is not None
-        return any("1 row of other templates" in step for step in trace)
+        return any("1 row from other template versions" in step for step in trace)
 
     places.keep(row(FIRST, template_hash="f" * 16), modelled(SECOND))
     assert told()

@@ -51,6 +51,7 @@ def test_health_counts_rows_and_finds_those_that_someone_spoiled(tmp_path: Path)
                 "pins": 0,
             },
             "measurements": {"measured ok": 1, "modelled ok": 1},
+            "chips": {"M3Max": 2},
             "unreadable_rows": 1,
         }
         assert [m.schedule for m in store.measurements()] == [FIRST]

@@ -14,7 +14,7 @@ import pytest
 
 from metalgen.database.errors import MissingDatabase
 from metalgen.database.exchange import Summary
-from metalgen.database.lookup import Hit
+from metalgen.database.hit import Hit
 from metalgen.database.protocol import TuningStore
 from metalgen.database.store import Store
 from metalgen.devices import get_device

@@ -29,6 +29,33 @@ def test_without_a_file_the_page_is_about_the_users_database(
     assert "1.000 ms" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_dash_is_standard_output(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    path = records(tmp_path / "r.jsonl", [final(OTHER, 1e-3)])
+    code, page, err = run(capsys, path, "-o", "-")
+    assert (code, err) == (0, "")
+    assert page.startswith("<!doctype html>") and "1.000 ms" in page
+    assert [each.name for each in tmp_path.iterdir()] == ["r.jsonl"]
+    code, out, err = run(capsys, path, "-o", "-", "--json")
+    assert (code, out) == (2, "")
+    assert "--output: expected the name of a file" in err
+
+
+def test_a_page_to_be_shared_names_no_folder(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, no_database: Path
+):
+    monkeypatch.chdir(tmp_path)
+    database(no_database, [final(OTHER, 1e-3)])
+    folder = tmp_path / "folder-of-mine"
+    folder.mkdir()
+    path = records(folder / "r.jsonl", [row()])
+    path.write_text(path.read_text() + "rubbish\n")
+    assert run(capsys, path, no_database)[0] == 1
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<code>{no_database.name}</code>" in page and "<code>r.jsonl</code>" in page
+    assert "folder-of-mine" not in page and str(no_database.parent) not in page
+
+
 def test_json_tells_what_was_written(tmp_path: Path, capsys):
     path = records(tmp_path / "r.jsonl", [final(OTHER, 1e-3), row(chip="M1", cores=8)])
     page = tmp_path / "page.html"

@@ -29,7 +29,7 @@ from metalgen.chips.model import predict
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, enumerate_valid
 from metalgen.report import charts
-from metalgen.report.results import drawn, heat_maps, importances, milestones, steps
+from metalgen.report.results import drawn, heat_maps, importances, milestones, results, steps
 from metalgen.report.sources import Notes, read_sources
 from metalgen.tuning.modelled import model_version
 
@@ -280,3 +280,21 @@ def test_labels_of_an_axis_have_the_same_decimals():
 
 def test_shades_go_by_the_multiple_of_the_best_time():
     assert [charts.shade(x) for x in (1.0, 1.02, 1.021, 1.5, 4.0, 4.1)] == [0, 0, 1, 4, 6, 7]
+
+
+def test_results_come_by_their_gain_in_each_kind_of_templates(tmp_path):
+    def of(size: int, gain: float, **changes):
+        problem = dataclasses.replace(PROBLEM, q_len=size, kv_len=size)
+        return final(OTHER, 1e-3, problem=problem, default_seconds=gain * 1e-3, **changes)
+
+    old = {"template_hash": "f" * 16}
+    rows = [of(512, 1.2), of(1024, 2.0), of(2048, 1.5), of(4096, 9.0, **old)]
+    path = records(tmp_path / "r.jsonl", [*rows, modelled(OTHER, 1e-4, default_seconds=1e-3)])
+    found = [(r.provenance, r.current, r.gain) for r in results(read_sources([path]))]
+    assert found == [
+        ("measured", True, pytest.approx(2.0)),
+        ("measured", True, pytest.approx(1.5)),
+        ("measured", True, pytest.approx(1.2)),
+        ("measured", False, pytest.approx(9.0)),
+        ("modelled", True, pytest.approx(10.0)),
+    ]

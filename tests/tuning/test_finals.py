@@ -13,6 +13,7 @@ import pytest
 from tuning_fakes import Clock, FakeGpu, FakeVerify
 
 from metalgen.chips import get_chip
+from metalgen.database.hit import Hit
 from metalgen.database.lookup import Hit, lookup
 from metalgen.database.records import write_records
 from metalgen.database.store import Store

@@ -26,7 +26,6 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator
 from metalgen.source.hashes import template_hash
-from metalgen.tuning import modelled
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.verifying import CannotCheck, failure_status
@@ -112,7 +111,7 @@ def test_the_model_ranks_everything_and_the_best_that_passes_its_check_wins(stor
 def test_no_winner_is_modelled_slower_than_the_default(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modelled, "GRAIN", 1e6)  # so that bytes alone would decide
+    monkeypatch.setattr("metalgen.database.winners.GRAIN", 1e6)  # so that bytes alone would decide
     problem = Problem(AttentionConfig(head_dim=128), 32, 128, 128, family="forward")
     verify = FakeVerify()
     report = tune([problem], get_chip("M1"), store, checker=get_device("reference"), verify=verify)
@@ -128,7 +127,7 @@ def test_a_modelled_winner_says_what_of_its_config_is_not_priced(store: Store) -
     slopes = Problem(AttentionConfig(head_dim=8, alibi=True), 2, 16, 16)
     plain, other = model(store, FakeVerify(), [SMALL, slopes], trials=20).outcomes
     assert plain.winner and other.winner
-    assert (plain.note, other.note) == ("", "counted as if without alibi=True")
+    assert (plain.note, other.note) == ("", "the model ignores alibi=True")
 
 
 def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:
@@ -185,7 +184,7 @@ def test_another_version_of_the_model_replaces_its_predictions(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model(store, FakeVerify(), [SMALL])
-    monkeypatch.setattr(modelled, "model_version", lambda: "another")
+    monkeypatch.setattr("metalgen.tuning.modelled.model_version", lambda: "another")
     report = model(store, FakeVerify(), [SMALL])
     rows = store.measurements(SMALL)
     assert {json.loads(m.policy)["model"] for m in rows} == {"another"}
@@ -195,8 +194,8 @@ def test_another_version_of_the_model_replaces_its_predictions(
 def test_a_run_of_fewer_trials_takes_nothing_away(store: Store) -> None:
     best = model(store, FakeVerify(), [SMALL]).outcomes[0].winner
     assert best is not None
-    few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0].winner
-    assert few is not None and few.schedule == DEFAULT != best.schedule
+    few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0]
+    assert few.tried == 1 and few.winner == best and best.schedule != DEFAULT
     hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert hit is not None and hit.schedule == best.schedule
 
@@ -435,7 +434,7 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     later = host() | {"mlx_version": "99.0"}
     for module in ("session", "measured"):
         monkeypatch.setattr(f"metalgen.tuning.{module}.host", lambda: later)
-    monkeypatch.setattr("metalgen.database.lookup.host", lambda: later)
+    monkeypatch.setattr("metalgen.database.winners.host", lambda: later)
     stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert stale is not None and stale.stale
     gpu = FakeGpu(Clock())
