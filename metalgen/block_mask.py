@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,12 +26,14 @@ class BlockMask:
     """The blocks of a mask function, as `create_block_mask` finds them.
 
     Attributes:
-        batch, heads: how many masks there are of each; 1 where all share one.
+        batch, heads: how many masks there are of each; 1 where the function reads no b or h, and
+            all share one, and where it was made for one.
         q_len, kv_len: lengths that it was made for.
         block_size: queries and keys of a block.
         some, every: booleans ``(batch, heads, blocks of queries, blocks of keys)``: whether a block
             has a key that is seen, and whether it has none that is not.
-        mask: the traced mask function.
+        mask: the traced mask function, with the captured arrays as they were when `some` and
+            `every` were computed: what is assigned into them later changes nothing here.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class BlockMask:
         some: mx.array,
         every: mx.array,
     ) -> None:
-        self.mask = mask
+        # Else the elements of partial blocks would follow the arrays, and full blocks would not.
+        self.mask = replace(mask, arrays=tuple(mx.array(array) for array in mask.arrays))
         self.batch, self.heads = some.shape[:2]
         self.q_len, self.kv_len = q_len, kv_len
         self.block_size = block_size
@@ -53,6 +57,19 @@ class BlockMask:
     def sparsity(self) -> float:
         """Share of the blocks that are skipped; looks at the blocks, so it waits for them."""
         return 1.0 - float(mx.mean(self.some.astype(mx.float32)))
+
+    def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+        """Raise `ArgumentError` unless this is the mask of a call of these sizes."""
+        if (self.q_len, self.kv_len) != (q_len, kv_len):
+            wanted = f"one made for {q_len} queries and {kv_len} keys"
+            raise ArgumentError("block_mask", wanted, self)
+        for name, count, own, reads in (
+            ("B", batch, self.batch, "b"),
+            ("H", heads, self.heads, "h"),
+        ):
+            if own != count and (own != 1 or reads in self.mask.graph.inputs):
+                wanted = f"one made with {name}={count}, because its function reads {reads}"
+                raise ArgumentError("block_mask", wanted, self)
 
     def tiles(self, bq: int, bk: int) -> tuple[mx.array, mx.array]:
         """`some` and `every` of tiles of other sizes; never less seen than there is."""
@@ -129,7 +146,8 @@ def create_block_mask(
 
     Args:
         mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen.
-        B, H: batch entries and query heads; None where the mask does not depend on them.
+        B, H: batch entries and query heads of the calls; None, or any number, where the mask does
+            not depend on them.
         Q_LEN, KV_LEN: lengths.
         block_size: queries and keys of a block, or both in one number; at most the lengths. Any
             serves any schedule; tiles of the kernel that are not made of whole blocks are skipped

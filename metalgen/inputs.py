@@ -233,33 +233,41 @@ def check_main(config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array) -
 def _check_functions(config: AttentionConfig, inputs: Inputs, q: mx.array, k: mx.array) -> None:
     from metalgen.dsl.graph import parse
 
+    sequences = q.shape[0] if inputs.cu_q is None else inputs.cu_q.size - 1
     for name, text, arrays in (
         ("score_mod", config.score_mod, inputs.score),
         ("mask_mod", config.mask_mod, inputs.mask),
     ):
         if not isinstance(arrays, tuple) or not all(isinstance(a, mx.array) for a in arrays):
             raise ArgumentError(name, "a tuple of captured arrays", type(arrays).__name__)
-        expected = parse(text).arrays if text is not None else ()
+        graph = None if text is None else parse(text)
+        expected = () if graph is None else graph.arrays
         found = [(str(a.dtype).removeprefix("mlx.core.").rstrip("_"), a.shape) for a in arrays]
         if found != [(a.dtype, a.shape) for a in expected]:
             wanted = ", ".join(f"{a.dtype}{list(a.shape)}" for a in expected) or "none"
             raise ArgumentError(name, f"these captured arrays: {wanted}", found)
+        if graph is not None:
+            _check_indexed(name, graph.indexed, sequences, q.shape[1])
     blocks = inputs.blocks
     if config.block_mask != (blocks is not None) or not isinstance(blocks, BlockMask | None):
         expected_blocks = "a BlockMask" if config.block_mask else "None"
         raise ArgumentError("block_mask", f"{expected_blocks}, as the config says", blocks)
     if blocks is None:
         return
-    places = key_places(config, k, inputs)
-    if (blocks.q_len, blocks.kv_len) != (q.shape[2], places):
-        wanted = f"one made for {q.shape[2]} queries and {places} keys"
-        raise ArgumentError("block_mask", wanted, blocks)
-    for name, own, given in (
-        ("batch", q.shape[0], blocks.batch),
-        ("heads", q.shape[1], blocks.heads),
-    ):
-        if given not in (1, own):
-            raise ArgumentError("block_mask", f"one of {name} {own} or 1", blocks)
+    batch, heads, q_len, _ = q.shape
+    blocks.check(batch, heads, q_len, key_places(config, k, inputs))
+
+
+def _check_indexed(name: str, indexed: dict[str, int], sequences: int, heads: int) -> None:
+    """Whether captured arrays have an element for each sequence and head that indexes them.
+
+    Where the index is computed, nothing is known of it, and one outside reads the nearest element.
+    """
+    for index, count, what in (("b", sequences, "sequences"), ("h", heads, "query heads")):
+        fewest = indexed.get(index, count)
+        if fewest < count:
+            wanted = f"captured arrays with {count} elements, for {count} {what}, where {index} is"
+            raise ArgumentError(name, f"{wanted} the index", fewest)
 
 
 def _check_type(name: str, array: mx.array, *dtypes: mx.Dtype) -> None:
