@@ -116,7 +116,7 @@ def attention(
 
     Returns:
         ``(B, H, Lq, Dv)`` of the type of `q`, zeros in rows that see no key; with `return_lse` a
-        pair. Differentiable in q, k, v, alibi_slopes, bias and sinks.
+        pair. Differentiable in q, k, v, alibi_slopes, bias and sinks; `Kernel.backward` says how.
 
     Raises:
         ArgumentError: shapes, types, names or (with `check`) contents that cannot be used.
