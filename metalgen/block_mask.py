@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, MissingArgument
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
@@ -154,7 +154,8 @@ def create_block_mask(
             less often.
 
     Raises:
-        ArgumentError: a size below 1, or None for B or H although the mask depends on it.
+        ArgumentError: a size below 1.
+        MissingArgument: B or H is None although the mask depends on it.
         FunctionError: what is wrong with the function, and what to write instead.
     """
     from metalgen.dsl.trace import trace
@@ -167,7 +168,7 @@ def create_block_mask(
     for name, size, reads in (("B", B, "b"), ("H", H, "h")):
         if size is None and reads in mask.graph.inputs:
             what = "batch entries" if name == "B" else "query heads"
-            raise ArgumentError(name, f"the number of {what}, for mask_mod reads {reads}", None)
+            raise MissingArgument(name, f"(the number of {what}): mask_mod reads {reads}")
     sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
     if len(sizes) != 2:
         raise ArgumentError("block_size", "a number, or one for queries and one for keys", sizes)

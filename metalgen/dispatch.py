@@ -119,7 +119,7 @@ class Kernel:
         check_main(self.config, q, k, v)
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
-        scale = check_scale(self.config, scale)
+        scale = check_scale(self.config.head_dim, scale)
         if self._has_own_gradient:
             out, lse = differentiable(self._run, self.config, q, k, v, scale, inputs)
         else:
@@ -197,10 +197,10 @@ def forget_kernels() -> None:
     _known.clear()
 
 
-def check_scale(config: AttentionConfig, scale: float | None) -> float:
+def check_scale(head_dim: int, scale: float | None) -> float:
     """The scale as a float, by default ``1 / sqrt(D)``; raises `ArgumentError` if it is none."""
     if scale is None:
-        return float(config.head_dim**-0.5)
+        return float(head_dim**-0.5)
     number = as_number(scale)
     if number is None or not abs(number) < MAX_SCALE:
         expected = f"a finite number below {MAX_SCALE:g}, or None for 1 / sqrt(head_dim)"

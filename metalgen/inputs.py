@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.block_mask import BlockMask
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, MissingArgument
 
 if TYPE_CHECKING:
     from metalgen.config import AttentionConfig
@@ -141,9 +141,10 @@ def check_inputs(
     entries = q.shape[0]
     for name, asks in ASKED_FOR.items():
         array = getattr(inputs, name)
-        if asks(config) != (array is not None):
-            wanted = "an mlx.core.array" if asks(config) else "None"
-            raise ArgumentError(name, f"{wanted}, as the config says", array)
+        if asks(config) and array is None:
+            raise MissingArgument(name, "by the config")
+        if array is not None and not asks(config):
+            raise ArgumentError(name, "None, as the config says", type(array).__name__)
         if array is not None and not isinstance(array, mx.array):
             raise ArgumentError(name, "an mlx.core.array", type(array).__name__)
     if inputs.cu_q is not None:
@@ -181,10 +182,14 @@ def check_inputs(
     ):
         if (array := getattr(inputs, name)) is not None:
             _check_type(name, array, *dtypes)
-            fits = [a in (1, b) for a, b in zip(array.shape, whole, strict=False)]
-            if array.ndim != 4 or not all(fits):
-                wanted = f"4 axes that broadcast to {whole}"
-                raise ArgumentError(f"{name}.shape", wanted, array.shape)
+            check_broadcast(name, array, whole)
+
+
+def check_broadcast(name: str, array: mx.array, whole: tuple[int, ...]) -> None:
+    """Raise `ArgumentError` unless an array of four axes broadcasts to all scores."""
+    fits = [a in (1, b) for a, b in zip(array.shape, whole, strict=False)]
+    if array.ndim != 4 or not all(fits):
+        raise ArgumentError(f"{name}.shape", f"4 axes that broadcast to {whole}", array.shape)
 
 
 def key_places(config: AttentionConfig, k: mx.array, inputs: Inputs) -> int:

@@ -375,7 +375,9 @@ def test_a_mask_function_of_other_arrays_is_not_taken_for_that_of_a_block_mask()
 
 
 def test_bad_arguments_of_create_block_mask() -> None:
-    with pytest.raises(ArgumentError, match="H: expected the number of query heads.*reads h"):
+    with pytest.raises(
+        ArgumentError, match=r"H is required \(the number of query heads\): mask_mod reads h"
+    ):
         create_block_mask(lambda b, h, i, j: j <= i + h, None, None, 8, 8)
     with pytest.raises(ArgumentError, match="Q_LEN: expected an integer from 1"):
         create_block_mask(causal, None, None, 0, 8)

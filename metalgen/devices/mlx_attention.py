@@ -61,7 +61,7 @@ def mlx_runner(config: AttentionConfig) -> Runner:
         q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
     ) -> tuple[mx.array, None]:
         windows = config.window_left, config.window_right
-        seen = _seen(q.shape[2], k.shape[2], config.causal, windows, inputs.array_mask)
+        seen = seen_by(q.shape[2], k.shape[2], config.causal, windows, inputs.array_mask)
         return mlx_attention(q, k, v, scale, seen, inputs.sinks), None
 
     return run
@@ -83,7 +83,7 @@ def mlx_attention(
         q, k, v: as `metalgen.attention` takes them.
         scale: factor of the scores.
         seen: booleans that broadcast to ``(B, H, Lq, Lk)``, ``"causal"`` (no more queries than
-            keys) or None.
+            keys) or None; or floats, which are added to the scores, rounded to the type of q.
         sinks: ``(H,)``, rounded to the type of q.
     """
     if 0 in q.shape or 0 in k.shape:
@@ -92,12 +92,17 @@ def mlx_attention(
     attend = mx.fast.scaled_dot_product_attention
     if not isinstance(seen, mx.array):
         return attend(q, k, v, scale=scale, mask=seen, sinks=sinks)
-    some = seen.any(axis=-1, keepdims=True)
-    out = attend(q, k, v, scale=scale, mask=seen | ~some, sinks=sinks)
+    if seen.dtype == mx.bool_:
+        some = seen.any(axis=-1, keepdims=True)
+        mask = seen | ~some
+    else:
+        some = (seen > -mx.inf).any(axis=-1, keepdims=True)
+        mask = mx.where(some, seen, 0.0).astype(q.dtype)
+    out = attend(q, k, v, scale=scale, mask=mask, sinks=sinks)
     return mx.where(some, out, mx.zeros((), out.dtype))
 
 
-def _seen(
+def seen_by(
     q_len: int,
     kv_len: int,
     causal: bool,

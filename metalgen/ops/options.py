@@ -36,6 +36,7 @@ class SharedOptions(TypedDict, total=False):
     check: bool
     device: str | None
     chip: str | None
+    stream: mx.Stream | mx.Device | mx.DeviceType | None
 
 
 class Options(SharedOptions, total=False):
