@@ -64,7 +64,7 @@ class Kernel:
     @functools.cached_property
     def backward(self) -> str:
         """What computes gradients: ``"mlx"``, the function's of ``mx.fast``, or ``"plain"``."""
-        return backward_of(self.config)
+        return "mlx" if self.backend == "mlx" else backward_of(self.config)
 
     @functools.cached_property
     def _has_own_gradient(self) -> bool:

@@ -120,6 +120,17 @@ def test_mlx_keeps_the_call_where_its_own_kernel_exists(monkeypatch: pytest.Monk
     np.testing.assert_allclose(np.array(out), expected, atol=2e-3)
 
 
+def test_gradients_are_mlxs_where_it_keeps_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeGpu())
+    for config, backward in (
+        (AttentionConfig(64, sinks=True), "mlx"),  # rounded to float16 in both directions
+        (AttentionConfig(40, sinks=True), "plain"),  # exact in the kernel, so in the gradient
+        (AttentionConfig(40, causal=True), "mlx"),
+    ):
+        kernel = metalgen.get_kernel(config)
+        assert kernel.backward == backward, kernel.explain()
+
+
 def test_rows_that_see_no_key_are_zeros_whoever_keeps_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -68,12 +68,12 @@ def attention(
 
     Args:
         q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``: heads before rows
-            arrays (B, L, H, D) that fit compute something else; float32, float16 or bfloat16;
-            Hkv divides H; any strides. Types that differ are promoted as MLX does it. D and Dv
-            outside of 8 to 576, and float64, go to MLX's function, with the options that it has
-            (masks, windows, sinks); `explain` says so. Quantized keys and values: in place of k
-            and v each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64 or
-            128: packed words, scales, biases. Pages: see `block_table`.
+            (arrays (B, L, H, D) whose shapes fit give something else); float32, float16 or
+            bfloat16; Hkv divides H; any strides. Types that differ are promoted as MLX does it. D
+            and Dv outside of 8 to 576, and float64, go to MLX's function, with the options that it
+            has (masks, windows, sinks); `explain` says so. Quantized keys and values: in place of
+            k and v each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64
+            or 128: packed words, scales, biases. Pages: see `block_table`.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         causal: query i sees key j when ``j <= i + kv_len - q_len``.
         window_left, window_right: a sliding window: query i sees key j only when
