@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from metalgen.arguments import as_number, check_positive
 from metalgen.database.hit import Hit, brief
-from metalgen.database.lookup import Hit, brief, checked, last_chip, lookup
+from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice

@@ -14,7 +14,7 @@ from tuning_fakes import Clock, FakeGpu, FakeVerify
 
 from metalgen.chips import get_chip
 from metalgen.database.hit import Hit
-from metalgen.database.lookup import Hit, lookup
+from metalgen.database.lookup import lookup
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
