@@ -14,6 +14,7 @@ from typing import Any
 
 from metalgen.config import AttentionConfig
 from metalgen.database.columns import problem_of, row_of
+from metalgen.database.layout import known_status
 from metalgen.database.rows import (
     COLUMNS,
     FAULTS,
@@ -24,7 +25,6 @@ from metalgen.database.rows import (
     Row,
     Tables,
     join_rows,
-    known_status,
 )
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
