@@ -107,7 +107,7 @@ def test_a_field_from_outside_is_kept_checked_and_named_like_any_other() -> None
 
 
 def test_a_field_of_no_feature_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="^config: expected fields among .* but got 'heat'"):
+    with pytest.raises(ArgumentError, match="^config: expected a field among .* but got 'heat'"):
         AttentionConfig.from_dict({"head_dim": 64, "heat": 3})
     with pytest.raises(TypeError, match="heat"):
         AttentionConfig(64, heat=3)  # type: ignore[call-arg]

@@ -123,7 +123,7 @@ class AttentionConfig(Fields):
             self._keep(name, field.check(name, getattr(self, name), self))
         unknown = [name for name, _ in self.others if name not in OTHERS]
         if unknown:
-            raise ArgumentError("config", f"fields among {', '.join(field_names())}", unknown[0])
+            raise ArgumentError("config", f"a field among {', '.join(field_names())}", unknown[0])
         changed = []
         for name, field in FIELDS.items():
             given = getattr(self, name)
