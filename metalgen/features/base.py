@@ -123,7 +123,6 @@ class Site(NamedTuple):
         head_rows: whether rows of several heads share a group.
         share: keys of a share of the keys that is the same whatever else is in the call; None where
             shares depend on the number of keys, or there are none.
-        v_width: columns of the values that a group computes with.
     """
 
     language: Any
@@ -132,7 +131,6 @@ class Site(NamedTuple):
     past_key: str = "k0 + BK"
     head_rows: bool = False
     share: int | None = None
-    v_width: int = 0
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -152,12 +150,13 @@ class Hooks(NamedTuple):
 
     Args:
         places: which sequence a group's rows belong to, and how many queries and keys that has.
-        pages: how keys are found.
-        adds: what is added to the exponents.
+        pages: how keys are found where they do not follow each other.
+        lists: which passes a group makes, where not all.
+        maps: what a raw score becomes.
+        adds: what is added to it, by the name of what rows keep for that.
         masks: whether a key is seen.
-        scores: what a raw score becomes.
         probabilities: what a probability becomes.
-        outputs: what a row's sum takes in at the end.
+        outputs: what a row's sum takes in at the end, by the same.
         functions: printed functions of users.
         constants: integers of the kernel, by name.
         lines: declarations at its beginning.
@@ -165,13 +164,14 @@ class Hooks(NamedTuple):
         variables: what templates substitute in addition.
     """
 
-    places: Mapping[str, Any] = _NONE
+    places: Sequence[Any] = ()
     pages: Mapping[str, Any] = _NONE
+    lists: Sequence[Any] = ()
+    maps: Sequence[Any] = ()
     adds: Mapping[str, Any] = _NONE
-    scores: Sequence[Any] = ()
     masks: Sequence[Any] = ()
     probabilities: Sequence[Any] = ()
-    outputs: Sequence[Any] = ()
+    outputs: Mapping[str, Any] = _NONE
     functions: Sequence[Any] = ()
     constants: Mapping[str, int] = _NONE
     lines: Sequence[str] = ()

@@ -60,7 +60,7 @@ class Pages(Feature):
             cut="entries",
         ),
     )
-    variables = unused(paged=False, one_page=False)
+    variables = unused(paged=False)
     rank = 4
 
     def words(self, config: Fields) -> Iterable[str]:
@@ -74,5 +74,5 @@ class Pages(Feature):
             masks=[Macros("paged")],
             constants={"PAGE": size},
             header=["pages"],
-            variables={"paged": True, "one_page": size % site.bk == 0},
+            variables={"paged": True},
         )

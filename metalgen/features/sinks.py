@@ -49,4 +49,4 @@ class Sinks(Feature):
     rank = 1
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(outputs=[Macros("sinks")], lines=[HALF_LOG2E])
+        return Hooks(outputs={"sinks": Macros("sinks")}, lines=[HALF_LOG2E])

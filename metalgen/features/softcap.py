@@ -48,7 +48,7 @@ class Softcap(Feature):
         if (shift := shift_of(config)) is not None:
             lines.append(f"constexpr float SHIFT = {shift:.9e}f;")
         return Hooks(
-            scores=[Macros("softcap", {"exact": exact})],
+            maps=[Macros("softcap", {"exact": exact})],
             lines=lines,
             variables={
                 "bounded": shift is not None,
