@@ -118,8 +118,6 @@ class Site(NamedTuple):
     Args:
         language: what user functions are printed in.
         bk: keys of a pass.
-        first_key, past_key: how a simdgroup's first key of a pass is spelled, and the key behind
-            its last.
         head_rows: whether rows of several heads share a group.
         share: keys of a share of the keys that is the same whatever else is in the call; None where
             shares depend on the number of keys, or there are none.
@@ -127,8 +125,6 @@ class Site(NamedTuple):
 
     language: Any
     bk: int
-    first_key: str = "k0"
-    past_key: str = "k0 + BK"
     head_rows: bool = False
     share: int | None = None
 

@@ -58,7 +58,6 @@ def hooks(
         "hook_constants": {n: value for own in found for n, value in own.constants.items()},
         "lines": lines,
         "parts": [name for own in found for name in own.header],
-        "own_keys": own_keys(schedule),
         "places": at("places"),
         "pages": named("pages"),
         "lists": at("lists"),
@@ -72,12 +71,9 @@ def hooks(
 
 
 def _site(config: AttentionConfig, schedule: Schedule, target: str, family: str) -> Site:
-    first, past = own_keys(schedule)
     return Site(
         language=target,
         bk=schedule.bk,
-        first_key=first,
-        past_key=past,
         head_rows=get_family(family).few_rows,
         share=split_keys(schedule) if getattr(schedule, "splits", 1) > 1 else None,
     )
@@ -99,12 +95,6 @@ def _unused(config: AttentionConfig) -> dict[str, Any]:
     for each in FEATURES.values():
         variables |= each.variables
     return variables
-
-
-def own_keys(schedule: Schedule) -> tuple[str, str]:
-    """What a kernel calls a simdgroup's first key of a pass, and the one behind its last."""
-    shared = getattr(schedule, "key_simdgroups", 1) > 1
-    return ("k_own", "k_own + OWN_KEYS") if shared else ("k0", "k0 + BK")
 
 
 def extra_inputs(config: AttentionConfig) -> list[str]:
