@@ -191,6 +191,7 @@ class Feature:
         variables: what templates substitute where the feature is not used.
         rank: where its words stand in a config's short name; features of one rank in their order.
         captures: whether calls bring something else for it than the inputs that it declares.
+        adds: whether it adds to scores, so that a softcap does not bound them.
         numbered: whether its results depend on the numbers of batch entries and heads, so that a
             call cannot be cut into pieces that each count from 0.
         one_head: whether the rows of a threadgroup must be those of one head.
@@ -203,6 +204,7 @@ class Feature:
     variables: ClassVar[Mapping[str, Any]] = unused()
     rank: ClassVar[int] = 0
     captures: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     one_head: ClassVar[bool] = False
 
