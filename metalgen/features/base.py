@@ -146,7 +146,7 @@ class Hooks(NamedTuple):
 
     Args:
         places: which sequence a group's rows belong to, and how many queries and keys that has.
-        pages: how keys are found where they do not follow each other.
+        pages: how keys are found where they do not follow each other, by at most one feature.
         lists: which passes a group makes, where not all.
         maps: what a raw score becomes.
         adds: what is added to it, by the name of what rows keep for that.
@@ -161,7 +161,7 @@ class Hooks(NamedTuple):
     """
 
     places: Sequence[Any] = ()
-    pages: Mapping[str, Any] = _NONE
+    pages: Any = None
     lists: Sequence[Any] = ()
     maps: Sequence[Any] = ()
     adds: Mapping[str, Any] = _NONE

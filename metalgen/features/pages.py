@@ -70,7 +70,7 @@ class Pages(Feature):
         size = config.page_size
         assert size is not None
         return Hooks(
-            pages={"paged": Macros("paged")},
+            pages=Macros("paged"),
             masks=[Macros("paged")],
             constants={"PAGE": size},
             header=["pages"],

@@ -59,7 +59,7 @@ def hooks(
         "lines": lines,
         "parts": [name for own in found for name in own.header],
         "places": at("places"),
-        "pages": named("pages"),
+        "pages": next((rendered(own.pages) for own in found if own.pages), None),
         "lists": at("lists"),
         "maps": at("maps"),
         "adds": named("adds"),
