@@ -123,6 +123,15 @@ def test_a_name_is_given_to_one_feature_alone() -> None:
     assert "again" not in FEATURES
 
 
+def test_arrays_without_four_axes_are_refused_by_name() -> None:
+    q, rows = mx.zeros((1, 1, 4, 32), mx.float16), mx.zeros((1, 4, 32), mx.float16)
+    config = AttentionConfig(32)
+    for name, arrays in {"q": (rows, q, q), "k": (q, rows, q), "v": (q, q, rows)}.items():
+        message = rf"^{name}.shape: expected 4 axes \(B, H, L, D\), but got \(1, 4, 32\)"
+        with pytest.raises(ArgumentError, match=message):
+            check_call(config, *arrays)
+
+
 @pytest.mark.usefixtures("heated")
 def test_an_input_from_outside_is_made_up_checked_and_bound() -> None:
     config = AttentionConfig.from_dict({"head_dim": 16, "dtype": "float32", "heat": 5})

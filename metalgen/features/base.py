@@ -247,6 +247,10 @@ class Feature:
     def check_captured(self, arrays: Arrays) -> None:
         """Whether what it captures fits a call, used or not; raises `ArgumentError`."""
 
+    def empty_lse(self, inputs: Any) -> mx.array | None:
+        """The log-sum-exp of rows that see no key, broadcast to ``(B, H, Lq)``; None: -inf."""
+        return None
+
     def sample(self, sampler: Sampler) -> dict[str, Any]:
         """Made-up inputs, by name."""
         return {
