@@ -33,7 +33,7 @@ from metalgen.problem import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.measure import chain
+from metalgen.tuning.timing.measure import chain
 from metalgen.verify import verify
 
 REPEATS, GROUP = 9, 8

@@ -27,7 +27,7 @@ from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.problem import Problem
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
 
 CONFIGS = [
     AttentionConfig(64, dtype, heads_per_kv=heads, causal=causal)

@@ -57,9 +57,9 @@ def main() -> None:
     from metalgen.chips import detect
     from metalgen.database.store import Store
     from metalgen.devices import get_device
-    from metalgen.tuning.helpers import usual_jobs
     from metalgen.tuning.runner import tune
-    from metalgen.tuning.space import enumerate_valid
+    from metalgen.tuning.search.space import enumerate_valid
+    from metalgen.tuning.workers.helpers import usual_jobs
 
     chip, device = detect(), get_device()
     if chip is None or not device.has_clock:

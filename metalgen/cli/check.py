@@ -226,7 +226,7 @@ def _schedules(
         raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
     family = sizes.problem(config).family
     if every:
-        from metalgen.tuning.space import enumerate_valid
+        from metalgen.tuning.search.space import enumerate_valid
 
         schedules = enumerate_valid(config, limits, family)
         chosen = [s for s in schedules if all(getattr(s, n) in v for n, v in fields.items() if v)]

@@ -213,7 +213,7 @@ def local_gpu() -> tuple[Chip | None, Device | None]:
 
 def _dry_run(plan: Plan, chosen: Preset, trials: int | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
-    from metalgen.tuning.space import enumerate_valid
+    from metalgen.tuning.search.space import enumerate_valid
 
     limits = plan.device.limits if plan.device else plan.chip.limits
     modes = ("safe", "fast") if plan.device else ("safe",)

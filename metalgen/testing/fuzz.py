@@ -23,7 +23,7 @@ from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.samples import sample_call
 from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.targets import TARGETS
-from metalgen.tuning.space import space
+from metalgen.tuning.search.space import space
 from metalgen.verify import (
     FUNCTION_FACTOR,
     MOST_FOR_FUNCTIONS,

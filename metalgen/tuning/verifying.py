@@ -11,7 +11,7 @@ from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.schedule import Schedule
-from metalgen.tuning.executing import KernelFailure, NoRoom
+from metalgen.tuning.workers.executing import KernelFailure, NoRoom
 from metalgen.verify import Verification, of_compiler
 
 Verify = Callable[..., Verification]

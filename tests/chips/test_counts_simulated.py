@@ -20,7 +20,7 @@ from metalgen.chips.counts import (
 from metalgen.config import AttentionConfig
 from metalgen.devices import get_device
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
 
 HEAD_DIMS = ((64, None), (128, None), (80, None), (20, 9), (33, 64), (8, 8), (48, 72), (256, None))
 NARROW = ((8, 8), (16, 40), (20, 9), (33, 24), (24, None), (40, 16))

@@ -16,7 +16,7 @@ from metalgen.chips.work import Work, combine_work
 from metalgen.config import AttentionConfig
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
 
 M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]

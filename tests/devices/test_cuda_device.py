@@ -24,7 +24,7 @@ from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.reference import attention_float64
 from metalgen.render import render
 from metalgen.schedule import Limits, default_schedule
-from metalgen.tuning.space import space
+from metalgen.tuning.search.space import space
 from metalgen.verify import verify
 
 # MLX has no fused kernel for this width.

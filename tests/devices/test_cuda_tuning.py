@@ -17,13 +17,13 @@ from metalgen.errors import DeviceError
 from metalgen.problem import Problem
 from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning import executing
-from metalgen.tuning.executing import Here
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
+from metalgen.tuning.timing.measure import Policy
 from metalgen.tuning.verifying import CannotCheck
+from metalgen.tuning.workers import executing
+from metalgen.tuning.workers.executing import Here
 
 CONFIG = AttentionConfig(16)
 PROBLEM = Problem(CONFIG, 2, 128, 128)

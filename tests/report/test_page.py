@@ -32,7 +32,7 @@ from metalgen.report import charts
 from metalgen.report.page import number, write_report
 from metalgen.report.sources import read_sources
 from metalgen.report.study import write_studies
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
 
 
 def page_of(folder: Path, *paths: Path) -> Page:

@@ -31,8 +31,8 @@ from metalgen.report import charts
 from metalgen.report.results import drawn, heat_maps, importances, milestones, steps
 from metalgen.report.sources import Notes, read_sources
 from metalgen.schedule import Schedule
-from metalgen.tuning.modelled import model_version
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
+from metalgen.tuning.sessions.modelled import model_version
 
 
 def test_the_winner_is_the_best_checked_final_and_is_compared_within_its_own_race(tmp_path):

@@ -32,7 +32,7 @@ from metalgen.errors import ArgumentError
 from metalgen.report.sources import read_sources
 from metalgen.report.study import write_studies
 from metalgen.schedule import Schedule
-from metalgen.tuning.space import enumerate_valid, space
+from metalgen.tuning.search.space import enumerate_valid, space
 
 NAME = f"M3Max measured {CONFIG} BH=32 1024x1024"
 

@@ -20,11 +20,12 @@ from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Limits, Schedule, default_schedule
-from metalgen.tuning import executing, racing
-from metalgen.tuning.measure import Bench
-from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.runner import tune
+from metalgen.tuning.sessions.measured import MeasuredSession
+from metalgen.tuning.timing import racing
+from metalgen.tuning.timing.measure import Bench
 from metalgen.tuning.verifying import CannotCheck
+from metalgen.tuning.workers import executing
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from metalgen.database.store import Store
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import Outcome
-from metalgen.tuning.racing import Race
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy, Timing
+from metalgen.tuning.timing.racing import Race
 
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -22,12 +22,12 @@ from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.executing import KernelFailure, one_at_a_time
-from metalgen.tuning.helpers import Helpers, usual_jobs
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.runner import tune
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.workers.executing import KernelFailure, one_at_a_time
+from metalgen.tuning.workers.helpers import Helpers, usual_jobs
 
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 VALID = enumerate_valid(SMALL.config)
@@ -166,7 +166,7 @@ def test_waiting_for_another_process_that_measures_is_no_time_of_the_kernel(
         """
         import sys, time
         from pathlib import Path
-        from metalgen.tuning.executing import one_at_a_time
+        from metalgen.tuning.workers.executing import one_at_a_time
         with one_at_a_time(Path(sys.argv[1])):
             print("locked", flush=True)
             time.sleep(3.0)
@@ -335,7 +335,7 @@ def test_the_lock_lets_one_process_at_a_time_in_and_dies_with_its_holder(tmp_pat
     path = tmp_path / "lock"
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from metalgen.tuning.executing import one_at_a_time\n"
+        "from metalgen.tuning.workers.executing import one_at_a_time\n"
         "with one_at_a_time(Path(sys.argv[1])): print('in', flush=True); time.sleep(1000)\n"
     )
     with subprocess.Popen(

@@ -16,8 +16,8 @@ from metalgen.devices import get_device
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.source_hash import source_hash
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy
 
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

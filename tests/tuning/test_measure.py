@@ -18,7 +18,7 @@ from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.reference import attention_float64
 from metalgen.schedule import default_schedule
-from metalgen.tuning.measure import (
+from metalgen.tuning.timing.measure import (
     Bench,
     Policy,
     Timing,

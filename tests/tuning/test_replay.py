@@ -18,10 +18,10 @@ from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import APPLE, Schedule
-from metalgen.tuning.replay import Recording, read_recordings
-from metalgen.tuning.search import STRATEGIES, Search
-from metalgen.tuning.space import enumerate_valid
-from metalgen.tuning.starts import borrow, borrowed_schedules, related, translated
+from metalgen.tuning.search.replay import Recording, read_recordings
+from metalgen.tuning.search.search import STRATEGIES, Search
+from metalgen.tuning.search.space import enumerate_valid
+from metalgen.tuning.search.starts import borrow, borrowed_schedules, related, translated
 
 CACHE = {
     "tune_params_keys": ["x", "y"],

@@ -26,10 +26,10 @@ from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.simulator import errors as simulator
-from metalgen.tuning import modelled
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
-from metalgen.tuning.space import enumerate_valid
+from metalgen.tuning.search.space import enumerate_valid
+from metalgen.tuning.sessions import modelled
 from metalgen.tuning.verifying import CannotCheck, failure_status
 
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
@@ -435,7 +435,7 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     before = on_gpu(store, FakeGpu(Clock()), FakeVerify()).outcomes[0].winner
     later = host() | {"mlx_version": "99.0"}
     for module in ("session", "measured"):
-        monkeypatch.setattr(f"metalgen.tuning.{module}.host", lambda: later)
+        monkeypatch.setattr(f"metalgen.tuning.sessions.{module}.host", lambda: later)
     monkeypatch.setattr("metalgen.database.lookup.host", lambda: later)
     stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert stale is not None and stale.stale
@@ -467,7 +467,7 @@ def test_what_won_by_other_templates_is_tried_first_also_from_shipped_records(
     )
     final = dataclasses.replace(row, schedule=shipped, seconds=5e-3, phase="final")
     monkeypatch.setattr("metalgen.database.records.recorded", lambda problem, chips: [final])
-    monkeypatch.setattr("metalgen.tuning.measured.borrowed_schedules", lambda *given: [])
+    monkeypatch.setattr("metalgen.tuning.sessions.measured.borrowed_schedules", lambda *given: [])
     gpu = FakeGpu(Clock())
     on_gpu(store, gpu, FakeVerify(), trials=5)
     assert gpu.built[:4] == [default, shipped, quick, slow]  # a final outranks the rest

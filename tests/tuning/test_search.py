@@ -13,8 +13,8 @@ from metalgen.config import AttentionConfig
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule, default_schedule
-from metalgen.tuning.search import Search, rank
-from metalgen.tuning.space import enumerate_valid, space
+from metalgen.tuning.search.search import Search, rank
+from metalgen.tuning.search.space import enumerate_valid, space
 
 CONFIG = AttentionConfig(head_dim=64)
 SPACE = space(CONFIG)

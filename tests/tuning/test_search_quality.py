@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.search import AT, measure, neighbours, replay, starts, translated
-from metalgen.tuning.replay import Recording, read_recordings
-from metalgen.tuning.space import Parameter
+from metalgen.tuning.search.replay import Recording, read_recordings
+from metalgen.tuning.search.space import Parameter
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "spaces"
 SPACES = read_recordings(FOLDER)

@@ -10,7 +10,7 @@ from metalgen.config import AttentionConfig
 from metalgen.schedule import CHOICES, Limits, Schedule, default_schedule, is_valid
 from metalgen.targets import TARGETS
 from metalgen.tiles import padded
-from metalgen.tuning.space import enumerate_valid, space
+from metalgen.tuning.search.space import enumerate_valid, space
 
 CONFIGS = [
     AttentionConfig(head_dim=64),

@@ -19,8 +19,8 @@ from typing import Any
 
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.tuning.executing import Here, NoRoom, require_working
-from metalgen.tuning.measure import Policy
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.workers.executing import Here, NoRoom, require_working
 
 BEAT = 0.25
 """Seconds between two signs of life, at least."""

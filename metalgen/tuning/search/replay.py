@@ -18,7 +18,7 @@ from typing import Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError, MetalgenError
-from metalgen.tuning.space import Parameter
+from metalgen.tuning.search.space import Parameter
 
 MAX_BYTES = 1 << 28
 """Bytes of the largest recording that is read, unpacked."""

@@ -12,11 +12,11 @@ from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, default_schedule
-from metalgen.tuning.executing import NoRoom
-from metalgen.tuning.measure import Clock
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
-from metalgen.tuning.space import Space, enumerate_valid, space
+from metalgen.tuning.search.space import Space, enumerate_valid, space
+from metalgen.tuning.timing.measure import Clock
 from metalgen.tuning.verifying import Checker, first_line
+from metalgen.tuning.workers.executing import NoRoom
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -20,8 +20,8 @@ from metalgen.errors import DeviceError, MetalgenError
 from metalgen.inputs import has_inputs
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
-from metalgen.tuning.racing import Race, race
+from metalgen.tuning.timing.measure import Bench, Clock, Policy, Timing, arrays
+from metalgen.tuning.timing.racing import Race, race
 from metalgen.verify import Verification
 
 

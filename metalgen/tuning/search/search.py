@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from metalgen.errors import ArgumentError
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
-from metalgen.tuning.space import Parameter
+from metalgen.tuning.search.space import Parameter
 
 if TYPE_CHECKING:
     import numpy as np
     import optuna
 
     from metalgen.chips import Chip
-    from metalgen.tuning.surrogate import Array, Surrogate
+    from metalgen.tuning.search.surrogate import Array, Surrogate
 
 TPE_ATTEMPTS = 24
 """Asks of TPE for a point that is valid and new, before one is drawn at random."""
@@ -51,7 +51,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Domain(Protocol[Item]):
-    """What a search asks of a space: `metalgen.tuning.space.Space`, or a recorded one."""
+    """What a search asks of a space: `metalgen.tuning.search.space.Space`, or a recorded one."""
 
     @property
     def parameters(self) -> Sequence[Parameter]:
@@ -196,7 +196,7 @@ class Search(Generic[Item]):
     def _ask_surrogate(self, draw: random.Random) -> Item:
         import numpy as np
 
-        from metalgen.tuning.surrogate import outcomes
+        from metalgen.tuning.search.surrogate import outcomes
 
         base = self._base()
         if self._model is None or self._model[0] != base:
@@ -228,7 +228,7 @@ class Search(Generic[Item]):
         """A surrogate of the first rows, which rows these are, and the sorted candidates."""
         import numpy as np
 
-        from metalgen.tuning.surrogate import Surrogate, length_scales, outcomes
+        from metalgen.tuning.search.surrogate import Surrogate, length_scales, outcomes
 
         rows = self._order[:base]
         ranked = np.argsort(self._seconds(rows), kind="stable").tolist()
