@@ -19,13 +19,13 @@ from metalgen.config import AttentionConfig
 from metalgen.devices.kernel import KernelDevice
 from metalgen.errors import InvalidSchedule
 from metalgen.inputs import Inputs
+from metalgen.kernel_check import failure_status, first_line
 from metalgen.reference import attention_float64, config_features
 from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule
 from metalgen.targets import CUDA
 from metalgen.testing.base import OnDevice
 from metalgen.tiles import padded
-from metalgen.tuning.verifying import failure_status, first_line
 from metalgen.verify import TOLERANCE, relative_error, verify
 
 

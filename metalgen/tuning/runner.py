@@ -15,6 +15,7 @@ from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
+from metalgen.kernel_check import Verify
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.source_hash import Present
@@ -23,7 +24,7 @@ from metalgen.tuning.sessions.measured import MeasuredSession
 from metalgen.tuning.sessions.modelled import ModelledSession
 from metalgen.tuning.sessions.session import Session
 from metalgen.tuning.timing.measure import Clock, Policy
-from metalgen.tuning.verifying import Checker, Verify
+from metalgen.tuning.workers.checker import Checker
 from metalgen.tuning.workers.executing import Executor, Here, lock_file
 from metalgen.tuning.workers.helpers import TIME_LIMIT, Helpers, check_jobs
 

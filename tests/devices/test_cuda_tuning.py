@@ -14,6 +14,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
+from metalgen.kernel_check import CannotCheck
 from metalgen.problem import Problem
 from metalgen.render import render
 from metalgen.schedule import Schedule, default_schedule
@@ -21,7 +22,6 @@ from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.search.space import enumerate_valid
 from metalgen.tuning.timing.measure import Policy
-from metalgen.tuning.verifying import CannotCheck
 from metalgen.tuning.workers import executing
 from metalgen.tuning.workers.executing import Here
 

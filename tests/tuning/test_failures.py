@@ -17,6 +17,7 @@ from metalgen.config import AttentionConfig
 from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
+from metalgen.kernel_check import CannotCheck
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Limits, Schedule, default_schedule
@@ -24,7 +25,6 @@ from metalgen.tuning.runner import tune
 from metalgen.tuning.sessions.measured import MeasuredSession
 from metalgen.tuning.timing import racing
 from metalgen.tuning.timing.measure import Bench
-from metalgen.tuning.verifying import CannotCheck
 from metalgen.tuning.workers import executing
 
 

@@ -22,6 +22,7 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
+from metalgen.kernel_check import CannotCheck, failure_status
 from metalgen.problem import Problem
 from metalgen.render import template_hash
 from metalgen.schedule import Schedule, default_schedule
@@ -30,7 +31,6 @@ from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.search.space import enumerate_valid
 from metalgen.tuning.sessions import modelled
-from metalgen.tuning.verifying import CannotCheck, failure_status
 
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
 

@@ -15,6 +15,7 @@ from typing import Any
 from metalgen.database.measurement import Measurement, host
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
+from metalgen.kernel_check import failure_status, first_line
 from metalgen.schedule import Limits, Schedule
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search.ahead import Ahead, Asks
@@ -23,7 +24,6 @@ from metalgen.tuning.search.starts import borrowed_schedules
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session, by_time
 from metalgen.tuning.timing.measure import Policy
 from metalgen.tuning.timing.racing import MLX
-from metalgen.tuning.verifying import failure_status, first_line
 from metalgen.tuning.workers.executing import Executor
 
 MODEL_STARTS = 8

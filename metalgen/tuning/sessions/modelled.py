@@ -13,11 +13,11 @@ from pathlib import Path
 
 from metalgen.chips.counts import covers, forward_counts
 from metalgen.database.measurement import Measurement
+from metalgen.kernel_check import CannotCheck, first_line
 from metalgen.schedule import Limits, Schedule
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search.search import Search, rank
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session, by_time
-from metalgen.tuning.verifying import CannotCheck, first_line
 
 GRAIN = 1.01
 """Predicted times up to this factor apart are taken for equal."""

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
+from metalgen.kernel_check import NoRoom, first_line
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.search.space import Space, enumerate_valid, space
 from metalgen.tuning.timing.measure import Clock
-from metalgen.tuning.verifying import Checker, first_line
-from metalgen.tuning.workers.executing import NoRoom
+from metalgen.tuning.workers.checker import Checker
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -27,12 +27,13 @@ from metalgen.arguments import as_integer, as_number
 from metalgen.config import AttentionConfig
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
+from metalgen.kernel_check import KernelFailure, NoRoom
 from metalgen.problem import Problem
 from metalgen.schedule import Schedule
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.timing.measure import Policy, Timing
 from metalgen.tuning.timing.racing import Race
-from metalgen.tuning.workers.executing import Executor, KernelFailure, NoRoom
+from metalgen.tuning.workers.executing import Executor
 from metalgen.tuning.workers.helper import BEAT, serve
 from metalgen.verify import Verification
 
