@@ -33,7 +33,7 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
-from metalgen.tuning.measure import chain
+from metalgen.tuning.timing.measure import chain
 from metalgen.verify import verify
 
 REPEATS, GROUP = 9, 8

@@ -59,8 +59,8 @@ def main() -> None:
     from metalgen.database.winners import ordered
     from metalgen.devices import get_device
     from metalgen.families import enumerate_valid
-    from metalgen.tuning.helpers import usual_jobs
     from metalgen.tuning.runner import tune
+    from metalgen.tuning.workers.helpers import usual_jobs
 
     chip, device = detect(), get_device()
     if chip is None or not device.has_clock:

@@ -29,9 +29,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from metalgen.tuning.replay import Entry, Recording, read_recordings
-from metalgen.tuning.search import Search
-from metalgen.tuning.starts import borrow
+from metalgen.tuning.search.replay import Entry, Recording, read_recordings
+from metalgen.tuning.search.search import Search
+from metalgen.tuning.search.starts import borrow
 
 AT = (15, 25, 50, 100, 200)
 STRATEGIES = {

@@ -15,7 +15,7 @@ from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
-from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
+from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.gradients import BACKWARDS, backward_of, differentiable
 from metalgen.problem.config import AttentionConfig
@@ -300,51 +300,27 @@ def _passes(
     if status is not None:
         path.append(f"check on {device.name}: {status}, on record")
         return status == "ok"
-    from metalgen.verify import of_compiler, verify
+    from metalgen.kernel_check import CannotCheck, record_check, run_check
 
-    error = tolerance = None
-    shape = ""
     try:
-        result = verify(device, config, schedule)
-    except InvalidSchedule as problem:
-        path.append(f"{schedule}: {problem}")
+        check = run_check(device, config, schedule, versions)
+    except (CannotCheck, DeviceError) as problem:  # the next process tries again
+        path.append(f"check on {device.name}: not possible now: {problem}")
         return False
-    except MetalgenError as problem:
-        status, detail = "runtime", str(problem)
-    except (RuntimeError, ValueError) as problem:  # MLX's
-        status, detail = ("compile" if of_compiler(problem) else "runtime"), str(problem)
-    else:
-        status, detail = ("ok" if result.ok else "wrong"), result.detail
-        error, tolerance, shape = result.error, result.tolerance, result.shape
     path.append(
-        f"check on {device.name}: {status} now"
-        + (f", relative error {error:.1e} of {tolerance:.0e}" if error is not None else "")
-        + (f" ({detail})" if detail else "")
+        f"check on {device.name}: {check.status} now"
+        + (f", relative error {check.error:.1e}" if check.error is not None else "")
+        + (f" of {check.tolerance:.0e}" if check.tolerance is not None else "")
+        + (f" ({check.detail})" if check.detail else "")
     )
-    if status not in ("ok", "wrong"):
-        return False  # a compiler or a machine failed, not the kernel: the next process tries again
     try:
         from metalgen.database.store import Store
-        from metalgen.source.digests import source_hash
 
-        digest = source_hash(config, schedule)
         with Store.open(busy=1.0) as store:
-            store.record_check(
-                config,
-                schedule,
-                versions,
-                device.name,
-                status,
-                error=error,
-                tolerance=tolerance,
-                shape=shape,
-                detail=detail,
-                family=schedule.family,
-                source_hash=digest,
-            )
+            record_check(store, check)
     except (MetalgenError, OSError) as problem:
         path.append(f"the check could not be recorded: {problem}")
-    return status == "ok"
+    return check.ok
 
 
 def _plain(config: AttentionConfig) -> Runner:

@@ -187,6 +187,44 @@ def test_a_kernel_that_does_not_compile_falls_back(monkeypatch: pytest.MonkeyPat
     assert "compile now ([metal::Device] Unable to build metal library)" in kernel.explain()
 
 
+def test_a_kernel_that_failed_is_on_record_as_in_tuning(
+    monkeypatch: pytest.MonkeyPatch, own_database: Path
+) -> None:
+    gpu = FakeGpu(broken="[metal::Device] Unable to build metal library\n1:2: error: no")
+    use(monkeypatch, gpu)
+    kernel = metalgen.get_kernel(AttentionConfig(40))
+    with Store.open(own_database) as store:
+        check = store.find_check(kernel.config, kernel.schedule, template_hash(), "reference")
+    assert check is not None
+    message = "[metal::Device] Unable to build metal library; 1:2: error: no"
+    assert (check.status, check.detail) == ("compile", message)
+    dispatch.forget_kernels()
+    assert "check on reference: compile, on record" in metalgen.get_kernel(kernel.config).explain()
+    assert len(gpu.built) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[malloc] Unable to allocate 8192 bytes.",
+        "failed to compile kernel: nvrtc: error: failed to open libnvrtc-builtins.so.13.0.",
+    ],
+    ids=["no memory", "no compiler"],
+)
+def test_a_failure_of_the_machine_is_not_recorded_and_the_next_process_tries_again(
+    monkeypatch: pytest.MonkeyPatch, own_database: Path, message: str
+) -> None:
+    gpu = FakeGpu(broken=message)
+    use(monkeypatch, gpu)
+    kernel = metalgen.get_kernel(AttentionConfig(40))
+    assert kernel.backend == "plain"
+    assert "check on reference: not possible now" in kernel.explain()
+    assert not own_database.exists()
+    dispatch.forget_kernels()
+    gpu.broken = ""
+    assert metalgen.get_kernel(AttentionConfig(40)).backend == "metalgen"
+
+
 def test_an_unwritable_database_does_not_stop_a_call(
     monkeypatch: pytest.MonkeyPatch, own_database: Path
 ) -> None:

@@ -15,7 +15,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families import default_schedule
 from metalgen.features import FEATURES, FIELDS, INPUTS, register, unregister
 from metalgen.features.arrays import per_head, vector
-from metalgen.features.base import LOG2E, Feature, Field, Hooks, OptionalInput, Site
+from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site
 from metalgen.features.checks import integer, switch
 from metalgen.features.fields import Fields
 from metalgen.features.sampler import Sampler
@@ -47,11 +47,14 @@ def test_a_plain_config_uses_no_feature() -> None:
 
 
 class Heat:
-    """A macro file in Python: a tenth of `heat` times a head's degree is added to each score."""
+    """Macros in Python: a tenth of `heat` times a head's degree times a key's place is added.
+
+    That is half of it, for kernels add to half of a score.
+    """
 
     @staticmethod
     def state(head: str) -> str:
-        return f"degrees[{head}] * 0.1f * HEAT * LOG2E"
+        return f"degrees[{head}] * 0.05f * HEAT"
 
     @staticmethod
     def add(i: str, j: str, state: str, dense: bool) -> str:
@@ -64,6 +67,7 @@ def degrees(sampler: Sampler) -> mx.array:
 
 class Heated(Feature):
     name = "heated"
+    adds = True
     fields = (Field("heat", integer(1, 9)), Field("boils", switch, False))
     inputs = (
         OptionalInput("degrees", ("float32",), vector(per_head), sample=degrees, cut="heads"),
@@ -73,7 +77,7 @@ class Heated(Feature):
         return {"softcap": "None beside heat"}
 
     def hooks(self, config: Any, site: Site) -> Hooks:
-        return Hooks(adds={"heated": Heat()}, lines=[LOG2E], constants={"HEAT": config.heat})
+        return Hooks(adds={"heated": Heat()}, constants={"HEAT": config.heat})
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def test_a_field_from_outside_is_kept_checked_and_named_like_any_other() -> None
 
 
 def test_a_field_of_no_feature_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="^config: expected fields among .* but got 'heat'"):
+    with pytest.raises(ArgumentError, match="^config: expected a field among .* but got 'heat'"):
         AttentionConfig.from_dict({"head_dim": 64, "heat": 3})
     with pytest.raises(TypeError, match="heat"):
         AttentionConfig(64, heat=3)  # type: ignore[call-arg]
@@ -117,6 +121,15 @@ def test_a_name_is_given_to_one_feature_alone() -> None:
     with pytest.raises(ValueError, match="causal"):
         register(Again())
     assert "again" not in FEATURES
+
+
+def test_arrays_without_four_axes_are_refused_by_name() -> None:
+    q, rows = mx.zeros((1, 1, 4, 32), mx.float16), mx.zeros((1, 4, 32), mx.float16)
+    config = AttentionConfig(32)
+    for name, arrays in {"q": (rows, q, q), "k": (q, rows, q), "v": (q, q, rows)}.items():
+        message = rf"^{name}.shape: expected 4 axes \(B, H, L, D\), but got \(1, 4, 32\)"
+        with pytest.raises(ArgumentError, match=message):
+            check_call(config, *arrays)
 
 
 @pytest.mark.usefixtures("heated")

@@ -97,3 +97,19 @@ def test_the_way_of_a_request_is_one_direction(
         if {*name.split(".")[1:2]} & rooms and {*used.split(".")[1:2]} & above
     }
     assert not back
+
+
+TUNING = ("runner", "sessions", "study", "workers", "timing", "search", "progress")
+"""The rooms of tuning; each imports those after it only."""
+
+
+def test_the_rooms_of_tuning_import_downwards(uses: dict[str, set[str]]) -> None:
+    rooms = {n: n.split(".")[2] for n in uses if n.startswith("metalgen.tuning.")}
+    assert {*rooms.values()} == {*TUNING, "presets"}
+    back = {
+        f"{name} imports {used}"
+        for name, room in rooms.items()
+        for used in uses[name] & {*rooms}
+        if {room, rooms[used]} <= {*TUNING} and TUNING.index(rooms[used]) < TUNING.index(room)
+    }
+    assert not back

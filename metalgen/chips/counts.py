@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from metalgen.bounds import shift_of, takes_tanh
 from metalgen.errors import InvalidSchedule
 from metalgen.families import SIMD_WIDTH, Schedule, threadgroup_bytes
+from metalgen.features.softcap import shift_of, takes_tanh
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
 from metalgen.problem.config import AttentionConfig, declared, field_names

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalgen.bounds import shift_of, takes_tanh
 from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
 from metalgen.families import SIMD_WIDTH, Schedule
+from metalgen.features.softcap import shift_of, takes_tanh
 from metalgen.kinds import SIMDGROUP, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
 from metalgen.problem.config import AttentionConfig

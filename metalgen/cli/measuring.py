@@ -29,7 +29,7 @@ class Measuring:
                 expected = "none where times are predicted, not measured"
                 raise ArgumentError(name, expected, getattr(self, name))
         if device:
-            from metalgen.tuning.helpers import check_jobs
+            from metalgen.tuning.workers.helpers import check_jobs
 
             check_jobs(self.jobs or 0, 1.0 if self.time_limit is None else self.time_limit)
 
@@ -37,8 +37,8 @@ class Measuring:
         """What `metalgen.tuning.runner.tune` takes of them."""
         if device is None:
             return {}
-        from metalgen.tuning.helpers import TIME_LIMIT, usual_jobs
-        from metalgen.tuning.measure import Policy
+        from metalgen.tuning.timing.measure import Policy
+        from metalgen.tuning.workers.helpers import TIME_LIMIT, usual_jobs
 
         return {
             "jobs": usual_jobs(device) if self.jobs is None else self.jobs,

@@ -38,8 +38,8 @@ class Sharing:
             if self.study is not None:
                 raise ArgumentError("study", "none without --storage", self.study)
             return {}
-        from metalgen.tuning.distributed import Share
-        from metalgen.tuning.storage import check_url, masked
+        from metalgen.tuning.study.distributed import Share
+        from metalgen.tuning.study.storage import check_url, masked
 
         check_url(self.storage)
         if device is None and not self.asked:
@@ -52,7 +52,7 @@ class Sharing:
 
 def shown(url: str) -> str:
     """A URL as it may be printed."""
-    from metalgen.tuning.storage import masked
+    from metalgen.tuning.study.storage import masked
 
     return masked(url)
 

@@ -69,3 +69,8 @@ def _data_directory() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("metalgen", appauthor=False))
+
+
+def known_status(status: object) -> str:
+    """A status from a database; ``"wrong"``, the gravest one, for what is none."""
+    return status if isinstance(status, str) and status in STATUSES else "wrong"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metalgen.database.columns import problem_of, row_of
+from metalgen.database.layout import known_status
 from metalgen.database.rows import (
     COLUMNS,
     FAULTS,
@@ -23,7 +24,6 @@ from metalgen.database.rows import (
     Row,
     Tables,
     join_rows,
-    known_status,
 )
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary

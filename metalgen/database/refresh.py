@@ -20,9 +20,10 @@ from typing import NamedTuple, Protocol
 from metalgen.database import exchange
 from metalgen.database.columns import problem_of
 from metalgen.database.errors import DatabaseError, explained
+from metalgen.database.layout import known_status
 from metalgen.database.measurement import Measurement
 from metalgen.database.merging import Merger
-from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, Tables, known_status
+from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, Tables
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError

@@ -44,13 +44,6 @@ IDENTITY = (
 GRAVITY = ("ok", "timeout", "runtime", "compile", "invalid", "wrong")
 assert sorted(GRAVITY) == sorted(STATUSES)
 Key = tuple[Any, ...]
-
-
-def known_status(status: object) -> str:
-    """A status from a database; the gravest one for what is none, as of a damaged check."""
-    return status if isinstance(status, str) and status in GRAVITY else GRAVITY[-1]
-
-
 FAULTS = (MetalgenError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 """What a bad row or line may raise while it is read."""
 USUAL_SAMPLES = 10_000

@@ -162,10 +162,12 @@ def _empty(
     out = mx.zeros((*shape, config.v_dim), q.dtype)
     if not config.return_lse:
         return out, None
-    if inputs.sinks is None:
+    found = (feature.empty_lse(inputs) for feature in config.features)
+    logits = next((logit for logit in found if logit is not None), None)
+    if logits is None:
         return out, mx.full(shape, -mx.inf)
-    lse = mx.broadcast_to(inputs.sinks[None, :, None], shape)
-    if inputs.cu_q is not None:  # rows of no sequence have no sink either
+    lse = mx.broadcast_to(logits, shape)
+    if inputs.cu_q is not None:  # rows of no sequence have none either
         lse = mx.where(mx.arange(shape[2]) < inputs.cu_q[-1], lse, -mx.inf)
     return out, lse
 

@@ -40,11 +40,10 @@ class Decode(Family):
         return (self.main, COMBINE) if schedule.partials > 1 else (self.main,)
 
     def takes(self, config: AttentionConfig, q_len: int) -> bool:
-        # Rows of a block mask are those of one head.
-        return q_len <= DECODE_QUERIES and not config.block_mask
+        return q_len <= DECODE_QUERIES and not config.one_head
 
     def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
-        require("family", not config.block_mask, "decode takes no block mask")
+        require("family", not config.one_head, "decode takes no block mask")
 
     def launches(
         self,

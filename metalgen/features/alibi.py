@@ -47,6 +47,7 @@ class Alibi(Feature):
         ),
     )
     rank = 1
+    adds = True
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         return Hooks(adds={"alibi": Macros("alibi")})

@@ -14,7 +14,6 @@ from metalgen.features.base import (
     Macros,
     OptionalInput,
     Site,
-    unused,
 )
 from metalgen.features.checks import switch
 from metalgen.features.conversions import booleans
@@ -48,8 +47,7 @@ class ArrayMask(Feature):
             binding="broadcast",
         ),
     )
-    variables = unused(reads_rows=False)
     rank = 1
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(masks=[Macros("array_mask")], variables={"reads_rows": True})
+        return Hooks(masks=[Macros("array_mask")])

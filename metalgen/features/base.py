@@ -118,21 +118,15 @@ class Site(NamedTuple):
     Args:
         language: what user functions are printed in.
         bk: keys of a pass.
-        first_key, past_key: how a simdgroup's first key of a pass is spelled, and the key behind
-            its last.
         head_rows: whether rows of several heads share a group.
         share: keys of a share of the keys that is the same whatever else is in the call; None where
             shares depend on the number of keys, or there are none.
-        v_width: columns of the values that a group computes with.
     """
 
     language: Any
     bk: int
-    first_key: str = "k0"
-    past_key: str = "k0 + BK"
     head_rows: bool = False
     share: int | None = None
-    v_width: int = 0
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -152,12 +146,13 @@ class Hooks(NamedTuple):
 
     Args:
         places: which sequence a group's rows belong to, and how many queries and keys that has.
-        pages: how keys are found.
-        adds: what is added to the exponents.
+        pages: how keys are found where they do not follow each other, by at most one feature.
+        lists: which passes a group makes, where not all.
+        maps: what a raw score becomes.
+        adds: what is added to it, by the name of what rows keep for that.
         masks: whether a key is seen.
-        scores: what a raw score becomes.
         probabilities: what a probability becomes.
-        outputs: what a row's sum takes in at the end.
+        outputs: what a row's sum takes in at the end, by the same.
         functions: printed functions of users.
         constants: integers of the kernel, by name.
         lines: declarations at its beginning.
@@ -165,13 +160,14 @@ class Hooks(NamedTuple):
         variables: what templates substitute in addition.
     """
 
-    places: Mapping[str, Any] = _NONE
-    pages: Mapping[str, Any] = _NONE
+    places: Sequence[Any] = ()
+    pages: Any = None
+    lists: Sequence[Any] = ()
+    maps: Sequence[Any] = ()
     adds: Mapping[str, Any] = _NONE
-    scores: Sequence[Any] = ()
     masks: Sequence[Any] = ()
     probabilities: Sequence[Any] = ()
-    outputs: Sequence[Any] = ()
+    outputs: Mapping[str, Any] = _NONE
     functions: Sequence[Any] = ()
     constants: Mapping[str, int] = _NONE
     lines: Sequence[str] = ()
@@ -195,6 +191,7 @@ class Feature:
         variables: what templates substitute where the feature is not used.
         rank: where its words stand in a config's short name; features of one rank in their order.
         captures: whether calls bring something else for it than the inputs that it declares.
+        adds: whether it adds to scores, so that a softcap does not bound them.
         numbered: whether its results depend on the numbers of batch entries and heads, so that a
             call cannot be cut into pieces that each count from 0.
         one_head: whether the rows of a threadgroup must be those of one head.
@@ -207,6 +204,7 @@ class Feature:
     variables: ClassVar[Mapping[str, Any]] = unused()
     rank: ClassVar[int] = 0
     captures: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     one_head: ClassVar[bool] = False
 
@@ -248,6 +246,10 @@ class Feature:
 
     def check_captured(self, arrays: Arrays) -> None:
         """Whether what it captures fits a call, used or not; raises `ArgumentError`."""
+
+    def empty_lse(self, inputs: Any) -> mx.array | None:
+        """The log-sum-exp of rows that see no key, broadcast to ``(B, H, Lq)``; None: -inf."""
+        return None
 
     def sample(self, sampler: Sampler) -> dict[str, Any]:
         """Made-up inputs, by name."""

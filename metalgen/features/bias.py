@@ -49,6 +49,7 @@ class Bias(Feature):
         ),
     )
     rank = 1
+    adds = True
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         return Hooks(adds={"bias": Macros("bias")})

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays
-from metalgen.features.base import Binder, Feature, Field, Hooks, Site, unused
+from metalgen.features.base import Binder, Feature, Field, Hooks, Macros, Site
 from metalgen.features.checks import switch
 from metalgen.features.fields import Fields
 
@@ -22,7 +22,6 @@ class Blocks(Feature):
 
     name = "block_mask"
     fields = (Field("block_mask", switch, False),)
-    variables = unused(listed=False)
     rank = 1
     captures = True
     one_head = True
@@ -53,4 +52,4 @@ class Blocks(Feature):
         return {}  # the blocks come with the captured arrays of their function
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(variables={"listed": True})
+        return Hooks(lists=[Macros("block_mask")])

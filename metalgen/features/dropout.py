@@ -37,7 +37,7 @@ class Dropout(Feature):
             sample=lambda sampler: mx.random.key(sampler.seed),
         ),
     )
-    variables = unused(dropout=False, kept="")
+    variables = unused(kept="")
     rank = 3
     numbered = True
 
@@ -47,12 +47,11 @@ class Dropout(Feature):
     def hooks(self, config: Fields, site: Site) -> Hooks:
         dropped = min(round(config.dropout * 2**32), 2**32 - 1)
         return Hooks(
-            probabilities=[Macros("dropout", {"BK": site.bk, "k0": site.first_key})],
+            probabilities=[Macros("dropout", {"aligned": site.bk % 16 == 0})],
             lines=[f"constexpr unsigned int DROPPED = {dropped}u;"],
             header=["philox"],
             variables={
                 "sequences": True,
-                "dropout": True,
                 "kept": f" * {1 / (1 - config.dropout):.9e}f",
             },
         )

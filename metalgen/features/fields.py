@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The types of queries, keys, values and output, with their bytes per element."""
@@ -45,6 +45,9 @@ class Fields:
     tf32: bool = False
     max_work: int | None = None
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
+
+    features: ClassVar[tuple[Any, ...]] = ()
+    """The features that a checked config uses, in their order."""
 
     @property
     def v_dim(self) -> int:

@@ -48,4 +48,4 @@ class Lengths(Feature):
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         lengths = Macros("kv_lens", {"varlen": config.varlen})
-        return Hooks(places={"kv_lens": lengths}, variables={"sequences": True})
+        return Hooks(places=[lengths], variables={"sequences": True})

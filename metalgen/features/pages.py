@@ -60,7 +60,7 @@ class Pages(Feature):
             cut="entries",
         ),
     )
-    variables = unused(paged=False, one_page=False)
+    variables = unused(paged=False)
     rank = 4
 
     def words(self, config: Fields) -> Iterable[str]:
@@ -70,9 +70,9 @@ class Pages(Feature):
         size = config.page_size
         assert size is not None
         return Hooks(
-            pages={"paged": Macros("paged")},
+            pages=Macros("paged"),
             masks=[Macros("paged")],
             constants={"PAGE": size},
             header=["pages"],
-            variables={"paged": True, "one_page": size % site.bk == 0},
+            variables={"paged": True},
         )

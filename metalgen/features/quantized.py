@@ -7,7 +7,7 @@ from typing import Any
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays, exactly
-from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site, unused
+from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site
 from metalgen.features.checks import one_of
 from metalgen.features.fields import Fields
 
@@ -53,7 +53,6 @@ class Quantized(Feature):
         for operand in ("k", "v")
         for place, part in ((1, "scales"), (2, "biases"))
     )
-    variables = unused(quantized=False)
     rank = 4
 
     def check(self, config: Fields) -> None:
@@ -67,11 +66,7 @@ class Quantized(Feature):
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         assert config.kv_bits is not None
-        groups = site.v_width // config.kv_group * config.itemsize
-        words = site.v_width * config.kv_bits // 8
-        part = {"v": words, "v_scales": groups, "v_biases": groups}
         return Hooks(
             constants={"KV_BITS": config.kv_bits, "KV_GROUP": config.kv_group},
             header=["quantized"],
-            variables={"quantized": True, "value_part_bytes": part},
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -48,5 +48,9 @@ class Sinks(Feature):
     )
     rank = 1
 
+    def empty_lse(self, inputs: Any) -> mx.array:
+        logits: mx.array = inputs.sinks[None, :, None]
+        return logits
+
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(outputs=[Macros("sinks")], lines=[HALF_LOG2E])
+        return Hooks(outputs={"sinks": Macros("sinks")}, lines=[HALF_LOG2E])

@@ -74,6 +74,4 @@ class Varlen(Feature):
         return {name: f"its default beside varlen; use {other}" for name, other in instead.items()}
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(
-            places={"varlen": Macros("varlen")}, variables={"varlen": True, "sequences": True}
-        )
+        return Hooks(places=[Macros("varlen")], variables={"varlen": True, "sequences": True})

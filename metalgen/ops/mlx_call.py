@@ -69,8 +69,8 @@ class MlxCall:
             raise ArgumentError("v.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape)
         whole = (*q.shape[:3], k.shape[2])
         for name, array in (("bias", inputs.bias), ("array_mask", inputs.array_mask)):
-            if array is not None and (expected := broadcasts(array, whole)) is not None:
-                raise ArgumentError(f"{inputs.spoken(name)}.shape", expected, array.shape)
+            if array is not None and (wanted := broadcasts(array, whole)) is not None:
+                raise ArgumentError(f"{inputs.spoken(name)}.shape", wanted, array.shape)
         if inputs.sinks is not None and inputs.sinks.shape != (q.shape[1],):
             raise ArgumentError("sinks.shape", str((q.shape[1],)), inputs.sinks.shape)
         windows = self.window_left, self.window_right

@@ -7,12 +7,12 @@ import difflib
 import functools
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from metalgen.arguments import check_integer
 from metalgen.errors import ArgumentError
 from metalgen.features import FIELDS, OTHERS, used
-from metalgen.features.base import Feature, Field, OptionalInput
+from metalgen.features.base import Field, OptionalInput
 from metalgen.features.fields import DTYPES, Fields
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 576
@@ -123,7 +123,7 @@ class AttentionConfig(Fields):
             self._keep(name, field.check(name, getattr(self, name), self))
         unknown = [name for name, _ in self.others if name not in OTHERS]
         if unknown:
-            raise ArgumentError("config", f"fields among {', '.join(field_names())}", unknown[0])
+            raise ArgumentError("config", f"a field among {', '.join(field_names())}", unknown[0])
         changed = []
         for name, field in FIELDS.items():
             given = getattr(self, name)
@@ -156,9 +156,6 @@ class AttentionConfig(Fields):
         if name in OTHERS:
             return dict(self.others).get(name, OTHERS[name].default)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    features: ClassVar[tuple[Feature, ...]] = ()
-    """The features that it uses, in their order."""
 
     @functools.cached_property
     def inputs(self) -> tuple[OptionalInput, ...]:

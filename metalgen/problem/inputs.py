@@ -170,8 +170,8 @@ def check_qkv(
 ) -> None:
     """The same for q, k and v; raises `ArgumentError`."""
 
-    def refuse(name: str, expected: str, x: mx.array) -> None:
-        raise ArgumentError(f"{inputs.spoken(name)}.shape", expected, x.shape)
+    def misshapen(name: str, expected: str, x: mx.array) -> ArgumentError:
+        return ArgumentError(f"{inputs.spoken(name)}.shape", expected, x.shape)
 
     words = 1 if config.kv_bits is None else 32 // config.kv_bits
     kv_dtype = config.dtype if config.kv_bits is None else "uint32"
@@ -185,33 +185,22 @@ def check_qkv(
             raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(x).__name__)
         shape = x.shape
         if len(shape) != 4:
-            named = "(B, H, L, D)" if name == "q" else axes
-            refuse(name, f"4 axes {named}", x)
+            raise misshapen(name, f"4 axes {'(B, H, L, D)' if name == 'q' else axes}", x)
         if shape[3] != width:
             quantized = f", {config.kv_bits} bits an element" if dtype == "uint32" else ""
-            raise ArgumentError(
-                f"{inputs.spoken(name)}.shape", f"a last axis of {width}{quantized}", x.shape
-            )
+            raise misshapen(name, f"a last axis of {width}{quantized}", x)
         if x.dtype != getattr(mx, dtype):
             raise ArgumentError(f"{inputs.spoken(name)}.dtype", dtype, str(x.dtype))
     if config.varlen:
         for name, x in (("q", q), ("k", k))[: 1 if config.page_size else 2]:
             if x.shape[0] != 1:
-                raise ArgumentError(
-                    f"{inputs.spoken(name)}.shape", "a first axis of 1 beside varlen", x.shape
-                )
+                raise misshapen(name, "a first axis of 1 beside varlen", x)
     elif config.page_size is None and k.shape[0] != q.shape[0]:
-        raise ArgumentError(
-            f"{inputs.spoken('k')}.shape", f"a batch of {q.shape[0]}, as q has", k.shape
-        )
+        raise misshapen("k", f"a batch of {q.shape[0]}, as q has", k)
     if config.page_size is not None and k.shape[2] != config.page_size:
-        raise ArgumentError(
-            f"{inputs.spoken('k')}.shape", f"pages of {config.page_size} keys", k.shape
-        )
+        raise misshapen("k", f"pages of {config.page_size} keys", k)
     if k.shape[1] * config.heads_per_kv != q.shape[1]:
         heads = f"{q.shape[1]} / {config.heads_per_kv} heads (q has {q.shape[1]}, heads_per_kv)"
-        refuse("k", heads, k)
+        raise misshapen("k", heads, k)
     if v.shape[:3] != k.shape[:3]:
-        raise ArgumentError(
-            f"{inputs.spoken('v')}.shape", f"{k.shape[:3]} before the last axis, as k has", v.shape
-        )
+        raise misshapen("v", f"{k.shape[:3]} before the last axis, as k has", v)

@@ -133,8 +133,8 @@ class Result:
     def _predicted(self) -> dict[Schedule, float] | None:
         from metalgen.chips import get_chip
         from metalgen.families import enumerate_valid
-        from metalgen.tuning.modelled import model_version
-        from metalgen.tuning.search import rank
+        from metalgen.tuning.search.search import rank
+        from metalgen.tuning.sessions.modelled import model_version
 
         try:
             if json.loads(self.policy)["model"] != model_version():

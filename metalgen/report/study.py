@@ -148,8 +148,8 @@ def _add(storage: BaseStorage, name: str, r: Result) -> None:
 def _space(r: Result) -> Space | None:
     """The declared space that the rows are from; None for a chip that metalgen does not know."""
     from metalgen.chips import get_chip
-    from metalgen.tuning.measured import MeasuredSession
-    from metalgen.tuning.modelled import ModelledSession
+    from metalgen.tuning.sessions.measured import MeasuredSession
+    from metalgen.tuning.sessions.modelled import ModelledSession
 
     kind = MeasuredSession if r.provenance == "measured" else ModelledSession
     try:

@@ -10,7 +10,6 @@ from metalgen.families import get_family
 from metalgen.families.launch import split_keys
 from metalgen.features import FEATURES
 from metalgen.features.base import HALF_UNIT, Macros, Site
-from metalgen.kinds import value_width
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
@@ -23,7 +22,7 @@ def hooks(
 ) -> dict[str, Any]:
     """The template's variables of all features.
 
-    ``places``, ``pages``, ``scores``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
+    ``places``, ``pages``, ``lists``, ``maps``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
     ``functions``: what stands at these hooks (see `metalgen.features.base.Hooks`), with rendered
     macros; ``parts``: files of the language's header; ``hook_constants``, and ``lines`` of
     declarations; and the variables of each feature. ``unit``: what a score is multiplied by to
@@ -33,7 +32,7 @@ def hooks(
     """
     site = _site(config, schedule, target, family)
     found = [each.hooks(config, site) for each in config.features]
-    variables = _unused(config, site)
+    variables = _unused(config)
     for own in found:
         variables |= own.variables
     adds = {name: macros for own in found for name, macros in own.adds.items()}
@@ -51,44 +50,38 @@ def hooks(
     def at(hook: str, **more: Any) -> list[Any]:
         return [rendered(macros, **more) for own in found for macros in getattr(own, hook)]
 
-    def named(hook: str) -> dict[str, Any]:
+    def named(hook: str, **more: Any) -> dict[str, Any]:
         each = (pair for own in found for pair in getattr(own, hook).items())
-        return {name: rendered(macros) for name, macros in each}
+        return {name: rendered(macros, **more) for name, macros in each}
 
     return variables | {
         "hook_constants": {n: value for own in found for n, value in own.constants.items()},
         "lines": lines,
         "parts": [name for own in found for name in own.header],
-        "own_keys": own_keys(schedule),
-        "places": named("places"),
-        "pages": named("pages"),
+        "places": at("places"),
+        "pages": next((rendered(own.pages) for own in found if own.pages), None),
+        "lists": at("lists"),
+        "maps": at("maps"),
         "adds": named("adds"),
-        "scores": at("scores"),
         "masks": at("masks"),
         "probabilities": at("probabilities"),
-        "outputs": at("outputs", less=variables["less"]),
+        "outputs": named("outputs", less=variables["less"]),
         "functions": [function for own in found for function in own.functions],
     }
 
 
 def _site(config: AttentionConfig, schedule: Schedule, target: str, family: str) -> Site:
-    first, past = own_keys(schedule)
     return Site(
         language=target,
         bk=schedule.bk,
-        first_key=first,
-        past_key=past,
         head_rows=get_family(family).few_rows,
         share=split_keys(schedule) if getattr(schedule, "splits", 1) > 1 else None,
-        v_width=value_width(config, schedule),
     )
 
 
-def _unused(config: AttentionConfig, site: Site) -> dict[str, Any]:
+def _unused(config: AttentionConfig) -> dict[str, Any]:
     """What templates substitute of features that a config does not use."""
     variables: dict[str, Any] = {
-        "key_arrays": ["k", "v", *(each.name for each in config.inputs if each.cut == "keys")],
-        "value_part_bytes": {"v": site.v_width * config.itemsize},
         "sequences": False,
         "unit": "scale2",
         "base_unit": "half_scale",
@@ -102,12 +95,6 @@ def _unused(config: AttentionConfig, site: Site) -> dict[str, Any]:
     for each in FEATURES.values():
         variables |= each.variables
     return variables
-
-
-def own_keys(schedule: Schedule) -> tuple[str, str]:
-    """What a kernel calls a simdgroup's first key of a pass, and the one behind its last."""
-    shared = getattr(schedule, "key_simdgroups", 1) > 1
-    return ("k_own", "k_own + OWN_KEYS") if shared else ("k0", "k0 + BK")
 
 
 def extra_inputs(config: AttentionConfig) -> list[str]:

@@ -15,21 +15,22 @@ from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
+from metalgen.kernel_check import Verify
 from metalgen.problem.sizes import Problem
 from metalgen.source.digests import Present
 from metalgen.source.hashes import template_hash
-from metalgen.tuning.executing import Executor, Here, lock_file
-from metalgen.tuning.helpers import TIME_LIMIT, Helpers, check_jobs
-from metalgen.tuning.measure import Clock, Policy
-from metalgen.tuning.measured import MeasuredSession
-from metalgen.tuning.modelled import ModelledSession
 from metalgen.tuning.progress import BudgetSpent, Observer, Report
-from metalgen.tuning.session import Session
-from metalgen.tuning.verifying import Checker, Verify
+from metalgen.tuning.sessions.measured import MeasuredSession
+from metalgen.tuning.sessions.modelled import ModelledSession
+from metalgen.tuning.sessions.session import Session
+from metalgen.tuning.timing.measure import Clock, Policy
+from metalgen.tuning.workers.checker import Checker
+from metalgen.tuning.workers.executing import Executor, Here, lock_file
+from metalgen.tuning.workers.helpers import TIME_LIMIT, Helpers, check_jobs
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-    from metalgen.tuning.distributed import Share
+    from metalgen.tuning.study.distributed import Share
 
 
 def tune(
@@ -127,7 +128,7 @@ def tune(
     if device and executor:
         common |= {"device": device, "policy": policy, "executor": executor}
         if share:
-            from metalgen.tuning.shared import SharedSession
+            from metalgen.tuning.sessions.shared import SharedSession
 
             session = SharedSession(**common, share=share)
         else:

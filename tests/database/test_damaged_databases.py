@@ -28,7 +28,7 @@ from metalgen.database.errors import UnreadableDatabase
 from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.database.store import Store
 from metalgen.dispatch import forget_kernels
-from metalgen.families import default_schedule
+from metalgen.families import Schedule, default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
@@ -40,7 +40,7 @@ CONFIG = AttentionConfig(head_dim=64, causal=True)
 FORWARD = Problem(CONFIG, 4, 128, 128)
 DECODE = Problem(CONFIG, 4, 1, 128)
 DEFAULT = default_schedule(CONFIG, get_chip("M3Max").limits)
-SPLIT = dataclasses.replace(SECOND, bq=8, simdgroups=1, splits=4)
+SPLIT = Schedule(bq=8, bk=SECOND.bk, bd=SECOND.bd, simdgroups=1, splits=4, family="decode")
 SIZES = ("--head-dim", "64", "--causal", "--heads", "4", "--q-len", "128")
 SAMPLE, ALL, CHUNK = 500, 10_000, 500
 

@@ -30,7 +30,7 @@ from metalgen.testing.rows import (
     modelled,
     row,
 )
-from metalgen.tuning.measure import Policy
+from metalgen.tuning.timing.measure import Policy
 
 LONGER = dataclasses.replace(PROBLEM, q_len=4096, kv_len=4096)
 LONGEST = dataclasses.replace(PROBLEM, q_len=16384, kv_len=16384)

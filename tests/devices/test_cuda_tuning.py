@@ -14,15 +14,15 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.kernel_check import CannotCheck
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.render import render
-from metalgen.tuning import executing
-from metalgen.tuning.executing import Here
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
-from metalgen.tuning.verifying import CannotCheck
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.workers import executing
+from metalgen.tuning.workers.executing import Here
 
 CONFIG = AttentionConfig(16)
 PROBLEM = Problem(CONFIG, 2, 128, 128)

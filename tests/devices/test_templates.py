@@ -1,4 +1,4 @@
-"""Families and features are written once: targets differ in their tile libraries alone."""
+"""Families and features are written once: languages and matrix kinds have files of their own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from metalgen.languages import LANGUAGES
 from metalgen.resources import templates_dir
 
 FOLDER = templates_dir()
-SHARED = sorted([*(FOLDER / "families").iterdir(), *(FOLDER / "features").iterdir()])
+ROOMS = ("families", "features", "shared")
+SHARED = sorted(path for room in ROOMS for path in (FOLDER / room).iterdir())
 SPELLED = r"\w*simdgroup_\w+|simd_\w+|threadgroup_barrier|__\w+|\w*ldmatrix\w*|mma_\w+|asm|bfloat"
 """What one of the targets alone can say."""
 
@@ -39,12 +40,3 @@ def test_no_family_and_no_feature_knows_its_target(path: Path) -> None:
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
 def test_no_family_and_no_feature_says_what_one_target_alone_understands(path: Path) -> None:
     assert re.findall(rf"(?<![\w.])(?:{SPELLED})(?!\w)", code(path)) == []
-
-
-def test_every_target_spells_the_same_operations() -> None:
-    """Those that the families and features call; a macro of one library only is its own affair."""
-    called = set(re.findall(r"\btile\.(\w+)\(", "".join(map(code, SHARED))))
-    assert len(called) > 15
-    for target in LANGUAGES:
-        library = (FOLDER / "targets" / target / "tile.jinja").read_text()
-        assert called - set(re.findall(r"\{%-? *macro (\w+)\(", library)) == set()

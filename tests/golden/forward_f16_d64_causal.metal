@@ -76,14 +76,15 @@ METAL_FUNC float mg_row_sum(float x) {
   return x + simd_shuffle_xor(x, 8);
 }
 
-// The natural logarithm of sum * 2^(2 half_exponent); -inf for an empty sum, in fast math too, and finite for others.
+// The natural logarithm of sum * 2^(2 half_exponent); -inf for an empty sum, in fast math too, and
+// finite for others.
 METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   const float twice_ln2 = 1.38629436111989062f;
   const float value = max((half_exponent + 0.5f * precise::log2(sum)) * twice_ln2, -3.402823466e38f);
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_0cd5918099(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_7a865ddc99(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half Out;
   typedef half F;
@@ -156,15 +157,13 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     for (int f = 0; f < V_FRAGMENTS; f++) o[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
   }
 
-  constexpr float LARGE = 8388608.0f;
-  float m[ROW_BLOCKS];
-  #pragma unroll
-  for (int r = 0; r < ROW_BLOCKS; r++) m[r] = LOWEST;
-
   float base[ROW_BLOCKS];
   #pragma unroll
-  for (int r = 0; r < ROW_BLOCKS; r++) base[r] = 0.0f;
+  for (int r = 0; r < ROW_BLOCKS; r++) base[r] = LOWEST;
 
+  constexpr float LARGE = 268435456.0f;
+  const float coarse = as_type<float>((as_type<uint>(scale2) + 0x7fffffu) & 0xff800000u);
+  const float half_fine = 0.5f * scale2 / coarse;
   float l[ROW_BLOCKS];
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) l[r] = 0.0f;
@@ -256,69 +255,39 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           }
         }
       }
-      float peak[ROW_BLOCKS];
-      #pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++) peak[r] = m[r];
-
-      float shift[ROW_BLOCKS];
-      #pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++) shift[r] = 0.0f;
-
-      float rescale[ROW_BLOCKS];
-      #pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++) rescale[r] = 1.0f;
-
-      bool large = false;
-      #pragma unroll
-      for (int r = 0; r < ROW_BLOCKS; r++) {
-        #pragma unroll
-        for (int f = 0; f < K_FRAGMENTS; f++) {
-          #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            peak[r] = max(peak[r], s[r][f].thread_elements()[e]);
-          }
-        }
-        peak[r] = mg_row_max(peak[r]);
-        shift[r] = (peak[r] == LOWEST ? 0.0f : peak[r] * scale2);
-        rescale[r] = fast::exp2(min(base[r] - shift[r], 0.0f));
-        large = large || fabs(shift[r]) >= LARGE;
-      }
-      if (large) {
-        #pragma unroll
-        for (int r = 0; r < ROW_BLOCKS; r++) {
-          if (fabs(shift[r]) >= LARGE) {
-            const float lost = (fabs(peak[r] * scale2) < 2.0f * LARGE ? fma(peak[r], scale2, -shift[r]) : 0.0f);
-            rescale[r] = fast::exp2(fma(m[r] - peak[r], scale2, lost - (fabs(m[r] * scale2) < 2.0f * LARGE ? fma(m[r], scale2, -base[r]) : 0.0f)));
-            shift[r] = -lost;
-            #pragma unroll
-            for (int f = 0; f < K_FRAGMENTS; f++) {
-              #pragma unroll
-              for (int e = 0; e < 2; e++) {
-                s[r][f].thread_elements()[e] -= peak[r];
-              }
-            }
-          }
-        }
-      }
       #pragma unroll
       for (int r = 0; r < ROW_BLOCKS; r++) {
         float sum = 0.0f;
+        float peak = LOWEST;
         #pragma unroll
         for (int f = 0; f < K_FRAGMENTS; f++) {
           #pragma unroll
           for (int e = 0; e < 2; e++) {
-            s[r][f].thread_elements()[e] = fast::exp2(fma(s[r][f].thread_elements()[e], scale2, -shift[r]));
+            peak = max(peak, s[r][f].thread_elements()[e]);
+          }
+        }
+        peak = mg_row_max(peak);
+        // Without a shift the masked scores of a row that has seen no key give 2^-huge = 0.
+        const bool none = peak == LOWEST;
+        const float row_unit = fabs(peak * scale2) < LARGE ? scale2 : coarse;
+        const float top = none ? base[r] : max(base[r], peak * row_unit);
+        const float shift = none ? 0.0f : top;
+        const float rescale = fast::exp2(base[r] - top);
+        base[r] = top;
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            s[r][f].thread_elements()[e] = fast::exp2(fma(s[r][f].thread_elements()[e], row_unit, -shift));
             sum += s[r][f].thread_elements()[e];
           }
         }
-        m[r] = peak[r];
-        base[r] = (peak[r] == LOWEST ? 0.0f : peak[r] * scale2);
-        l[r] = fma(l[r], rescale[r], sum);
+        l[r] = fma(l[r], rescale, sum);
         #pragma unroll
         for (int f = 0; f < V_FRAGMENTS; f++) {
           #pragma unroll
           for (int e = 0; e < 2; e++) {
-            o[r][f].thread_elements()[e] *= rescale[r];
+            o[r][f].thread_elements()[e] *= rescale;
           }
         }
       }

@@ -29,7 +29,7 @@ from report_samples import (
 
 from metalgen.report.page import write_report
 from metalgen.report.sources import read_sources
-from metalgen.tuning.modelled import model_version
+from metalgen.tuning.sessions.modelled import model_version
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="needs Playwright: pip install playwright"

@@ -31,7 +31,7 @@ from metalgen.families import Schedule, enumerate_valid
 from metalgen.report import charts
 from metalgen.report.results import drawn, heat_maps, importances, milestones, results, steps
 from metalgen.report.sources import Notes, read_sources
-from metalgen.tuning.modelled import model_version
+from metalgen.tuning.sessions.modelled import model_version
 
 
 def test_the_winner_is_the_best_checked_final_and_is_compared_within_its_own_race(tmp_path):

@@ -12,7 +12,7 @@ from metalgen.chips import get_chip
 from metalgen.database.measurement import Measurement
 from metalgen.families import Limits, Schedule
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.measure import Policy
+from metalgen.tuning.timing.measure import Policy
 
 SPACE = Path(__file__).parents[2] / "benchmarks" / "spaces" / "h200" / "forward-d64.jsonl"
 """Every schedule of a problem, measured on an H200: the device of these workers."""

@@ -11,9 +11,9 @@ from metalgen.database.store import Store
 from metalgen.families import default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy
 
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

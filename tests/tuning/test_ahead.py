@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from metalgen.families import Parameter
-from metalgen.tuning.ahead import Ahead
-from metalgen.tuning.replay import Recording
-from metalgen.tuning.search import Search
+from metalgen.tuning.search.ahead import Ahead
+from metalgen.tuning.search.replay import Recording
+from metalgen.tuning.search.search import Search
 
 PARAMETERS = tuple(Parameter(name, tuple(range(8))) for name in "abc")
 POINTS = tuple((a, b, c) for a in range(8) for b in range(8) for c in range(8))

@@ -30,12 +30,12 @@ from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.families import Schedule, decode_schedule, enumerate_valid, space
-from metalgen.tuning import distributed
-from metalgen.tuning.distributed import LOSSES, Share, SharedStudy
 from metalgen.tuning.progress import BudgetSpent, Progress
 from metalgen.tuning.runner import tune
-from metalgen.tuning.search import Search
-from metalgen.tuning.storage import StorageError, close_storage, open_storage
+from metalgen.tuning.search.search import Search
+from metalgen.tuning.study import distributed
+from metalgen.tuning.study.distributed import LOSSES, Share, SharedStudy
+from metalgen.tuning.study.storage import StorageError, close_storage, open_storage
 
 TRIALS = 20
 WORKERS = 4
@@ -49,7 +49,7 @@ WORKER = textwrap.dedent(
     from tuning_fakes import FakeVerify
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
-    from metalgen.tuning.distributed import Share
+    from metalgen.tuning.study.distributed import Share
     from metalgen.tuning.runner import tune
 
     class Worker(Replayed):

@@ -17,14 +17,15 @@ from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
+from metalgen.kernel_check import CannotCheck
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
-from metalgen.tuning import executing, racing
-from metalgen.tuning.measure import Bench
-from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.runner import tune
-from metalgen.tuning.verifying import CannotCheck
+from metalgen.tuning.sessions.measured import MeasuredSession
+from metalgen.tuning.timing import racing
+from metalgen.tuning.timing.measure import Bench
+from metalgen.tuning.workers import executing
 
 
 @pytest.fixture

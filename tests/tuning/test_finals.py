@@ -21,10 +21,10 @@ from metalgen.families import Schedule, default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
-from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import Outcome
-from metalgen.tuning.racing import Race
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy, Timing
+from metalgen.tuning.timing.racing import Race
 
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

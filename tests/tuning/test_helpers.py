@@ -22,11 +22,11 @@ from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.executing import KernelFailure, one_at_a_time
-from metalgen.tuning.helpers import Helpers, usual_jobs
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.workers.executing import KernelFailure, one_at_a_time
+from metalgen.tuning.workers.helpers import Helpers, usual_jobs
 
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
 VALID = enumerate_valid(SMALL.config)
@@ -165,7 +165,7 @@ def test_waiting_for_another_process_that_measures_is_no_time_of_the_kernel(
         """
         import sys, time
         from pathlib import Path
-        from metalgen.tuning.executing import one_at_a_time
+        from metalgen.tuning.workers.executing import one_at_a_time
         with one_at_a_time(Path(sys.argv[1])):
             print("locked", flush=True)
             time.sleep(3.0)
@@ -334,7 +334,7 @@ def test_the_lock_lets_one_process_at_a_time_in_and_dies_with_its_holder(tmp_pat
     path = tmp_path / "lock"
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from metalgen.tuning.executing import one_at_a_time\n"
+        "from metalgen.tuning.workers.executing import one_at_a_time\n"
         "with one_at_a_time(Path(sys.argv[1])): print('in', flush=True); time.sleep(1000)\n"
     )
     with subprocess.Popen(

@@ -16,8 +16,8 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.digests import source_hash
 from metalgen.source.hashes import template_hash
-from metalgen.tuning.measure import Policy
 from metalgen.tuning.runner import tune
+from metalgen.tuning.timing.measure import Policy
 
 CHIP = get_chip("M3Max")
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -30,7 +30,7 @@ WORKER = textwrap.dedent(
     from metalgen.problem.config import AttentionConfig
     from metalgen.database.store import Store
     from metalgen.problem.sizes import Problem
-    from metalgen.tuning.measure import Policy
+    from metalgen.tuning.timing.measure import Policy
     from metalgen.tuning.runner import tune
 
     pause, trials, width = float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])

@@ -18,7 +18,7 @@ from metalgen.families import default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
-from metalgen.tuning.measure import (
+from metalgen.tuning.timing.measure import (
     Bench,
     Policy,
     Timing,

@@ -18,9 +18,9 @@ from metalgen.errors import ArgumentError
 from metalgen.families import APPLE, Schedule, enumerate_valid
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.replay import Recording, read_recordings
-from metalgen.tuning.search import STRATEGIES, Search
-from metalgen.tuning.starts import borrow, borrowed_schedules, related, translated
+from metalgen.tuning.search.replay import Recording, read_recordings
+from metalgen.tuning.search.search import STRATEGIES, Search
+from metalgen.tuning.search.starts import borrow, borrowed_schedules, related, translated
 
 CACHE = {
     "tune_params_keys": ["x", "y"],

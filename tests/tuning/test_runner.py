@@ -22,13 +22,13 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.kernel_check import CannotCheck, failure_status
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
-from metalgen.tuning.verifying import CannotCheck, failure_status
 
 PROBLEMS = [SMALL, Problem(AttentionConfig(head_dim=8), 2, 32, 32, family="forward")]
 
@@ -433,7 +433,7 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     before = on_gpu(store, FakeGpu(Clock()), FakeVerify()).outcomes[0].winner
     later = host() | {"mlx_version": "99.0"}
     for module in ("session", "measured"):
-        monkeypatch.setattr(f"metalgen.tuning.{module}.host", lambda: later)
+        monkeypatch.setattr(f"metalgen.tuning.sessions.{module}.host", lambda: later)
     monkeypatch.setattr("metalgen.database.winners.host", lambda: later)
     stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
     assert stale is not None and stale.stale
@@ -465,7 +465,7 @@ def test_what_won_by_other_templates_is_tried_first_also_from_shipped_records(
     )
     final = dataclasses.replace(row, schedule=shipped, seconds=5e-3, phase="final")
     monkeypatch.setattr("metalgen.database.records.recorded", lambda problem, chips: [final])
-    monkeypatch.setattr("metalgen.tuning.measured.borrowed_schedules", lambda *given: [])
+    monkeypatch.setattr("metalgen.tuning.sessions.measured.borrowed_schedules", lambda *given: [])
     gpu = FakeGpu(Clock())
     on_gpu(store, gpu, FakeVerify(), trials=5)
     assert gpu.built[:4] == [default, shipped, quick, slow]  # a final outranks the rest

@@ -13,7 +13,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, default_schedule, enumerate_valid, space
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.search import Search, rank
+from metalgen.tuning.search.search import Search, rank
 
 CONFIG = AttentionConfig(head_dim=64)
 SPACE = space(CONFIG)

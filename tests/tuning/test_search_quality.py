@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.search import AT, measure, neighbours, replay, starts, translated
 from metalgen.families import Parameter
-from metalgen.tuning.replay import Recording, read_recordings
+from metalgen.tuning.search.replay import Recording, read_recordings
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "spaces"
 SPACES = read_recordings(FOLDER)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid, is_valid, space
+from metalgen.families import (
+    Limits,
+    Schedule,
+    default_schedule,
+    enumerate_valid,
+    is_valid,
+    space,
+)
 from metalgen.kinds import kinds_in
 from metalgen.problem.config import AttentionConfig
 

@@ -24,9 +24,9 @@ from metalgen.errors import ArgumentError
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.tuning import presets
-from metalgen.tuning.distributed import Share
 from metalgen.tuning.runner import tune
-from metalgen.tuning.storage import FileLock, StorageError, masked, open_storage
+from metalgen.tuning.study.distributed import Share
+from metalgen.tuning.study.storage import FileLock, StorageError, masked, open_storage
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,8 @@ def test_a_line_that_was_torn_is_cut_off_before_the_next_is_written(tmp_path: Pa
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     (tmp_path / "j").touch()
     code = (
-        "import sys, time; from pathlib import Path; from metalgen.tuning.storage import FileLock;"
+        "import sys, time; from pathlib import Path;"
+        "from metalgen.tuning.study.storage import FileLock;"
         "lock = FileLock(Path(sys.argv[1])); lock.acquire();"
         "print('mine', flush=True); time.sleep(600)"
     )

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_replay import bowl
 
-from metalgen.tuning import search as searching
-from metalgen.tuning.search import Search
-from metalgen.tuning.surrogate import (
+from metalgen.tuning.search import search as searching
+from metalgen.tuning.search.search import Search
+from metalgen.tuning.search.surrogate import (
     CATEGORY,
     LENGTH,
     LONGEST,

@@ -14,7 +14,7 @@ from metalgen.devices import Device, Runner
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
-from metalgen.tuning.executing import NoRoom
+from metalgen.tuning.workers.executing import NoRoom
 from metalgen.verify import Verification
 
 

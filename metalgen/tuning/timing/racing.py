@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metalgen.devices import Runner
-from metalgen.tuning.measure import Bench, Timing, mlx_baseline
+from metalgen.tuning.timing.measure import Bench, Timing, mlx_baseline
 
 AGAIN = "default again"
 """The default schedule's second entry in a race, against itself."""

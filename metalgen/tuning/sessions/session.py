@@ -11,11 +11,11 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, Space, default_schedule, enumerate_valid, space
+from metalgen.kernel_check import NoRoom, first_line
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.executing import NoRoom
-from metalgen.tuning.measure import Clock
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
-from metalgen.tuning.verifying import Checker, first_line
+from metalgen.tuning.timing.measure import Clock
+from metalgen.tuning.workers.checker import Checker
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

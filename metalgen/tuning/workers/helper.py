@@ -19,8 +19,9 @@ from typing import Any
 
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.tuning.executing import Here, NoRoom, require_working
-from metalgen.tuning.measure import Policy
+from metalgen.kernel_check import CannotCheck, NoRoom, failure_status, first_line, require_working
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.workers.executing import Here
 
 BEAT = 0.25
 """Seconds between two signs of life, at least."""
@@ -72,8 +73,6 @@ def _begin(device: Device) -> None:
 
 
 def _answer(here: Here, operation: str, arguments: list[Any]) -> tuple[Any, ...]:
-    from metalgen.tuning.verifying import CannotCheck, failure_status, first_line
-
     try:
         if operation == "check":
             return "done", here.verify(here.device, *arguments)

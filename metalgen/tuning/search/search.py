@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import optuna
 
     from metalgen.chips import Chip
-    from metalgen.tuning.surrogate import Array, Surrogate
+    from metalgen.tuning.search.surrogate import Array, Surrogate
 
 TPE_ATTEMPTS = 24
 """Asks of TPE for a point that is valid and new, before one is drawn at random."""
@@ -50,7 +50,7 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Domain(Protocol[Item]):
-    """What a search asks of a space: `metalgen.tuning.space.Space`, or a recorded one."""
+    """What a search asks of a space: `metalgen.families.Space`, or a recorded one."""
 
     @property
     def parameters(self) -> Sequence[Parameter]:
@@ -195,7 +195,7 @@ class Search(Generic[Item]):
     def _ask_surrogate(self, draw: random.Random) -> Item:
         import numpy as np
 
-        from metalgen.tuning.surrogate import outcomes
+        from metalgen.tuning.search.surrogate import outcomes
 
         base = self._base()
         if self._model is None or self._model[0] != base:
@@ -227,7 +227,7 @@ class Search(Generic[Item]):
         """A surrogate of the first rows, which rows these are, and the sorted candidates."""
         import numpy as np
 
-        from metalgen.tuning.surrogate import Surrogate, length_scales, outcomes
+        from metalgen.tuning.search.surrogate import Surrogate, length_scales, outcomes
 
         rows = self._order[:base]
         ranked = np.argsort(self._seconds(rows), kind="stable").tolist()

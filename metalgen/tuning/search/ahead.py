@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from metalgen.tuning.search import FAILED, Search
+from metalgen.tuning.search.search import FAILED, Search
 
 Item = TypeVar("Item", bound=Hashable)
 

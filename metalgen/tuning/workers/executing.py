@@ -15,30 +15,15 @@ import mlx.core as mx
 
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
-from metalgen.errors import DeviceError, MetalgenError
+from metalgen.errors import DeviceError
 from metalgen.families import Schedule
+from metalgen.kernel_check import KernelFailure, NoRoom, require_working
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import needs_inputs
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.measure import Bench, Clock, Policy, Timing, arrays
-from metalgen.tuning.racing import Race, race
+from metalgen.tuning.timing.measure import Bench, Clock, Policy, Timing, arrays
+from metalgen.tuning.timing.racing import Race, race
 from metalgen.verify import Verification
-
-
-class KernelFailure(MetalgenError):
-    """A kernel that failed in a helper process, or took the process with it.
-
-    ``status`` is that of the row that it becomes: ``"invalid"``, ``"compile"``, ``"runtime"`` or
-    ``"timeout"``.
-    """
-
-    def __init__(self, status: str, detail: str) -> None:
-        self.status = status
-        super().__init__(detail)
-
-
-class NoRoom(DeviceError):
-    """A problem whose arrays the device has no room for, whatever the kernel."""
 
 
 class Executor(abc.ABC):
@@ -212,14 +197,6 @@ class Here(Executor):
                 if not self.keep:
                     self._bench = None
                     mx.clear_cache()
-
-
-def require_working(device: Device, when: str = "") -> None:
-    """Raise `DeviceError` unless the device computes anything at all."""
-    try:
-        mx.eval(mx.random.normal((64,)).astype(mx.float16))
-    except RuntimeError as error:
-        raise DeviceError(f"the device {device.name!r} does not work{when}: {error}") from error
 
 
 def lock_file() -> Path:

@@ -17,15 +17,15 @@ from metalgen.database.winners import Standing, ordered, winner
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.families import Limits, Schedule
-from metalgen.tuning.ahead import Ahead, Asks
-from metalgen.tuning.executing import Executor
-from metalgen.tuning.measure import Policy
+from metalgen.kernel_check import failure_status, first_line
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.racing import MLX
-from metalgen.tuning.search import FAILED, Search, rank
-from metalgen.tuning.session import CHECKS_A_PROBLEM, Session, by_time
-from metalgen.tuning.starts import borrowed_schedules
-from metalgen.tuning.verifying import failure_status, first_line
+from metalgen.tuning.search.ahead import Ahead, Asks
+from metalgen.tuning.search.search import FAILED, Search, rank
+from metalgen.tuning.search.starts import borrowed_schedules
+from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session, by_time
+from metalgen.tuning.timing.measure import Policy
+from metalgen.tuning.timing.racing import MLX
+from metalgen.tuning.workers.executing import Executor
 
 MODEL_STARTS = 8
 """The chip model's best schedules, with which a search starts after the default."""

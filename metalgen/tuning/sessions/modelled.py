@@ -14,10 +14,10 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered, winner
 from metalgen.families import Limits, Schedule
 from metalgen.imports import code_digest
+from metalgen.kernel_check import CannotCheck, first_line
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.search import Search, rank
-from metalgen.tuning.session import CHECKS_A_PROBLEM, Session
-from metalgen.tuning.verifying import CannotCheck, first_line
+from metalgen.tuning.search.search import Search, rank
+from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session
 
 KEPT = 64
 """Modelled rows that are stored for a problem, beside the default schedule's."""

@@ -30,9 +30,9 @@ from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, Space, decode_schedule
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.heart import BEAT, Heart
-from metalgen.tuning.search import FAILED, Search
-from metalgen.tuning.storage import StorageError, explained, masked
+from metalgen.tuning.search.search import FAILED, Search
+from metalgen.tuning.study.heart import BEAT, Heart
+from metalgen.tuning.study.storage import StorageError, explained, masked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -51,7 +51,7 @@ class Share:
     """Where and how workers meet.
 
     Args:
-        url: of the storage (`metalgen.tuning.storage.open_storage`).
+        url: of the storage (`metalgen.tuning.study.storage.open_storage`).
         study: the name under which they meet; each problem is a study of Optuna's under it.
         beat: seconds between two signs of life of a worker.
         grace: seconds without one after which others take a worker for dead.
@@ -93,7 +93,7 @@ class _Item:
 
 
 class SharedStudy:
-    """One problem's study: asked and told as `metalgen.tuning.ahead.Ahead` is, by many workers.
+    """One problem's study, asked and told as `metalgen.tuning.search.ahead.Ahead`, by many workers.
 
     Args:
         share: where workers meet.

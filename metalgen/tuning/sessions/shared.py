@@ -13,12 +13,12 @@ from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.families import Schedule
-from metalgen.tuning.ahead import Asks
-from metalgen.tuning.distributed import Share, SharedStudy
-from metalgen.tuning.measured import MeasuredSession
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.search import Search
-from metalgen.tuning.storage import close_storage, open_storage
+from metalgen.tuning.search.ahead import Asks
+from metalgen.tuning.search.search import Search
+from metalgen.tuning.sessions.measured import MeasuredSession
+from metalgen.tuning.study.distributed import Share, SharedStudy
+from metalgen.tuning.study.storage import close_storage, open_storage
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

@@ -27,13 +27,14 @@ from metalgen.arguments import as_integer, as_number
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule
+from metalgen.kernel_check import KernelFailure, NoRoom
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
-from metalgen.tuning.executing import Executor, KernelFailure, NoRoom
-from metalgen.tuning.helper import BEAT, serve
-from metalgen.tuning.measure import Policy, Timing
 from metalgen.tuning.progress import BudgetSpent
-from metalgen.tuning.racing import Race
+from metalgen.tuning.timing.measure import Policy, Timing
+from metalgen.tuning.timing.racing import Race
+from metalgen.tuning.workers.executing import Executor
+from metalgen.tuning.workers.helper import BEAT, serve
 from metalgen.verify import Verification
 
 AHEAD = 8
@@ -119,7 +120,7 @@ class Helpers(Executor):
         count: helpers.
         time_limit: seconds that one compilation, one sample or one check may take.
         deadline: ``time.perf_counter()`` at which the budget is spent.
-        lock: as of `metalgen.tuning.executing.Here`.
+        lock: as of `metalgen.tuning.workers.executing.Here`.
 
     Waiting for a helper raises `BudgetSpent` at the deadline, and `DeviceError` where helpers
     cannot be started.

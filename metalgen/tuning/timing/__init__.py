@@ -1,0 +1,1 @@
+"""Times on a device's clock: samples of one kernel, and races between several."""

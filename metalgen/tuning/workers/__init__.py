@@ -1,0 +1,1 @@
+"""What builds, times and checks kernels: this process, or helper processes that may crash."""
