@@ -95,16 +95,16 @@ def test_rows_follow_from_the_warps_that_share_them(
     [
         (
             "--q-len 1 --key-simdgroups 2",
-            "decode schedules for simdgroup matrices have no such knob, but got 2",
+            "decode schedules for simdgroup matrices have no",
         ),
         ("--chip H200 --q-len 1 --simdgroups 1", "a multiple of key_simdgroups=2, not 1"),
         (
             "--q-len 1 --simdgroups 2 --key-simdgroups 2",
-            "decode schedules for simdgroup matrices have no such knob, but got 2",
+            "decode schedules for simdgroup matrices have no",
         ),
         (
             "--chip H200 --key-simdgroups 2",
-            "forward schedules for mma matrices have no such knob, but got 2",
+            "forward schedules for mma matrices have no such knob",
         ),
         ("--chip H200 --q-len 1 --key-simdgroups 3", "key_simdgroups: expected one of 1, 2, 4, 8"),
     ],
