@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from metalgen.families import Schedule
     from metalgen.ops.alibi import alibi_slopes
     from metalgen.ops.append import append_kv
-    from metalgen.ops.attention import attention, varlen_attention
+    from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.rope import Rope
     from metalgen.problem.block_mask import BlockMask, create_block_mask
@@ -57,6 +57,7 @@ _WHERE = {
     "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
     "create_block_mask": "metalgen.problem.block_mask",
+    "explain": "metalgen.ops.attention",
     "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.dispatch",
     "or_masks": "metalgen.ops.flex_attention",
@@ -82,6 +83,7 @@ __all__ = [
     "append_kv",
     "attention",
     "create_block_mask",
+    "explain",
     "flex_attention",
     "get_kernel",
     "or_masks",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -18,10 +17,10 @@ from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
+from metalgen.gradients import BACKWARDS, backward_of, differentiable
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_inputs, check_qkv, needs_inputs
 from metalgen.problem.sizes import Problem
-from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
 
 if TYPE_CHECKING:
@@ -64,6 +63,16 @@ class Kernel:
         return needs_inputs(self.config)
 
     @functools.cached_property
+    def backward(self) -> str:
+        """What computes gradients: ``"mlx"``, the function's of ``mx.fast``, or ``"plain"``."""
+        return "mlx" if self.backend == "mlx" else backward_of(self.config)
+
+    @functools.cached_property
+    def _has_own_gradient(self) -> bool:
+        """Whether gradients are not those that MLX finds by itself of what runs."""
+        return self.backend == "metalgen" or (self.backend, self.backward) == ("plain", "mlx")
+
+    @functools.cached_property
     def source(self) -> str:
         """The source of our kernel for this config and schedule: Metal, or on a CUDA GPU CUDA."""
         from metalgen.source.render import render
@@ -79,7 +88,8 @@ class Kernel:
         }
         head = f"{self.config}: {names[self.backend]} on device {self.device!r}"
         steps = (f"  {step}" for step in brief(self.path))
-        return "\n".join([head, f"  schedule: {self.schedule}", *steps])
+        gradients = f"  gradients: {BACKWARDS[self.backward]}"
+        return "\n".join([head, f"  schedule: {self.schedule}", *steps, gradients])
 
     def __call__(
         self,
@@ -109,9 +119,9 @@ class Kernel:
         check_qkv(self.config, q, k, v, inputs)
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
-        scale = check_scale(self.config, scale)
-        if self.backend == "metalgen":
-            out, lse = _differentiable(self._run, self.config, q, k, v, scale, inputs)
+        scale = check_scale(self.config.head_dim, scale)
+        if self._has_own_gradient:
+            out, lse = differentiable(self._run, self.config, q, k, v, scale, inputs)
         else:
             out, lse = self._run(q, k, v, scale, inputs)
         return out if lse is None else (out, lse)
@@ -187,10 +197,10 @@ def forget_kernels() -> None:
     _known.clear()
 
 
-def check_scale(config: AttentionConfig, scale: float | None) -> float:
+def check_scale(head_dim: int, scale: float | None) -> float:
     """The scale as a float, by default ``1 / sqrt(D)``; raises `ArgumentError` if it is none."""
     if scale is None:
-        return float(config.head_dim**-0.5)
+        return float(head_dim**-0.5)
     number = as_number(scale)
     if number is None or not abs(number) < MAX_SCALE:
         expected = f"a finite number below {MAX_SCALE:g}, or None for 1 / sqrt(head_dim)"
@@ -315,62 +325,3 @@ def _passes(
 
 def _plain(config: AttentionConfig) -> Runner:
     return ReferenceDevice().build(config)
-
-
-def _differentiable(
-    run: Runner,
-    config: AttentionConfig,
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    inputs: Inputs,
-) -> tuple[mx.array, mx.array | None]:
-    """Run a kernel whose gradients are recomputed in plain MLX (a fused backward comes later).
-
-    They reach the arrays that score functions capture, too. (``mx.jvp`` and ``mx.vmap`` see the
-    kernel as well, and refuse it where it is lazy: MLX has no rules for custom kernels.)
-    """
-
-    if inputs is NOTHING:
-        outputs = _function_of(run, config, scale, inputs)(q, k, v)
-    else:
-        outputs = _function(run, config, scale, inputs)(q, k, v, *inputs.arrays)
-    return outputs[0], outputs[1] if config.return_lse else None
-
-
-def _function(
-    run: Runner, config: AttentionConfig, scale: float, inputs: Inputs
-) -> Callable[..., tuple[mx.array, ...]]:
-    """`run` as a function of arrays, of which MLX knows the derivatives."""
-
-    def plain(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> list[mx.array]:
-        features = config_features(config) | {"inputs": inputs.replaced(arrays)}
-        out, lse = attention_mlx(q, k, v, scale=scale, **features)
-        return [out, lse] if config.return_lse else [out]
-
-    @mx.custom_function
-    def attention(q: mx.array, k: mx.array, v: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
-        out, lse = run(q, k, v, scale, inputs.replaced(arrays))
-        return (out,) if lse is None else (out, lse)
-
-    @attention.vjp
-    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
-
-    @attention.jvp
-    def forward(primals: Any, tangents: Any) -> Any:
-        moved = [n for n, tangent in enumerate(tangents) if tangent is not None]
-
-        def of_moved(*arrays: mx.array) -> list[mx.array]:
-            every = dict(enumerate(primals)) | dict(zip(moved, arrays, strict=True))
-            return plain(*every.values())
-
-        given = [[x[n] for n in moved] for x in (primals, tangents)]
-        return tuple(mx.jvp(of_moved, *given)[1])
-
-    return cast(Callable[..., tuple[mx.array, ...]], attention)
-
-
-_function_of = functools.lru_cache(maxsize=256)(_function)
-"""The same one when asked again: where a call brings nothing of its own."""

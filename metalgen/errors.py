@@ -23,6 +23,18 @@ class ArgumentError(MetalgenError, ValueError):
         return type(self), (self.argument, self.expected, self.got)
 
 
+class MissingArgument(ArgumentError):
+    """An argument that was left out although something else makes it necessary."""
+
+    def __init__(self, argument: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(argument, f"to be given {reason}", None)
+        self.args = (f"{argument} is required {reason}",)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # type: ignore[override]
+        return type(self), (self.argument, self.reason)
+
+
 class InvalidSchedule(MetalgenError, ValueError):
     """A schedule that cannot run a config; ``rule`` names the rule it breaks."""
 

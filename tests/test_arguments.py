@@ -151,7 +151,7 @@ def test_a_problem_and_a_kernel_of_numpy_sizes_are_those_of_pythons() -> None:
     for name, value in (("batch", None), ("heads", 0), ("q_len", 1.0), ("kv_len", np.True_)):
         with pytest.raises(ArgumentError, match=f"^{name}: expected"):
             metalgen.get_kernel(config, **(others | {name: value}), device="reference")
-    assert check_scale(config, np.float32(0.25)) == 0.25  # type: ignore[arg-type]
+    assert check_scale(64, np.float32(0.25)) == 0.25  # type: ignore[arg-type]
 
 
 def rope(number: Callable[[float], Any]) -> metalgen.Rope:

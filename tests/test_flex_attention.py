@@ -255,7 +255,7 @@ def test_bad_arguments_are_named_before_anything_runs() -> None:
     for pattern, keywords in (
         ("block_mask: expected what create_block_mask returns", {"block_mask": causal}),
         (
-            "mask_mod: expected None beside a block_mask",
+            "mask_mod: expected None with a block_mask",
             {"block_mask": blocks, "mask_mod": window(3)},
         ),
         ("score_mod: expected a function", {"score_mod": "causal"}),
@@ -268,14 +268,116 @@ def test_bad_arguments_are_named_before_anything_runs() -> None:
     with pytest.raises(ArgumentError, match="q.shape: expected 4 axes"):
         flex_attention(q[0], k, v, mask_mod=causal)
     by_head = create_block_mask(lambda b, h, i, j: j <= i + h, None, 3, 70, 90)
-    with pytest.raises(ArgumentError, match="block_mask: expected one of heads 4 or 1"):
+    with pytest.raises(ArgumentError, match="made with H=4, because its function reads h"):
         flex_attention(q, k, v, block_mask=by_head)
     again = flex_attention(q, k, v, mask_mod=causal, block_mask=blocks)  # the same function
     assert isinstance(again, mx.array)
 
 
+@pytest.mark.parametrize("device", ["reference", "simulator"])
+@pytest.mark.parametrize("made_with", [{"B": 1}, {"H": 1}])
+def test_a_mask_made_for_one_entry_or_head_is_not_taken_for_more(
+    made_with: dict[str, int], device: str
+) -> None:
+    """Its blocks are those of b = 0 or h = 0, while the function would see every b and h."""
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return j <= i + 40 * (b if "B" in made_with else h)
+
+    q, k, v = inputs()
+    ((name, one),) = made_with.items()
+    count = {"B": 2, "H": 4}[name]
+    sizes: Any = {"B": None, "H": None, "Q_LEN": 70, "KV_LEN": 90}
+    expected = f"block_mask: expected one made with {name}={count}, because its function reads"
+    with pytest.raises(ArgumentError, match=expected):
+        flex_attention(
+            q, k, v, block_mask=create_block_mask(mask, **(sizes | made_with)), device=device
+        )
+    blocks = create_block_mask(mask, **(sizes | {name: count}))
+    out = flex_attention(q, k, v, block_mask=blocks, device=device)
+    wanted, _ = definition(Case(None, mask), q, k, v, 32**-0.5)
+    assert isinstance(out, mx.array) and relative_error(out, wanted) < 2e-6
+    alone = [q[:one], k[:one], v[:one]] if name == "B" else [q[:, :one], k[:, :one], v[:, :one]]
+    out = flex_attention(
+        *alone, block_mask=create_block_mask(mask, **(sizes | made_with)), device=device
+    )
+    wanted, _ = definition(Case(None, mask), *alone, 32**-0.5)
+    assert isinstance(out, mx.array) and relative_error(out, wanted) < 2e-6
+
+
+def test_a_mask_that_reads_no_entry_or_head_is_shared_whatever_it_was_made_for() -> None:
+    q, k, v = inputs()
+    for batch, heads in ((1, 1), (7, 3), (None, None)):
+        blocks = create_block_mask(window(9), batch, heads, 70, 90)
+        out = flex_attention(q, k, v, block_mask=blocks, device="reference")
+        wanted, _ = definition(Case(None, window(9)), q, k, v, 32**-0.5)
+        assert isinstance(out, mx.array) and relative_error(out, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("index", ["b", "h"])
+def test_a_captured_array_has_an_element_for_every_entry_and_head_that_indexes_it(
+    index: str,
+) -> None:
+    """Else the nearest element would be read, as of any index outside, without a word."""
+    q, k, v = inputs()  # 2 entries, 4 heads
+    count = {"b": 2, "h": 4}[index]
+
+    def score(table: mx.array) -> Any:
+        return lambda s, b, h, i, j: s + table[{"b": b, "h": h}[index], j]
+
+    short = mx.zeros((count - 1, 90))
+    with pytest.raises(ArgumentError, match=rf"score_mod: .*{count} elements.*but got {count - 1}"):
+        flex_attention(q, k, v, score(short), device="reference")
+    table = normal((count, 90), seed=3)
+    out = flex_attention(q, k, v, score(table), device="reference")
+    wanted, _ = definition(Case(score(table)), q, k, v, 32**-0.5)
+    assert isinstance(out, mx.array) and relative_error(out, wanted) < 2e-6
+    # A function that means the nearest element says so.
+    last = mx.array(count - 2)
+    near = flex_attention(
+        q,
+        k,
+        v,
+        lambda s, b, h, i, j: s + short[mx.minimum({"b": b, "h": h}[index], last), j],
+        device="reference",
+    )
+    plain = flex_attention(q, k, v, device="reference")
+    np.testing.assert_array_equal(np.array(near), np.array(plain))
+
+
+@pytest.mark.parametrize("device", ["reference", "simulator"])
+def test_a_block_mask_keeps_the_captured_values_that_it_was_made_of(device: str) -> None:
+    """Assigning into the array later changes neither its blocks nor the elements in them."""
+    q, k, v = inputs()
+    documents = mx.array(np.repeat([0, 1, 2], 30), mx.int32)
+
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return documents[i] == documents[j]
+
+    blocks = create_block_mask(mask, None, None, 70, 90)
+    wanted, _ = definition(Case(None, mask), q, k, v, 32**-0.5)
+    documents[10:50] = 5
+    out = flex_attention(q, k, v, block_mask=blocks, device=device)
+    assert isinstance(out, mx.array) and relative_error(out, wanted) < 2e-6
+
+
+def test_a_mask_function_of_other_arrays_is_not_taken_for_that_of_a_block_mask() -> None:
+    q, k, v = inputs()
+
+    def mask(documents: mx.array) -> Any:
+        return lambda b, h, i, j: documents[i] == documents[j]
+
+    first, second = (mx.array(np.repeat([0, 1, 2], n), mx.int32) for n in (30, 30))
+    blocks = create_block_mask(mask(first), None, None, 70, 90)
+    flex_attention(q, k, v, mask_mod=mask(first), block_mask=blocks, device="reference")
+    with pytest.raises(ArgumentError, match="mask_mod: expected None with a block_mask"):
+        flex_attention(q, k, v, mask_mod=mask(second), block_mask=blocks, device="reference")
+
+
 def test_bad_arguments_of_create_block_mask() -> None:
-    with pytest.raises(ArgumentError, match="H: expected the number of query heads.*reads h"):
+    with pytest.raises(
+        ArgumentError, match=r"H is required \(the number of query heads\): mask_mod reads h"
+    ):
         create_block_mask(lambda b, h, i, j: j <= i + h, None, None, 8, 8)
     with pytest.raises(ArgumentError, match="Q_LEN: expected an integer from 1"):
         create_block_mask(causal, None, None, 0, 8)
@@ -368,4 +470,4 @@ def test_every_target_prints_the_same_functions() -> None:
 
 
 def cuda_schedule() -> Schedule:
-    return Schedule(bq=32, bk=32, bd=64, simdgroups=2, q_source="threadgroup")
+    return Schedule(bq=32, bk=32, bd=64, simdgroups=2, q_source="threadgroup", kind="mma")

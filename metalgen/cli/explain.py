@@ -67,6 +67,7 @@ def command(
                 "kernel": {
                     "device": kernel.device,
                     "backend": kernel.backend,
+                    "backward": kernel.backward,
                     "schedule": kernel.schedule.to_dict(),
                     "path": list(kernel.path),
                 },

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from metalgen.devices.base import Runner
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
-from metalgen.reference import attention_mlx, config_features
 
 MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
 """Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
@@ -35,27 +36,93 @@ def computes(config: AttentionConfig) -> bool:
     return config == plain and not (config.causal and config.array_mask)
 
 
-def mlx_runner(config: AttentionConfig) -> Runner:
-    """A runner of MLX's function, for a config that it computes.
+def differentiates(config: AttentionConfig) -> bool:
+    """Whether the gradient of MLX's function is that of a config.
 
-    A row that sees no key is zeros here, too, where MLX's kernel alone gives NaN.
+    As `computes`; windows, and all masks together, too, as one array of booleans. Not sinks in 16
+    bits, to which MLX rounds them and the kernels do not. How a kernel runs makes no difference.
     """
+    same = replace(
+        config,
+        causal=config.causal and not config.array_mask,
+        window_left=None,
+        window_right=None,
+        deterministic=False,
+        tf32=False,
+        max_work=None,
+    )
+    return computes(same) and not (config.sinks and config.dtype != "float32")
+
+
+def mlx_runner(config: AttentionConfig) -> Runner:
+    """A runner of MLX's function, for a config that it `computes` or `differentiates`."""
 
     def run(
         q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
     ) -> tuple[mx.array, None]:
-        empty_rows = config.causal and q.shape[2] > k.shape[2]
-        if 0 in q.shape or 0 in k.shape or empty_rows:
-            features = config_features(config) | {"inputs": inputs}
-            return attention_mlx(q, k, v, scale=scale, **features)[0], None
-        sinks = None if inputs.sinks is None else inputs.sinks.astype(q.dtype)
-        mask: mx.array | str | None = inputs.array_mask
-        if config.causal and q.shape[2] > 1:  # one query sees every key
-            mask = "causal"
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-        if inputs.array_mask is not None:
-            seen = inputs.array_mask.any(axis=-1, keepdims=True)
-            out = mx.where(seen, out, mx.zeros((), out.dtype))
-        return out, None
+        windows = config.window_left, config.window_right
+        seen = seen_by(q.shape[2], k.shape[2], config.causal, windows, inputs.array_mask)
+        return mlx_attention(q, k, v, scale, seen, inputs.sinks), None
 
     return run
+
+
+def mlx_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    seen: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """MLX's function, of arrays of one type; but rows that see no key are zeros.
+
+    There MLX gives NaN or the mean of the values, and NaN gradients of all keys.
+
+    Args:
+        q, k, v: as `metalgen.attention` takes them.
+        scale: factor of the scores.
+        seen: booleans that broadcast to ``(B, H, Lq, Lk)``, ``"causal"`` (no more queries than
+            keys) or None; or floats, which are added to the scores, rounded to the type of q.
+        sinks: ``(H,)``, rounded to the type of q.
+    """
+    if 0 in q.shape or 0 in k.shape:
+        return mx.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+    sinks = None if sinks is None else sinks.astype(q.dtype)
+    attend = mx.fast.scaled_dot_product_attention
+    if not isinstance(seen, mx.array):
+        return attend(q, k, v, scale=scale, mask=seen, sinks=sinks)
+    if seen.dtype == mx.bool_:
+        some = seen.any(axis=-1, keepdims=True)
+        mask = seen | ~some
+    else:
+        some = (seen > -mx.inf).any(axis=-1, keepdims=True)
+        mask = mx.where(some, seen, 0.0).astype(q.dtype)
+    out = attend(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    return mx.where(some, out, mx.zeros((), out.dtype))
+
+
+def seen_by(
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    windows: tuple[int | None, int | None],
+    array: mx.array | None,
+) -> mx.array | str | None:
+    """All masks of a call in one, as `mlx_attention` takes it."""
+    left, right = windows
+    if left is None and right is None and array is None and q_len <= kv_len:
+        return "causal" if causal and q_len > 1 else None  # one query sees every key
+    masks = [] if array is None else [array]
+    own = mx.arange(q_len)[:, None] + (kv_len - q_len)
+    keys = mx.arange(kv_len)
+    if causal:
+        masks.append(keys <= own)
+    if left is not None:
+        masks.append(keys >= own - left)
+    if right is not None:
+        masks.append(keys <= own + right)
+    found = None
+    for mask in masks:
+        found = mask if found is None else found & mask
+    return found

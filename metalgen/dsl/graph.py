@@ -103,6 +103,20 @@ class Graph:
         """Which of the inputs the result depends on."""
         return frozenset(node.op for node in self.nodes if node.op in INPUTS)
 
+    @functools.cached_property
+    def indexed(self) -> dict[str, int]:
+        """Inputs that index captured arrays by themselves, with the fewest elements they index."""
+        fewest: dict[str, int] = {}
+        for node in self.nodes:
+            if node.op != "load":
+                continue
+            for n, extent in zip(node.args, self.arrays[cast(int, node.array)].shape, strict=True):
+                while self.nodes[n].op == "cast":
+                    n = self.nodes[n].args[0]
+                if (name := self.nodes[n].op) in INPUTS:
+                    fewest[name] = min(extent, fewest.get(name, extent))
+        return fewest
+
     @property
     def dtype(self) -> str:
         """Type of the result."""

@@ -39,10 +39,26 @@ _WRITTEN = {
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A function as a graph, and the arrays that it captures, in the graph's order."""
+    """A function as a graph, and the arrays that it captures.
+
+    Args:
+        graph: what it computes.
+        arrays: what the graph loads from, in its order; computed from captured arrays, or these.
+        captured: the captured arrays themselves, where they were found.
+    """
 
     graph: Graph
     arrays: tuple[mx.array, ...]
+    captured: tuple[mx.array, ...] = ()
+
+    def is_same(self, other: Traced) -> bool:
+        """Whether both compute the same from the same arrays."""
+        return (
+            # By their texts, in which nan equals itself.
+            self.graph.text == other.graph.text
+            and len(self.captured) == len(other.captured)
+            and all(a is b for a, b in zip(self.captured, other.captured, strict=True))
+        )
 
 
 def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") -> Traced:
@@ -227,7 +243,7 @@ class _Reader:
             if not 0 < size <= MAX_ARRAY_ELEMENTS:
                 expected = "captured arrays with 1 to 2^31 - 1 elements"
                 raise FunctionError(self.argument, expected, array.shape)
-        return Traced(graph, tuple(self.arrays[n] for n in kept))
+        return Traced(graph, tuple(self.arrays[n] for n in kept), tuple(self.captured))
 
     def _inputs(self, inputs: list[Any]) -> None:
         names = SIGNATURES[self.argument]

@@ -75,7 +75,11 @@ def per_head(arrays: Arrays) -> int:
 
 def scores(array: mx.array, arrays: Arrays) -> str | None:
     """Four axes that broadcast to ``(B, H, Lq, Lk)``."""
-    whole = (*arrays.q.shape[:3], arrays.max_kv_len)
+    return broadcasts(array, (*arrays.q.shape[:3], arrays.max_kv_len))
+
+
+def broadcasts(array: mx.array, whole: tuple[int, ...]) -> str | None:
+    """Four axes, each as in a shape or 1."""
     fits = [a in (1, b) for a, b in zip(array.shape, whole, strict=False)]
     return None if array.ndim == 4 and all(fits) else f"4 axes that broadcast to {whole}"
 

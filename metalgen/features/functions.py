@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from metalgen.errors import ArgumentError
-from metalgen.features.arrays import Arrays
+from metalgen.features.arrays import Arrays, per_head, per_sequence
 from metalgen.features.base import HALF_UNIT, Binder, Feature, Field, Hooks, Site, unused
 from metalgen.features.fields import Fields
 
@@ -90,7 +90,10 @@ class Functions(Feature):
         expected = graphs(config)
         for role in ("score", "mask"):
             given = getattr(inputs, role)
-            check_arrays(f"{role}_mod", given, expected.get(role))
+            graph = expected.get(role)
+            check_arrays(f"{role}_mod", given, graph)
+            if graph is not None:
+                _check_indexed(f"{role}_mod", graph.indexed, arrays)
 
     def sample(self, sampler: Sampler) -> dict[str, Any]:
         return sampler.functions()
@@ -114,6 +117,21 @@ def check_arrays(name: str, arrays: Any, graph: Graph | None) -> None:
     if found != [(a.dtype, a.shape) for a in expected]:
         wanted = ", ".join(f"{a.dtype}{list(a.shape)}" for a in expected) or "none"
         raise ArgumentError(name, f"these captured arrays: {wanted}", found)
+
+
+def _check_indexed(name: str, indexed: dict[str, int], arrays: Arrays) -> None:
+    """Whether captured arrays have an element for each sequence and head that indexes them.
+
+    Where the index is computed, nothing is known of it, and one outside reads the nearest element.
+    """
+    for index, count, what in (
+        ("b", per_sequence(arrays), "sequences"),
+        ("h", per_head(arrays), "query heads"),
+    ):
+        fewest = indexed.get(index, count)
+        if fewest < count:
+            wanted = f"captured arrays with {count} elements, for {count} {what}, where {index} is"
+            raise ArgumentError(name, f"{wanted} the index", fewest)
 
 
 def _printed(config: Fields, site: Site) -> list[Function]:

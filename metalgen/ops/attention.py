@@ -6,9 +6,10 @@ from typing import Literal, Unpack, overload
 
 import mlx.core as mx
 
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features.conversions import integers
 from metalgen.ops.call import call
+from metalgen.ops.call import explain as _explain
 from metalgen.ops.options import Keys, Options, SharedOptions
 
 
@@ -66,10 +67,13 @@ def attention(
     wait for the GPU; whatever they are, nothing outside of the arrays is read.
 
     Args:
-        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``; float32, float16
-            or bfloat16; Hkv divides H; any strides. Quantized keys and values: in place of k and v
-            each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64 or 128:
-            packed words, scales, biases. Pages: see `block_table`.
+        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``: heads before rows
+            (arrays (B, L, H, D) whose shapes fit give something else); float32, float16 or
+            bfloat16; Hkv divides H; any strides. Types that differ are promoted as MLX does it. D
+            and Dv outside of 8 to 576, and float64, go to MLX's function, with the options that it
+            has (masks, windows, sinks); `explain` says so. Quantized keys and values: in place of
+            k and v each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64
+            or 128: packed words, scales, biases. Pages: see `block_table`.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         causal: query i sees key j when ``j <= i + kv_len - q_len``.
         window_left, window_right: a sliding window: query i sees key j only when
@@ -113,16 +117,36 @@ def attention(
         device: ``"metal"``, ``"cuda"``, ``"simulator"``, ``"reference"``; None: this machine's
             GPU, and plain MLX where there is none.
         chip: whose tuning records to use; None means this machine's.
+        stream: where to compute, as of MLX's functions: ``mx.cpu`` means plain MLX operations.
 
     Returns:
         ``(B, H, Lq, Dv)`` of the type of `q`, zeros in rows that see no key; with `return_lse` a
-        pair. Differentiable in q, k, v, alibi_slopes, bias and sinks.
+        pair. Differentiable in q, k, v, alibi_slopes, bias and sinks; `Kernel.backward` says how.
 
     Raises:
         ArgumentError: shapes, types, names or (with `check`) contents that cannot be used.
         DeviceError: the device is not available here.
     """
     return call("attention", q, k, v, scale, return_lse, options)
+
+
+def explain(
+    q: mx.array, k: Keys, v: Keys, *, return_lse: bool = False, **options: Unpack[Options]
+) -> str:
+    """What `attention` of the same arguments runs, and why; one step a line.
+
+    `Kernel.explain` of the kernel that the call gets; and how types that differ are promoted, or
+    why no kernel takes the call and MLX's own function computes it.
+
+    Args:
+        q, k, v, return_lse, options: as of `attention`. Nothing is computed, but a kernel that was
+            never checked on this device is checked now.
+
+    Raises:
+        ArgumentError: what `attention` raises.
+        DeviceError: the device is not available here.
+    """
+    return _explain("explain", q, k, v, return_lse, options)
 
 
 @overload
@@ -210,7 +234,7 @@ def varlen_attention(
     """
     paged = options.get("block_table") is not None
     if integers("cu_seqlens_q", cu_seqlens_q, 1) is None:
-        raise ArgumentError("cu_seqlens_q", "an mlx.core.array of integers", None)
+        raise MissingArgument("cu_seqlens_q", "(where each sequence starts, and the last one ends)")
     stops = integers("cu_seqlens_k", cu_seqlens_k, 1)
     if stops is not None and stops.shape != cu_seqlens_q.shape:
         expected = f"{cu_seqlens_q.shape}, as cu_seqlens_q has"

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.dispatch import get_kernel
-from metalgen.errors import ArgumentError
+from metalgen.dispatch import Kernel, get_kernel
+from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features import FIELDS, INPUTS
 from metalgen.features.conversions import brief, integers
-from metalgen.features.quantized import KV_BITS, KV_GROUPS
-from metalgen.features.triple import arrays_of, bits_of, group_of
-from metalgen.ops.options import Keys, Options
+from metalgen.ops.arrays import layout_hint, main_arrays, types_of
+from metalgen.ops.mlx_call import MlxCall, mlx_call
+from metalgen.ops.options import KNOWN_OPTIONS, Keys, Options, unexpected
 from metalgen.ops.rope import Rope
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
@@ -26,8 +27,6 @@ from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
     from metalgen.problem.block_mask import BlockMask
-
-KNOWN_OPTIONS = Options.__optional_keys__
 
 OPTIONS = {each.name: each.option for each in INPUTS.values()}
 """What users call the inputs of a call: options, or parts of other arguments."""
@@ -76,12 +75,71 @@ def call(
         TypeError: an option that there is not.
         ArgumentError: naming what the user passed, as the user calls it.
     """
+    if options.get("stream") is not None:
+        with _on_stream(options):
+            return call(operation, q, k, v, scale, return_lse, _anywhere(options), functions)
+    try:
+        prepared = prepare(operation, q, k, v, return_lse, options, functions)
+        return prepared.kernel(*prepared.arrays, scale=scale, inputs=prepared.inputs)
+    except ArgumentError as error:
+        head, _, rest = error.argument.partition(".")
+        if rest == "shape" and head != "q" and (hint := layout_hint(q, k, options)):
+            error.args = (f"{error.args[0]}; {hint}",)
+        raise
+
+
+def explain(
+    operation: str, q: mx.array, k: Keys, v: Keys, return_lse: bool, options: Options
+) -> str:
+    """What `call` would run, and why; one step a line."""
+    if options.get("stream") is not None:
+        with _on_stream(options):
+            return explain(operation, q, k, v, return_lse, _anywhere(options))
+    prepared = prepare(operation, q, k, v, return_lse, options)
+    lines = [prepared.kernel.explain()]
+    given = types_of(q, k, v)
+    if len({*given.values()}) > 1:
+        dtype = str(prepared.arrays[0].dtype).removeprefix("mlx.core.")
+        types = ", ".join(f"{name} {of}" for name, of in given.items())
+        lines.append(f"  types: {types}; all are computed in {dtype}, to which MLX promotes them")
+    return "\n".join(lines)
+
+
+class Prepared(NamedTuple):
+    """A call, ready to run.
+
+    Args:
+        kernel: what computes it.
+        arrays: q, k and v as the kernel takes them.
+        inputs: the other arrays.
+    """
+
+    kernel: Kernel | MlxCall
+    arrays: tuple[mx.array, mx.array, mx.array]
+    inputs: Inputs
+
+
+def prepare(
+    operation: str,
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    return_lse: bool,
+    options: Options,
+    functions: Functions = NO_FUNCTIONS,
+) -> Prepared:
+    """From arrays and options to a kernel and its inputs; raises what `call` raises."""
     if not options.keys() <= KNOWN_OPTIONS:
-        raise _unexpected(operation, options)
+        raise unexpected(operation, options)
     options, names = _widened(options, functions)
-    key, value, bits, group = _main_arrays(q, k, v)
+    q, key, value, bits, group = main_arrays(q, k, v)
     if bits is not None:
-        names = names | {"k": "k[0]", "v": "v[0]"}
+        names = {**names, "k": "k[0]", "v": "v[0]"}
+    arrays = (q, key[0], value[0])
+    if functions is NO_FUNCTIONS and not return_lse:
+        by_mlx = mlx_call(q, key, value, options, names)
+        if by_mlx is not None:
+            return Prepared(by_mlx[0], arrays, by_mlx[1])
     try:
         config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
     except ArgumentError as error:
@@ -94,63 +152,29 @@ def call(
     kernel = get_kernel(config, **sizes)
     if options.get("check", False):
         _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
-    return kernel(q, key[0], value[0], scale=scale, inputs=inputs)
+    return Prepared(kernel, arrays, inputs)
 
 
-def _main_arrays(
-    q: mx.array, k: Keys, v: Keys
-) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...], int | None, int]:
-    """Keys and values taken apart, each with what it is quantized by; bits and group of that."""
-    key, value = _arrays("k", k), _arrays("v", v)
-    for name, x in (("q", q), ("k", key[0]), ("v", value[0])):
-        if not isinstance(x, mx.array):
-            raise ArgumentError(name, "an mlx.core.array", type(x).__name__)
-        if x.ndim != 4:
-            raise ArgumentError(f"{name}.shape", "4 axes (B, H, L, D)", x.shape)
-    if len(key) != len(value):
-        odd = "v" if len(key) == 3 else "k"
-        other = "k" if odd == "v" else "v"
-        expected = f"as {other} is: both the triples of mx.quantize, or both arrays"
-        raise ArgumentError(odd, expected, type(v if odd == "v" else k).__name__)
-    heads, kv_heads = q.shape[1], key[0].shape[1]
-    if kv_heads == 0 or heads % kv_heads or heads == 0:
-        expected = f"a number of heads that divides the {heads} of q"
-        raise ArgumentError("k.shape", expected, key[0].shape)
-    if len(key) == 1:
-        return key, value, None, 64
-    bits, group = _quantization("k", key, q.shape[3])
-    v_dim = value[0].shape[3] * 32 // bits
-    if (value[0].dtype, value[1].shape[3] * group) != (mx.uint32, v_dim):
-        expected = f"quantized as k is, with {bits} bits and groups of {group}"
-        raise ArgumentError("v", expected, [f"{x.dtype} {x.shape}" for x in value])
-    return key, value, bits, group
+def _on_stream(options: Options) -> AbstractContextManager[Any]:
+    """The context of a call's stream; without a device of its own, it runs where the stream does.
+
+    Raises:
+        ArgumentError: no stream, or one of the CPU for a GPU's kernels.
+    """
+    stream, device = options["stream"], options.get("device")
+    if not isinstance(stream, (mx.Stream, mx.Device, mx.DeviceType)):
+        expected = "an mlx.core.Stream or mlx.core.Device, such as mx.cpu, or None"
+        raise ArgumentError("stream", expected, brief(stream))
+    kind = stream.device if isinstance(stream, mx.Stream) else stream
+    if device in ("metal", "cuda") and kind == mx.cpu:
+        raise ArgumentError("stream", f"a stream of the GPU with device={device!r}", stream)
+    return mx.stream(stream)
 
 
-def _arrays(name: str, x: Any) -> tuple[Any, ...]:
-    if not isinstance(x, (tuple, list)):
-        return (x,)
-    if (found := arrays_of(x)) is None:
-        what = f"mx.quantize({name}, group_size=64, bits=8)"
-        expected = f"an mlx.core.array, or the three of 4 axes that {what} returns"
-        raise ArgumentError(name, expected, [getattr(part, "shape", part) for part in x])
-    return found
-
-
-def _quantization(name: str, parts: tuple[mx.array, ...], width: int) -> tuple[int, int]:
-    """Bits and group of quantized rows of a width."""
-    if parts[0].dtype != mx.uint32:
-        raise ArgumentError(f"{name}[0].dtype", "uint32, as of mx.quantize", str(parts[0].dtype))
-    bits = bits_of(parts[0], width)
-    if bits is None:
-        sizes = " or ".join(f"{width * b // 32} ({b} bits)" for b in KV_BITS)
-        expected = f"a last axis of {sizes} for queries of width {width}"
-        raise ArgumentError(f"{name}[0].shape", expected, parts[0].shape)
-    group = group_of(parts[1], width)
-    if group is None:
-        known = ", ".join(f"{width // g} (groups of {g})" for g in KV_GROUPS if width % g == 0)
-        expected = f"a last axis of {known}" if known else "queries of a width that 32 divides"
-        raise ArgumentError(f"{name}[1].shape", expected, parts[1].shape)
-    return bits, group
+def _anywhere(options: Options) -> Options:
+    left = options.copy()
+    left["stream"] = None
+    return left
 
 
 def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str, str]]:
@@ -197,8 +221,7 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
             given = options.get("cu_seqlens_k")
             raise ArgumentError("cu_seqlens_k", expected, brief(given))
     if table is not None and options.get("kv_lens") is None:
-        expected = "an mlx.core.array beside a block_table: how many keys each sequence has"
-        raise ArgumentError("kv_lens", expected, None)
+        raise MissingArgument("kv_lens", "with block_table: how many keys each sequence has")
     return options, names
 
 
@@ -262,8 +285,8 @@ def _inputs(
     if config.varlen and config.page_size is None:
         cu_k = options.get("cu_seqlens_k")
         if cu_k is None and q.shape[2] != key[0].shape[2]:
-            expected = "an mlx.core.array, for q and k differ in length"
-            raise ArgumentError("cu_seqlens_k", expected, None)
+            lengths = f"{q.shape[2]} and {key[0].shape[2]} rows"
+            raise MissingArgument("cu_seqlens_k", f"where q and k differ in length ({lengths})")
         found["cu_k"] = found["cu_q"] if cu_k is None else integers("cu_seqlens_k", cu_k, 1)
     if config.kv_bits is not None:
         found |= {
@@ -359,12 +382,3 @@ def _check_contents(
             raise
         expected = "False inside of mx.compile, where arrays have no contents yet"
         raise ArgumentError("check", expected, True) from None
-
-
-def _unexpected(operation: str, options: Options) -> TypeError:
-    import difflib
-
-    name = next(name for name in options if name not in KNOWN_OPTIONS)
-    near = difflib.get_close_matches(name, KNOWN_OPTIONS, 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return TypeError(f"{operation}() got an unexpected keyword argument {name!r}{hint}")

@@ -118,9 +118,8 @@ def flex_attention(
     score = None if score_mod is None else trace(score_mod, "score_mod")
     mask = None if mask_mod is None else trace(mask_mod, "mask_mod")
     if block_mask is not None:
-        # By their texts, in which nan equals itself.
-        if mask is not None and mask.graph.text != block_mask.mask.graph.text:
-            expected = "None beside a block_mask, which brings its own mask function"
+        if mask is not None and not mask.is_same(block_mask.mask):
+            expected = "None with a block_mask, which brings its own mask function and arrays"
             raise ArgumentError("mask_mod", expected, mask.graph.text)
         mask = block_mask.mask
     functions = Functions(score, mask, block_mask)

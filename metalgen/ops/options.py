@@ -36,6 +36,7 @@ class SharedOptions(TypedDict, total=False):
     check: bool
     device: str | None
     chip: str | None
+    stream: mx.Stream | mx.Device | mx.DeviceType | None
 
 
 class Options(SharedOptions, total=False):
@@ -45,3 +46,37 @@ class Options(SharedOptions, total=False):
     cu_seqlens_k: mx.array | None
     max_seqlen_q: int | None
     max_seqlen_k: int | None
+
+
+KNOWN_OPTIONS = Options.__optional_keys__
+
+ELSEWHERE = {
+    "attn_bias": "'bias'",
+    "attn_mask": "'mask'",
+    "block_mask": "metalgen.flex_attention, which takes 'block_mask'",
+    "cache_seqlens": "'kv_lens'",
+    "dropout_p": "'dropout'",
+    "is_causal": "'causal'",
+    "learnable_sink": "'sinks'",
+    "logits_soft_cap": "'softcap'",
+    "mask_mod": "metalgen.flex_attention, which takes 'mask_mod'",
+    "page_table": "'block_table'",
+    "return_attn_probs": "'return_lse'",
+    "return_softmax_lse": "'return_lse'",
+    "score_mod": "metalgen.flex_attention, which takes 'score_mod'",
+    "sm_scale": "'scale'",
+    "softmax_scale": "'scale'",
+    "window_size": "'window_left' and 'window_right'",
+}
+"""What other libraries call an option, and what it is called here."""
+
+
+def unexpected(operation: str, options: Options) -> TypeError:
+    """The error about the first option that there is not, with what was probably meant."""
+    import difflib
+
+    name = next(name for name in options if name not in KNOWN_OPTIONS)
+    near = difflib.get_close_matches(name, [*KNOWN_OPTIONS, "scale", "return_lse"], 1, 0.5)
+    instead = ELSEWHERE.get(name) or (repr(near[0]) if near else "")
+    hint = f"; did you mean {instead}?" if instead else ""
+    return TypeError(f"{operation}() got an unexpected keyword argument {name!r}{hint}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, MissingArgument
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
@@ -25,12 +26,14 @@ class BlockMask:
     """The blocks of a mask function, as `create_block_mask` finds them.
 
     Attributes:
-        batch, heads: how many masks there are of each; 1 where all share one.
+        batch, heads: how many masks there are of each; 1 where the function reads no b or h, and
+            all share one, and where it was made for one.
         q_len, kv_len: lengths that it was made for.
         block_size: queries and keys of a block.
         some, every: booleans ``(batch, heads, blocks of queries, blocks of keys)``: whether a block
             has a key that is seen, and whether it has none that is not.
-        mask: the traced mask function.
+        mask: the traced mask function, with the captured arrays as they were when `some` and
+            `every` were computed: what is assigned into them later changes nothing here.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class BlockMask:
         some: mx.array,
         every: mx.array,
     ) -> None:
-        self.mask = mask
+        # Else the elements of partial blocks would follow the arrays, and full blocks would not.
+        self.mask = replace(mask, arrays=tuple(mx.array(array) for array in mask.arrays))
         self.batch, self.heads = some.shape[:2]
         self.q_len, self.kv_len = q_len, kv_len
         self.block_size = block_size
@@ -59,9 +63,13 @@ class BlockMask:
         if (self.q_len, self.kv_len) != (q_len, kv_len):
             wanted = f"one made for {q_len} queries and {kv_len} keys"
             raise ArgumentError("block_mask", wanted, self)
-        for name, own, given in (("batch", batch, self.batch), ("heads", heads, self.heads)):
-            if given not in (1, own):
-                raise ArgumentError("block_mask", f"one of {name} {own} or 1", self)
+        for name, count, own, reads in (
+            ("B", batch, self.batch, "b"),
+            ("H", heads, self.heads, "h"),
+        ):
+            if own != count and (own != 1 or reads in self.mask.graph.inputs):
+                wanted = f"one made with {name}={count}, because its function reads {reads}"
+                raise ArgumentError("block_mask", wanted, self)
 
     def tiles(self, bq: int, bk: int) -> tuple[mx.array, mx.array]:
         """`some` and `every` of tiles of other sizes; never less seen than there is."""
@@ -138,14 +146,16 @@ def create_block_mask(
 
     Args:
         mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen.
-        B, H: batch entries and query heads; None where the mask does not depend on them.
+        B, H: batch entries and query heads of the calls; None, or any number, where the mask does
+            not depend on them.
         Q_LEN, KV_LEN: lengths.
         block_size: queries and keys of a block, or both in one number; at most the lengths. Any
             serves any schedule; tiles of the kernel that are not made of whole blocks are skipped
             less often.
 
     Raises:
-        ArgumentError: a size below 1, or None for B or H although the mask depends on it.
+        ArgumentError: a size below 1.
+        MissingArgument: B or H is None although the mask depends on it.
         FunctionError: what is wrong with the function, and what to write instead.
     """
     from metalgen.dsl.trace import trace
@@ -158,7 +168,7 @@ def create_block_mask(
     for name, size, reads in (("B", B, "b"), ("H", H, "h")):
         if size is None and reads in mask.graph.inputs:
             what = "batch entries" if name == "B" else "query heads"
-            raise ArgumentError(name, f"the number of {what}, for mask_mod reads {reads}", None)
+            raise MissingArgument(name, f"(the number of {what}): mask_mod reads {reads}")
     sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
     if len(sizes) != 2:
         raise ArgumentError("block_size", "a number, or one for queries and one for keys", sizes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features import FEATURES, INPUTS
 from metalgen.features.arrays import Arrays, max_kv_len
 from metalgen.problem.block_mask import BlockMask
@@ -151,10 +151,13 @@ def check_inputs(
     found, required = {}, config.input_names
     for name in INPUTS:
         array = inputs.get(name)
-        if (name in required) != (array is not None):
-            wanted = "an mlx.core.array" if name in required else "None"
-            raise ArgumentError(inputs.spoken(name), f"{wanted}, as the config says", array)
-        if array is not None:
+        if array is None:
+            if name in required:
+                raise MissingArgument(inputs.spoken(name), "by the config")
+        else:
+            if name not in required:
+                got = type(array).__name__
+                raise ArgumentError(inputs.spoken(name), "None, as the config says", got)
             if not isinstance(array, mx.array):
                 raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(array).__name__)
             found[name] = array

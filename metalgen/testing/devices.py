@@ -142,7 +142,7 @@ class DeviceConformance(OnDevice):
         config = AttentionConfig(dim, dtype, value_head_dim=v_dim, causal=True, return_lse=True)
         schedule = self.schedules(config).get(path)
         if schedule is None:
-            pytest.skip(f"{self.name} has no such path for {dtype}")
+            pytest.skip(f"{self.name} has no path {path!r} for {dtype}")
         q = normal((1, 1, 75, dim), dtype, 4)
         k, v = normal((1, 1, 83, dim), dtype, 5), normal((1, 1, 83, v_dim), dtype, 6)
         self.check(config, q, k, v, schedule=schedule, scale=dim**-0.5)

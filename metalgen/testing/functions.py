@@ -136,7 +136,7 @@ class FunctionConformance(OnDevice):
             of = schedules_of if self.device.language != "cuda" else cuda_schedules
             found: Schedule | None = of(config).get(path)
             if found is None:
-                pytest.skip(f"{self.name} has no such path for {dtype}")
+                pytest.skip(f"{self.name} has no path {path!r} for {dtype}")
             schedule = found
         given = None
         if blocks and case.mask_mod:

@@ -175,7 +175,10 @@ def test_packed_sequences_of_other_shapes() -> None:
     q, k = PACKED
     with pytest.raises(ArgumentError, match="^q.shape: expected a first axis of 1 beside varlen"):
         attention(Q, K, K, cu_seqlens_q=CU, cu_seqlens_k=CU)
-    with pytest.raises(ArgumentError, match="^cu_seqlens_k: expected an .* differ in length"):
+    with pytest.raises(
+        ArgumentError,
+        match="^cu_seqlens_k is required where q and k differ in length .7 and 6 rows.$",
+    ):
         attention(q, k[:, :, :6], k[:, :, :6], cu_seqlens_q=CU)
     blocks = create_block_mask(lambda b, h, i, j: j <= i, None, None, 7, 7)
     with pytest.raises(ArgumentError, match="^block_mask: .* use mask_mod, and no block_mask"):
@@ -185,14 +188,17 @@ def test_packed_sequences_of_other_shapes() -> None:
         packed_attention(q, *rows[1:], CU)
     with pytest.raises(ArgumentError, match=r"^k.shape: expected 4 axes \(pages, page_size, H, D"):
         packed_attention(*rows, CU, block_table=TABLE, kv_lens=LENGTHS)
-    with pytest.raises(ArgumentError, match="^cu_seqlens_q: expected an mlx.core.array of int"):
+    with pytest.raises(ArgumentError, match="^cu_seqlens_q is required .where each"):
         packed_attention(*rows, None)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"^v\[0\]: expected an mlx.core.array"):
         packed_attention(rows[0], rows[1], [[1.0]], CU)  # type: ignore[list-item]
 
 
 PAGED: dict[str, tuple[dict[str, Any], str]] = {
-    "no lengths": ({"block_table": TABLE}, "kv_lens: expected .* beside a block_table: how many"),
+    "no lengths": (
+        {"block_table": TABLE},
+        "kv_lens is required with block_table: how many keys each sequence has$",
+    ),
     "a table of one axis": (
         {"block_table": mx.array([0, 1])},
         "block_table.shape: expected 2 axes, but got ",
@@ -242,11 +248,6 @@ QUANTIZED: dict[str, tuple[Any, Any, str]] = {
         r"k\[0\].shape: expected a last axis of 4 \(4 bits\) or 8 \(8 bits\) for queries",
     ),
     "of different bits": (K8, K4, "v: expected quantized as k is, with 8 bits and groups of 32"),
-    "of another type of scales": (
-        (K8[0], K8[1].astype(mx.float32), K8[2]),
-        K8,
-        r"k\[1\].dtype: expected float16, but got 'mlx.core.float32'",
-    ),
     "of biases of another shape": (
         (*K8[:2], K8[2][:, :, :4]),
         K8,
@@ -323,11 +324,63 @@ def test_a_softcap_beside_a_function_says_how_to_write_it() -> None:
 
 def test_widths_and_types_are_said_of_the_queries() -> None:
     with pytest.raises(ArgumentError, match="^q.shape, head_dim: expected an integer from 8 to"):
-        attention(Q[..., :4], K[..., :4], K)
+        attention(Q[..., :4], K[..., :4], K, softcap=30.0)  # MLX has no softcap
     with pytest.raises(ArgumentError, match="^v.shape, value_head_dim: expected an integer"):
-        attention(Q, K, K[..., :4])
+        attention(Q, K, K[..., :4], return_lse=True)  # nor log-sum-exps
     with pytest.raises(ArgumentError, match="^q.dtype: expected one of float32, float16"):
-        attention(Q.astype(mx.int32), K, K)
+        attention(*(x.astype(mx.int32) for x in (Q, K, K)))
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [
+        ("softmax_scale", "'scale'"),
+        ("scales", "'scale'"),
+        ("is_causal", "'causal'"),
+        ("window_size", "'window_left' and 'window_right'"),
+        ("score_mod", "metalgen.flex_attention, which takes 'score_mod'"),
+    ],
+)
+def test_a_name_of_another_library_comes_with_ours(name: str, here: str) -> None:
+    message = rf"^attention\(\) got an .*'{name}'; did you mean {here}\?$"
+    with pytest.raises(TypeError, match=message):
+        attention(Q, K, K, **{name: 1})
+
+
+ROWS_FIRST = mx.zeros((2, 9, 8, 32)), mx.zeros((2, 12, 2, 32))  # (B, L, H, D)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options"),
+    [
+        (*ROWS_FIRST, {}),  # 9 heads, and 12 key heads
+        (ROWS_FIRST[0], ROWS_FIRST[0], {"sinks": mx.zeros((8,))}),
+        (ROWS_FIRST[0], ROWS_FIRST[0], {"alibi_slopes": mx.zeros((8,))}),
+        (ROWS_FIRST[0], ROWS_FIRST[0], {"bias": mx.zeros((2, 8, 9, 9))}),
+        (ROWS_FIRST[0], ROWS_FIRST[0], {"mask": mx.ones((1, 8, 9, 9), mx.bool_)}),
+    ],
+)
+def test_rows_before_heads_are_noticed_where_shapes_give_them_away(
+    q: mx.array, k: mx.array, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ArgumentError, match=r"for arrays \(B, L, H, D\), pass q.swapaxes\(1, 2\)"):
+        attention(q, k, k, **options)
+    for x in (q, k):
+        assert x.shape[3] == 32
+    attention(*(x.swapaxes(1, 2) for x in (q, k, k)), **options)
+
+
+def test_a_mistake_that_has_nothing_to_do_with_the_axes_brings_no_hint_about_them() -> None:
+    with pytest.raises(ArgumentError) as error:
+        attention(Q, K, K, sinks=mx.zeros((3,)))
+    assert "swapaxes" not in str(error.value)
+
+
+def test_more_heads_than_any_model_has_are_warned_of() -> None:
+    x = mx.zeros((1, 1024, 4, 8))
+    with pytest.warns(UserWarning, match=r"has 1024 heads of 4 queries each: .*swapaxes") as found:
+        attention(x, x, x)
+    assert found[0].filename == __file__
 
 
 HOSTILE: dict[str, tuple[tuple[mx.array, ...], dict[str, Any], str]] = {

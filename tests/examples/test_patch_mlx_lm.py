@@ -47,6 +47,42 @@ def test_logits_over_each_cache_agree_with_mlx_lms_own(device: str, own_database
     assert all(0 < float(error) < 5e-3 for error in errors.values()), errors
 
 
+MIXED = """
+import importlib.util, runpy, sys, types
+package = types.ModuleType("mlx_lm")
+package.__path__ = importlib.util.find_spec("mlx_lm").submodule_search_locations
+sys.modules["mlx_lm"] = package
+import mlx.core as mx
+from mlx_lm.models import phi
+
+model = phi.Model(phi.ModelArgs(hidden_size=64, num_attention_heads=2, num_key_value_heads=2,
+                                num_hidden_layers=2, intermediate_size=64, vocab_size=64))
+model.set_dtype(mx.bfloat16)
+tokens = mx.arange(20)[None]
+own = model(tokens)
+mx.eval(own)
+runpy.run_path(sys.argv[1])["patch"](sys.argv[2])
+patched = model(tokens)
+error = float(mx.linalg.norm(patched - own) / mx.linalg.norm(own))
+from metalgen import dispatch
+print(error, patched.dtype, *(kernel.config.dtype for kernel in dispatch._known.values()))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None,
+    reason="mlx-lm is not installed (pip install --no-deps mlx-lm==0.32.2)",
+)
+def test_a_model_with_float32_queries_and_bfloat16_keys_runs(
+    device: str, own_database: Path
+) -> None:
+    done = run("-c", MIXED, device)
+    assert done.returncode == 0, done.stdout + done.stderr
+    error, dtype, computed_in = done.stdout.split()
+    assert float(error) < 1e-2 and dtype == "mlx.core.bfloat16"
+    assert computed_in == "float32"
+
+
 def test_without_mlx_lm_it_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "mlx_lm.py").write_text("import huggingface_hub_that_is_not_there")
     words = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = sys.argv[1:]; "
