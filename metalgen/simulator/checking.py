@@ -55,9 +55,11 @@ def check_source(
     constants: Mapping[int | str, Any] | None = None,
     include_dirs: Sequence[str | Path] = (),
     lints: bool = True,
+    every: bool = True,
 ) -> SourceCheck:
     """Compile every kernel of a Metal translation unit, or those that ``kernels`` names.
 
+    Unless ``every``, one instantiation of each template of kernels stands for all of them.
     Nothing is executed. Kernels are checked together, and apart only where that fails. Raises
     ``MissingToolchain``.
     """
@@ -83,7 +85,10 @@ def check_source(
             for full, kernel in found.kernels.items()
             if kernel.template and kernel.name not in instantiated
         )
-        names = [*plain, *found.instantiations] if kernels is None else list(kernels)
+        # One instantiation of each template says what there is to say of it.
+        first = {i.kernel: name for name, i in reversed(found.instantiations.items())}
+        chosen = found.instantiations if every else first.values()
+        names = [*plain, *chosen] if kernels is None else list(kernels)
         wrong = _wrong(stage, names)
     checks = [
         KernelCheck(each, str(wrong[each]), wrong[each].line)
@@ -96,8 +101,6 @@ def check_source(
             KernelCheck(full, f"{full!r} {reason}", refused=True)
             for full, reason in found.refused.items()
         ]
-    # One instantiation of each template says what there is to say of it.
-    first = {i.kernel: name for name, i in reversed(found.instantiations.items())}
     sound = [
         each
         for each in names

@@ -18,6 +18,8 @@ from .instrument import instrument
 from .kernels import Kernel
 from .language import SOURCE_NAME, LanguageStage, preprocess, shorten
 from .lines import LineTable
+from .own_memory import without_own
+from .products import gather_products
 from .reconverge import WAITS, inline_waiting, reconverge
 
 __all__ = ["SOURCE_NAME", "BufferParameter", "CompiledKernel", "compile_metal", "compile_unit"]
@@ -166,24 +168,19 @@ def _generate(code: str, folder: Path, mode: Mode, machine: build.Machine) -> No
     if not toolchain.is_x86(machine):
         code = toolchain.retarget(code)
     (folder / "unit.ll").write_text(code)
+    compile_ir = ["clang", "-x", "ir", *toolchain.CODE, *machine]
     waits = WAITS in code
     stage = ["-S", "-emit-llvm", "-o", "optimised.ll"] if waits else ["-c", "-o", "unit.o"]
-    done = toolchain.run(
-        ["clang", "-x", "ir", *toolchain.CODE, *machine, *stage, "unit.ll"], folder
-    )
+    first = toolchain.SCALAR if waits and mode == "checked" else []
+    done = toolchain.run([*compile_ir, *first, *stage, "unit.ll"], folder)
+    optimised = folder / "optimised.ll"
+    if first and done.returncode == 0:  # once more, now that variables may become registers
+        optimised.write_text(without_own(optimised.read_text()))
+        done = toolchain.run([*compile_ir, *stage, "optimised.ll"], folder)
     if waits and done.returncode == 0:
-        optimised = (folder / "optimised.ll").read_text()
-        (folder / "optimised.ll").write_text(reconverge(optimised))
-        arguments = [
-            "clang",
-            "-x",
-            "ir",
-            *toolchain.CODE,
-            "-Xclang",
-            "-disable-llvm-passes",
-            *machine,
-        ]
-        done = toolchain.run([*arguments, "-c", "-o", "unit.o", "optimised.ll"], folder)
+        optimised.write_text(reconverge(gather_products(optimised.read_text())))
+        last = ["-Xclang", "-disable-llvm-passes", "-c", "-o", "unit.o", "optimised.ll"]
+        done = toolchain.run([*compile_ir, *last], folder)
     if done.returncode != 0:
         raise CompileError(f"the compiler failed on its own code:\n{shorten(done.stderr)}")
 
