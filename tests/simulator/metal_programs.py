@@ -125,9 +125,8 @@ class Program:
     def conversion(self, kind: str, width: int, depth: int) -> Value:
         source = self.random.choice([k for k in SCALARS if k != kind])
         a = self.expression(source, width, depth)
-        if kind in UNSIGNED and source in (*FLOATING, "char", "short", "int", "long"):
-            if bool(np.any(a.value < 0)) and source in FLOATING:
-                return self.leaf(kind, width)
+        if kind in UNSIGNED and source in FLOATING and bool(np.any(a.value < 0)):
+            return self.leaf(kind, width)  # which no language defines
         value = a.value.astype(SCALARS[kind])
         if kind in ("char", "uchar") and bool(np.any(np.abs(a.value.astype(np.float64)) > 127)):
             return self.leaf(kind, width)
@@ -154,7 +153,7 @@ class Program:
         return Value(f"{name}({a.text}, {b.text})", kind, value, width)
 
     def swizzle(self, kind: str, width: int, depth: int) -> Value:
-        source = self.random.choice([n for n in (2, 3, 4)])
+        source = self.random.choice((2, 3, 4))
         a = self.expression(kind, source, depth)
         places = [self.random.randrange(source) for _ in range(width)]
         text = f"({a.text})." + "".join("xyzw"[p] for p in places)
