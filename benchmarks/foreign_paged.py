@@ -188,7 +188,10 @@ def main() -> int:
         for name, problem, run in (
             ("decode", one, lambda p: decode(p, source, folders, False)),
             ("decode in partitions", long, lambda p: decode(p, source, folders, True)),
-            ("tiles", several, lambda p: tiled(p, source, folders)),
+            # Tiles are of 16-bit types; others take a row a threadgroup.
+            ("tiles", several, lambda p: tiled(p, source, folders))
+            if kind != "float"
+            else ("rows", several, lambda p: decode(p, source, folders, False)),
         ):
             with simulator.record(checked=not given.plain) as runs:
                 try:

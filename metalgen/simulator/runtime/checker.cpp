@@ -61,6 +61,9 @@ static void group_position(uint32_t linear, uint32_t out[3]) {
   out[2] = (uint32_t)(linear / n[0] / n[1]);
 }
 
+// What is reported takes its arguments by value, so that the usual way, on which nothing is, keeps
+// them in registers.
+
 // What an access is, and where it belongs: one device buffer, or one threadgroup variable.
 struct Access {
   uintptr_t address;
@@ -69,7 +72,7 @@ struct Access {
   uint64_t limit;
 };
 
-__attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, const Access &a,
+__attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, Access a,
                                                                  uint32_t code, uint64_t other) {
   mg_finding *f = find(kind, code, other, current);
   if (!f) return nullptr;
@@ -83,8 +86,8 @@ __attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, 
   return f;
 }
 
-__attribute__((noinline, cold)) static void report_race(const Access &a, const Record &mine,
-                                                        const Record &other, bool other_writes) {
+__attribute__((noinline, cold)) static void report_race(Access a, Record mine, Record other,
+                                                        bool other_writes) {
   bool atomic = ((mine.what ^ other.what) & kAtomic) != 0;
   uint32_t kind = atomic ? MG_RACE_ATOMIC
                          : mine.group != other.group ? MG_RACE_THREADGROUPS : MG_RACE;
