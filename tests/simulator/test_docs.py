@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,9 @@ def test_the_metal_file_and_its_launch_are_clean(
     (tmp_path / "scale.metal").write_text(blocks("python")[3].split('"""')[1])
     (tmp_path / "scale.toml").write_text(blocks("toml")[0])
     monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[4], "simulator.md", "exec"), names)
+    names["test_scale"]()
     shown = re.findall(r"\$ metalgen (check .*)\n(.*)", blocks("console")[1])
     assert len(shown) == 2
     for command, printed in shown:
