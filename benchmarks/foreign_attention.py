@@ -20,6 +20,7 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
+from foreign_metal import DEFINED
 
 from metalgen import simulator
 from metalgen.errors import MetalgenError
@@ -289,7 +290,7 @@ def main() -> int:
     parser.add_argument("--plain", action="store_true", help="Without the checker.")
     given = parser.parse_args()
     (path,) = given.checkout.glob("**/ggml-metal.metal")
-    runner = Runner(path.read_text(), [path.parent, path.parent.parent])
+    runner = Runner(DEFINED + path.read_text(), [path.parent, path.parent.parent])
     failed = 0
     for seed, problem in enumerate(
         problems(given.types.split(","), [int(d) for d in given.dims.split(",")])

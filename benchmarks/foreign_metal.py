@@ -35,7 +35,11 @@ JOINED = {
         "float8 utils kv_scale_update",
     )
 }
-DEFINED = "#define VLLM_METAL_PARTITION_SIZE 512\n#define VLLM_METAL_PA_WINDOW_ROWS 2\n"
+# What their hosts define; lines count as in the file.
+DEFINED = (
+    "#define VLLM_METAL_PARTITION_SIZE 512\n#define VLLM_METAL_PA_WINDOW_ROWS 2\n"
+    "#define GGML_METAL_HAS_BF16 1\n#line 1\n"
+)
 
 
 def units(root: Path) -> Iterator[tuple[str, str, list[Path]]]:
@@ -49,7 +53,7 @@ def units(root: Path) -> Iterator[tuple[str, str, list[Path]]]:
     for path in sorted(root.glob("**/*.metal")):
         if "nax" not in path.name and path.parent not in joined:
             above = [p for p in path.parents if p.is_relative_to(root)]
-            yield str(path.relative_to(root)), path.read_text(), above
+            yield str(path.relative_to(root)), DEFINED + path.read_text(), above
 
 
 def coded(text: str, kernel: str, folders: list[Path]) -> str:
