@@ -88,7 +88,7 @@ def run_metal(
     constants disable may still be read where the value is not used. Raises what ``metal_kernel``
     raises for source and launch.
     """
-    from metalgen.simulator.api import SOURCE_NAME, mlx_include_dir
+    from metalgen.simulator.api import mlx_include_dir
     from metalgen.simulator.compiler import compile_metal
     from metalgen.simulator.sweeping import kept
 
@@ -136,7 +136,6 @@ def run_metal(
         grid,
         group,
         source=source,
-        sources={SOURCE_NAME: source},
         lints=lints,
         threadgroup_memory=threadgroup_memory,
     ) as memory:

@@ -28,6 +28,8 @@ THREADGROUP_MEMORY = 32768
 THREADGROUP_ARGUMENTS = 31
 MOST_DYNAMIC = 1 << 18
 """Bytes of one threadgroup argument: more than Metal has, so that a checked run can say so."""
+SOURCE_NAME = "program.metal"
+"""What a source is called in diagnostics and findings."""
 POISON = 0xFF
 """Byte that fills outputs before a launch: NaN in every floating-point type, -1 in integers."""
 
@@ -195,7 +197,6 @@ def run(
     threadgroup: tuple[int, int, int],
     *,
     source: str,
-    sources: dict[str, str] | None = None,
     lints: tuple[Finding, ...] = (),
     threadgroup_memory: Mapping[int, int] | None = None,
 ) -> LaunchMemory:
@@ -236,7 +237,9 @@ def run(
             reports = [outcome.report for outcome in outcomes]
             counters = report.counters(reports, compiled, segments)
             unwritten = report.never_written(counters, compiled, segments)
-            findings = report.findings(reports, compiled, segments, sources or {}, lints, unwritten)
+            findings = report.findings(
+                reports, compiled, segments, {SOURCE_NAME: source}, lints, unwritten
+            )
         seconds = max(outcome.seconds for outcome in outcomes)
         launch = Launch(
             compiled.kernel,
