@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
 import itertools
-import runpy
-import sys
-import traceback
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from metalgen.cli.locating import line_in
+from metalgen.cli.check_python import check_python
 from metalgen.cli.options import Sizes, chip_option, described_options, json_option, print_json
 from metalgen.cli.render import change, starting_point
+from metalgen.cli.subject import COULD_NOT_RUN, Subject, show
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, check_schedule, is_valid
 from metalgen.plurals import counted
@@ -27,78 +21,11 @@ from metalgen.schedules import all_knobs
 
 if TYPE_CHECKING:
     from metalgen.devices import Device
-    from metalgen.simulator import Finding, Launch, Recorder
 
-CLEAN, FINDINGS, COULD_NOT_RUN = 0, 1, 2
-BESIDE_A_FILE = ("file", "arguments", "seed", "time_limit", "counters", "as_json")
-
-
-@dataclasses.dataclass
-class Subject:
-    """One thing that was checked: a schedule or a file, its launches and what went wrong."""
-
-    title: str
-    launches: Sequence[Launch]
-    wrong: str = ""
-    """How its numbers differ from the float64 reference."""
-    failure: str = ""
-    """Why it could not run."""
-    files: tuple[Path, ...] = ()
-    """The Python file that was run, and those that it imported."""
-
-    @property
-    def findings(self) -> int:
-        return sum(len(launch.findings or ()) for launch in self.launches)
-
-    @property
-    def exit_code(self) -> int:
-        if self.failure:
-            return COULD_NOT_RUN
-        return FINDINGS if self.findings or self.wrong else CLEAN
-
-    def place(self, launch: Launch, finding: Finding) -> tuple[Path, int] | None:
-        """The Python file and its line that a finding is on, where that can be told."""
-        source = launch.findings.sources.get(finding.file or "") if launch.findings else None
-        if source is None or not finding.line:
-            return None
-        program = source.split("\n")
-        for file in self.files:
-            if line := line_in(_lines(file), program, finding.line):
-                return file, line
-        return None
-
-    def before(self, launch: Launch, finding: Finding) -> str:
-        """The same as text that stands before a finding."""
-        place = self.place(launch, finding)
-        return f"{place[0]}:{place[1]}: " if place else ""
-
-    def written(self, launch: Launch, finding: Finding) -> dict[str, Any]:
-        """The same for JSON, of a file that was run."""
-        if not self.files:
-            return {}
-        place = self.place(launch, finding)
-        return {"written": {"file": str(place[0]), "line": place[1]} if place else None}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "title": self.title,
-            "exit_code": self.exit_code,
-            "wrong": self.wrong,
-            "failure": self.failure,
-            "launches": [
-                {
-                    "kernel": launch.kernel,
-                    "grid": launch.grid,
-                    "threadgroup": launch.threadgroup,
-                    "findings": [
-                        finding.as_dict() | self.written(launch, finding)
-                        for finding in launch.findings or ()
-                    ],
-                    "counters": launch.counters.as_dict() if launch.counters else None,
-                }
-                for launch in self.launches
-            ],
-        }
+BESIDE_A_FILE = (
+    *("file", "arguments", "seed", "time_limit", "counters", "as_json", "module"),
+    *("kernel", "launch", "include"),
+)
 
 
 def _values(ctx: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> Any:
@@ -131,7 +58,19 @@ def _schedule_options(function: Any) -> Any:
     return function
 
 
-@click.command(epilog="Exit code: 0 clean, 1 findings or wrong numbers, 2 could not run.")
+class _Check(click.Command):
+    """As `python`: what follows `-m MODULE` belongs to the module."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "-m" in args and "--" not in args[: args.index("-m")]:
+            at = args.index("-m")
+            args = [*args[: at + 2], "--", *args[at + 2 :]]
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    cls=_Check, epilog="Exit code: 0 clean, 1 findings or wrong numbers, 2 could not run."
+)
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @described_options("small and ragged", "small and ragged")
@@ -139,6 +78,20 @@ def _schedule_options(function: Any) -> Any:
 @_schedule_options
 @click.option("--all", "every", is_flag=True, help="Every schedule of the space, see --limit.")
 @click.option("--limit", type=click.IntRange(1), help="With --all: the first N schedules.")
+@click.option("-m", "module", metavar="MODULE", help="Run a module, such as pytest, as a file.")
+@click.option("--kernel", metavar="NAME", help="Of a .metal file: only this kernel.")
+@click.option(
+    "--launch",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Of a .metal file: run a kernel as this TOML file says.",
+)
+@click.option(
+    "-I",
+    "include",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Of a .metal file: where its includes are, after its own folder.",
+)
 @click.option("--seed", type=int, default=0, help="Other than 0: shuffle the order of threads.")
 @click.option("--time-limit", type=float, metavar="SECONDS", help="Of one launch. Default: 120.")
 @click.option("--counters", is_flag=True, help="Also print what each launch did.")
@@ -158,6 +111,10 @@ def command(
     time_limit: float | None,
     counters: bool,
     as_json: bool,
+    module: str | None,
+    kernel: str | None,
+    launch: Path | None,
+    include: tuple[Path, ...],
     **fields: tuple[Any, ...],
 ) -> None:
     """Execute a kernel on the simulator, check it for defects and count its work.
@@ -178,9 +135,19 @@ def command(
         ctx.with_resource(limits(seconds=time_limit))
     if limit is not None and not every:
         raise click.UsageError(f"--limit: expected with --all, but got {limit} without it")
-    if file is not None:
+    metal = file is not None and module is None and file.suffix == ".metal"
+    if not metal and (kernel or launch or include):
+        raise click.UsageError("--kernel, --launch, -I: expected with a .metal FILE")
+    if module is not None:
         _refuse_beside_a_file(ctx)
-        subjects = [_check_file(file, arguments, seed)]
+        subjects = [check_python(module, (*([str(file)] if file else []), *arguments), seed)]
+    elif metal:
+        assert file is not None
+        _refuse_beside_a_file(ctx)
+        subjects = [_check_metal(file, kernel, launch, include, seed)]
+    elif file is not None:
+        _refuse_beside_a_file(ctx)
+        subjects = [check_python(file, arguments, seed)]
     else:
         schedules, skipped = _schedules(config, sizes, chip, every, limit, fields)
         if skipped and not as_json:
@@ -195,12 +162,12 @@ def command(
         for schedule in schedules:
             subjects.append(_check_schedule(config, schedule, chosen, seed))
             if not as_json:
-                _print(subjects[-1], counters)
+                show(subjects[-1], counters)
     if as_json:
         code = max((subject.exit_code for subject in subjects), default=COULD_NOT_RUN)
         print_json({"exit_code": code, "subjects": [subject.as_dict() for subject in subjects]})
-    elif file is not None:
-        _print(subjects[0], counters)
+    elif file is not None or module is not None:
+        show(subjects[0], counters)
     ctx.exit(max((subject.exit_code for subject in subjects), default=COULD_NOT_RUN))
 
 
@@ -291,101 +258,19 @@ def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: 
     return f"Lq={sizes.q_len} Lk={sizes.kv_len}: {fault}" if fault else ""
 
 
-def _check_file(file: Path, arguments: tuple[str, ...], seed: int) -> Subject:
-    from metalgen.simulator import install, record
+def _check_metal(
+    file: Path, kernel: str | None, launch: Path | None, include: tuple[Path, ...], seed: int
+) -> Subject:
+    from metalgen.cli import check_metal
+    from metalgen.simulator.api import mlx_include_dir
 
-    if not file.is_file():
-        raise click.UsageError(f"FILE: expected a Python file, but {str(file)!r} is none")
-    failure, known = "", set(sys.modules)
-    with record(checked=True, seed=seed) as runs, install(), _as_main(file, arguments):
-        try:
-            # What the file prints goes beside the report, so that --json stays one document.
-            with contextlib.redirect_stdout(sys.stderr):
-                runpy.run_path(str(file), run_name="__main__")
-        except SystemExit as stop:
-            if stop.code not in (None, 0):
-                failure = f"{file}: exit code {stop.code}"
-        except MetalgenError as error:
-            failure = f"{file}:{_line_in(file, error)}: {error}"
-        except SyntaxError as error:
-            failure = f"{error.filename or file}:{error.lineno or '?'}: SyntaxError: {error.msg}"
-        except Exception as error:
-            failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
-    if not failure and not len(runs):
-        failure = f"{file}: it called no mx.fast.metal_kernel"
-    imported = (getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - known)
-    files = [
-        file,
-        *sorted(_shown(Path(path)) for path in imported if path and path.endswith(".py")),
-    ]
-    return Subject(str(file), _distinct(runs), failure=failure, files=tuple(files))
-
-
-def _shown(path: Path) -> Path:
-    """A path from here where it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-@functools.cache
-def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:  # removed meanwhile
-        return []
-
-
-@contextlib.contextmanager
-def _as_main(file: Path, arguments: tuple[str, ...]) -> Iterator[None]:
-    argv, path = sys.argv[:], sys.path[:]
-    sys.argv = [str(file), *arguments]
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = argv, path
-
-
-def _line_in(file: Path, error: BaseException) -> int | str:
-    """Return the line of ``file`` that the error came through last."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == file.resolve()]
-    return lines[-1] or "?" if lines else "?"
-
-
-def _distinct(runs: Recorder) -> list[Launch]:
-    """Return all launches; of those with equal findings of one kernel only the first."""
-    seen = set()
-    kept = []
-    for launch in runs:
-        places = tuple((f.kind, f.file, f.line) for f in launch.findings or ())
-        key = (launch.kernel, launch.source, places)
-        if not places or key not in seen:
-            kept.append(launch)
-        seen.add(key)
-    return kept
-
-
-def _print(subject: Subject, counters: bool) -> None:
-    words = [counted(len(subject.launches), "launch", "launches")]
-    words += [counted(subject.findings, "finding")]
-    words += ["wrong numbers"] if subject.wrong else []
-    words += ["could not run"] if subject.failure else []
-    mark = {CLEAN: "clean", FINDINGS: "FOUND", COULD_NOT_RUN: "ERROR"}[subject.exit_code]
-    click.echo(f"{mark}  {subject.title}  ({', '.join(words)})")
-    for launch in subject.launches:
-        if launch.findings:
-            click.echo(f"\n{launch.kernel}, grid {launch.grid}, threadgroup {launch.threadgroup}:")
-            click.echo(launch.findings.report(place=functools.partial(subject.before, launch)))
-    for text in (subject.wrong, subject.failure):
-        if text:
-            click.echo(f"\n{text}", err=text is subject.failure)
-    if counters:
-        from rich.console import Console
-
-        console = Console(file=sys.stdout)
-        for launch in subject.launches:
-            if launch.counters is not None:
-                click.echo(f"\n{launch.kernel}, grid {launch.grid}")
-                with console.capture() as drawn:
-                    console.print(launch.counters)
-                click.echo(drawn.get(), nl=False)
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"FILE: {file}: {error}") from None
+    folders = [file.parent, *include, mlx_include_dir()]
+    if launch is None:
+        words, lints, failure = check_metal.compile_all(file, source, kernel, folders)
+        return Subject(str(file), [], failure=failure, kernels=words, lints=lints, files=(file,))
+    runs, wrong, failure = check_metal.launch(file, source, kernel, launch, folders, seed)
+    return Subject(str(file), list(runs), wrong, failure, files=(file,))

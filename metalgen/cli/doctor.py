@@ -43,6 +43,8 @@ def command(as_json: bool) -> None:
     for line in columns(rows):
         click.echo("  " + line)
     click.echo(f"a call without device= runs on: {found['default_device']}")
+    if found["toolchain"] is not None:
+        click.echo(f"simulator's compiler: {found['toolchain'] or 'works (a kernel was compiled)'}")
     database = found["database"]
     click.echo(f"database: {database['path']}")
     click.echo(f"  {database['state']}")
@@ -71,6 +73,7 @@ def examine() -> dict[str, Any]:
         templates, current, hashes = str(error), "missing", set()
     here = chips.detect()
     devices = {device.name: device.unavailable() for device in all_devices()}
+    toolchain = _toolchain() if devices["simulator"] is None else None
     database = _database(hashes)
     return {
         "metalgen": __version__,
@@ -82,9 +85,20 @@ def examine() -> dict[str, Any]:
         "chip": here.name if here else None,
         "devices": devices,
         "default_device": default_device().name,
+        "toolchain": toolchain,
         "database": database,
-        "next": _advice(here.name if here else None, default_device().is_gpu, devices, database),
+        "next": _advice(
+            here.name if here else None, default_device().is_gpu, devices, database, toolchain
+        ),
     }
+
+
+def _toolchain() -> str:
+    """Why the simulator's compiler does not work here; "" if it does, which is tried."""
+    from metalgen.simulator.compiler.front import try_toolchain
+
+    fault = try_toolchain().split("\n")[0]
+    return f"BROKEN: {fault}" if fault else ""
 
 
 def _version(package: str) -> str | None:
@@ -127,7 +141,11 @@ def _database(current: set[str]) -> dict[str, Any]:
 
 
 def _advice(
-    chip: str | None, gpu: bool, devices: dict[str, str | None], database: dict[str, Any]
+    chip: str | None,
+    gpu: bool,
+    devices: dict[str, str | None],
+    database: dict[str, Any],
+    toolchain: str | None,
 ) -> list[str]:
     steps = []
     if not database["usable"]:
@@ -136,6 +154,8 @@ def _advice(
         steps.append("metalgen db refresh keeps rows of other templates whose kernel is the same")
     if devices["simulator"]:
         steps.append("pip install 'metalgen[simulator]' to execute Metal kernels on this CPU")
+    if toolchain:
+        steps.append("pip install --force-reinstall ziglang mends the simulator's compiler")
     if chip and gpu:
         steps.append(f"metalgen tune measures on this {chip}")
     elif not database["rows"]:

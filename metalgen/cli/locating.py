@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+SHORTEST = 6
+"""Characters of a line that is looked for within others."""
+
 
 def line_in(file: Sequence[str], program: Sequence[str], line: int) -> int | None:
     """The line of a file that a line of a program stands on.
@@ -14,8 +17,9 @@ def line_in(file: Sequence[str], program: Sequence[str], line: int) -> int | Non
         line: one of them, from 1.
 
     Returns:
-        The line of the file, from 1, that reads the same and has the most equal lines around it;
-        None where there is none (an f-string), or where two have as many.
+        The line of the file, from 1, that reads the same and has the most equal lines around it,
+        or else the only one that holds it within (a source in one line); None where there is none
+        (an f-string), or where two have as many.
     """
     wanted = program[line - 1].strip()
     if not wanted:
@@ -25,6 +29,9 @@ def line_in(file: Sequence[str], program: Sequence[str], line: int) -> int | Non
         for place, text in enumerate(file)
         if text.strip() == wanted
     ]
+    if not places:
+        within = [place + 1 for place, text in enumerate(file) if wanted in text]
+        return within[0] if len(within) == 1 and len(wanted) >= SHORTEST else None
     best = max((equal for equal, _ in places), default=0)
     found = [place for equal, place in places if equal == best]
     return found[0] if len(found) == 1 else None

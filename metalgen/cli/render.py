@@ -121,9 +121,8 @@ def change(config: AttentionConfig, schedule: Schedule, given: dict[str, Any]) -
     """
     for name, value in given.items():
         if name not in schedule.knobs:
-            knobs = ", ".join(schedule.knobs)
-            expected = f"a knob of {schedule.family} with {schedule.kind} ({knobs})"
-            raise ArgumentError(name, expected, value)
+            having = f"{schedule.family} schedules for {schedule.kind} matrices"
+            raise ArgumentError(name, f"none, because {having} have no such knob", value)
     changed = dataclasses.replace(schedule, **given)
     follow = get_kind(schedule.kind).follow(config, changed, given)
     return dataclasses.replace(

@@ -360,6 +360,7 @@ def heat_maps(result: Result) -> Iterator[HeatMap]:
     failed = {m.schedule for m in result.rows if m.status != "ok"} - times.keys()
     schedules = [*times, *failed]
     for row in ("bq", "splits"):
+        schedules = [s for s in schedules if row in s.knobs]
         rows = tuple(sorted({getattr(s, row) for s in schedules}))
         columns = tuple(sorted({s.bk for s in schedules}))
         if not schedules or (row == "splits" and len(rows) < 2):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metalgen.simulator.api import MetalKernel, metal_kernel
+    from metalgen.simulator.checking import KernelCheck, SourceCheck, check_source
     from metalgen.simulator.counters import BufferTraffic, Counters
     from metalgen.simulator.errors import (
         CacheError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from metalgen.simulator.launch_limits import Limits, limits
 
 _HOMES = {
+    "checking": ("KernelCheck", "SourceCheck", "check_source"),
     "api": ("MetalKernel", "metal_kernel"),
     "counters": ("BufferTraffic", "Counters"),
     "errors": (
@@ -73,6 +75,7 @@ __all__ = [
     "Finding",
     "Findings",
     "InOut",
+    "KernelCheck",
     "KernelCrash",
     "KernelTimeout",
     "Launch",
@@ -84,7 +87,9 @@ __all__ = [
     "Output",
     "Recorder",
     "SimulatorError",
+    "SourceCheck",
     "StackOverflow",
+    "check_source",
     "install",
     "limits",
     "metal_kernel",

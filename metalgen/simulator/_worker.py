@@ -66,6 +66,7 @@ class Launch(ctypes.Structure):
         ("report", ctypes.c_void_p),
         ("report_bytes", ctypes.c_uint64),
         ("progress", ctypes.c_void_p),
+        ("threadgroup_bytes", ctypes.c_uint32 * 31),
     ]
 
 
@@ -182,6 +183,7 @@ def run(request: dict[str, Any], fd: int) -> dict[str, Any]:
             report=report_address + 64,
             report_bytes=report_bytes - 64,
             progress=report_address,
+            threadgroup_bytes=(ctypes.c_uint32 * 31)(*request["threadgroup_bytes"]),
         )
         ctypes.memmove(
             report_address + 8, (ctypes.c_uint64 * 1)(mapping.start), 8

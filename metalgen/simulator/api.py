@@ -21,15 +21,19 @@ from metalgen.simulator.generator import (
     TemplateValue,
     generate,
 )
-from metalgen.simulator.launch import POISON, check_launch, current_recorder, integers, run
+from metalgen.simulator.launch import (
+    POISON,
+    SOURCE_NAME,
+    check_launch,
+    current_recorder,
+    integers,
+    run,
+)
 from metalgen.simulator.memory import LaunchMemory, Segment
 
 if TYPE_CHECKING:
     from metalgen.simulator.compiler import CompiledKernel
     from metalgen.simulator.findings import Finding
-
-SOURCE_NAME = "program.metal"
-"""What the generated text is called in diagnostics and findings."""
 
 PREAMBLE = "mlx/backend/metal/kernels/utils.h"
 """MLX's header that stands before every ``metal_kernel``; read from the installed wheel."""
@@ -186,7 +190,6 @@ class MetalKernel:
             grid,
             group,
             source=generated.text,
-            sources={SOURCE_NAME: generated.text},
             lints=self._lints(generated) if compiled.mode == "checked" else (),
         ) as memory:
             first = len(segments) - len(shapes)

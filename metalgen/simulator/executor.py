@@ -181,6 +181,7 @@ class Job:
     threadgroup: tuple[int, int, int]
     checked: bool = False
     seed: int = 0
+    threadgroup_bytes: tuple[int, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -279,6 +280,7 @@ def _request(
         "step": count,
         "stack_bytes": rules.stack_bytes,
         "seed": job.seed,
+        "threadgroup_bytes": job.threadgroup_bytes,
         "time_limit": rules.seconds,
         "memory_limit": rules.memory,
     }

@@ -71,6 +71,7 @@ def run_metal(
     threadgroup: tuple[int, int, int],
     *,
     constants: Mapping[int | str, Any] | None = None,
+    threadgroup_memory: Mapping[int, int] | None = None,
     include_dirs: Sequence[Path] | None = None,
 ) -> dict[int, mx.array]:
     """Compile ``source`` and run ``kernel`` over ``grid`` threads.
@@ -78,14 +79,16 @@ def run_metal(
     ``source`` is a complete Metal translation unit; ``kernel`` a kernel function's name or the
     ``host_name`` of an instantiation; ``buffers`` maps Metal buffer indices to what is bound
     there (an array is read only and bound as it lies, strided or not); ``constants`` are function
-    constants by index or name; ``include_dirs`` defaults to MLX's include folder.
+    constants by index or name; ``threadgroup_memory`` gives the bytes of each argument in
+    threadgroup memory, by its index, as ``setThreadgroupMemoryLength`` does; ``include_dirs``
+    defaults to MLX's include folder.
 
     Returns the contents of every ``Output`` and ``InOut`` by buffer index. A buffer index that the
     kernel has and ``buffers`` lacks is bound to a page of zeros: an argument that function
     constants disable may still be read where the value is not used. Raises what ``metal_kernel``
     raises for source and launch.
     """
-    from metalgen.simulator.api import SOURCE_NAME, mlx_include_dir
+    from metalgen.simulator.api import mlx_include_dir
     from metalgen.simulator.compiler import compile_metal
     from metalgen.simulator.sweeping import kept
 
@@ -133,8 +136,8 @@ def run_metal(
         grid,
         group,
         source=source,
-        sources={SOURCE_NAME: source},
         lints=lints,
+        threadgroup_memory=threadgroup_memory,
     ) as memory:
         return {
             index: arrays.to_array(memory.view(index), tuple(each.value.shape), each.value.dtype)

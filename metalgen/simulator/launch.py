@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import operator
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 MAX_THREADS = 1024
 MAX_BUFFERS = 31
 THREADGROUP_MEMORY = 32768
+THREADGROUP_ARGUMENTS = 31
+MOST_DYNAMIC = 1 << 18
+"""Bytes of one threadgroup argument: more than Metal has, so that a checked run can say so."""
+SOURCE_NAME = "program.metal"
+"""What a source is called in diagnostics and findings."""
 POISON = 0xFF
 """Byte that fills outputs before a launch: NaN in every floating-point type, -1 in integers."""
 
@@ -81,8 +86,10 @@ def record(
     ``checked`` runs them under the checker (slower, about 3 times), which fills ``findings`` and
     ``counters``. ``seed`` other than 0 shuffles the order in which threads run. With
     ``raise_on_findings`` a launch with findings raises ``CheckFailed`` instead of returning.
-    Blocks nest: the innermost decides how kernels run, and each collects. Raises ``ArgumentError``
-    for a ``seed`` that is no integer of 64 bits from 0 on.
+    ``raise_on_findings`` a launch with findings raises ``CheckFailed`` instead of returning, and so
+    does a block in which nothing was launched: a test of a kernel that did not run has shown
+    nothing. Blocks nest: the innermost decides how kernels run, and each collects. Raises
+    ``ArgumentError`` for a ``seed`` that is no integer of 64 bits from 0 on.
     """
     seed = check_integer("seed", seed, 0, (1 << 64) - 1)
     recorder = Recorder(checked, seed, raise_on_findings)
@@ -91,6 +98,12 @@ def record(
         yield recorder
     finally:
         _recorders.reset(token)
+    if checked and raise_on_findings and not recorder.launches:
+        raise errors.CheckFailed(
+            "record(raise_on_findings=True): no kernel was launched in the block, so nothing was "
+            "checked; simulator.install() must come before code that makes its kernels",
+            (),
+        )
 
 
 def current_recorder() -> Recorder:
@@ -137,6 +150,45 @@ def check_launch(
     return x, y, z
 
 
+def threadgroup_arguments(compiled: CompiledKernel, given: Mapping[int, int]) -> tuple[int, ...]:
+    """Return the bytes of each threadgroup argument by index, as the host gives them.
+
+    Raises ``LaunchError`` for an argument of the kernel that is not given, one that it does not
+    have, and a size that Metal refuses.
+    """
+    taken = dict(compiled.threadgroup_arguments)
+    for index, name in taken.items():
+        if index not in given:
+            raise errors.LaunchError(
+                f"threadgroup_memory: kernel {compiled.kernel} has {name!r} at "
+                f"[[threadgroup({index})]], whose size the host sets; give "
+                f"threadgroup_memory={{{index}: bytes}}"
+            )
+    for index, size in given.items():
+        if index not in taken:
+            has = ", ".join(str(each) for each in taken) or "none"
+            raise errors.LaunchError(
+                f"threadgroup_memory: kernel {compiled.kernel} has no [[threadgroup({index})]]; "
+                f"it has {has}"
+            )
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= MOST_DYNAMIC:
+            raise errors.LaunchError(
+                f"threadgroup_memory[{index}]: expected bytes from 0 to {MOST_DYNAMIC:,}, "
+                f"got {size!r}"
+            )
+        if size % 16:
+            raise errors.LaunchError(
+                f"threadgroup_memory[{index}]: expected a multiple of 16 bytes, which Metal asks "
+                f"for, got {size}"
+            )
+    if sum(given.values()) > MOST_DYNAMIC:
+        raise errors.LaunchError(
+            f"threadgroup_memory: expected at most {MOST_DYNAMIC:,} bytes together, "
+            f"got {sum(given.values()):,}"
+        )
+    return tuple(given.get(index, 0) for index in range(THREADGROUP_ARGUMENTS))
+
+
 def run(
     compiled: CompiledKernel,
     segments: Sequence[Segment],
@@ -145,8 +197,8 @@ def run(
     threadgroup: tuple[int, int, int],
     *,
     source: str,
-    sources: dict[str, str] | None = None,
     lints: tuple[Finding, ...] = (),
+    threadgroup_memory: Mapping[int, int] | None = None,
 ) -> LaunchMemory:
     """Execute ``compiled`` over ``grid`` threads and return the memory, outputs written.
 
@@ -158,12 +210,16 @@ def run(
     """
     recorder = current_recorder()
     checked = compiled.mode == "checked"
-    if compiled.threadgroup_bytes > THREADGROUP_MEMORY and not checked:
+    arguments = threadgroup_arguments(compiled, threadgroup_memory or {})
+    total = compiled.threadgroup_bytes + sum(arguments)
+    if total > THREADGROUP_MEMORY and not checked:
         raise errors.CompileError(
-            f"kernel {compiled.kernel}: {compiled.threadgroup_bytes:,} bytes of threadgroup "
+            f"kernel {compiled.kernel}: {total:,} bytes of threadgroup "
             f"memory, and a threadgroup has {THREADGROUP_MEMORY:,}"
         )
-    job = Job(str(compiled.path), compiled.kernel, grid, threadgroup, checked, recorder.seed)
+    job = Job(
+        str(compiled.path), compiled.kernel, grid, threadgroup, checked, recorder.seed, arguments
+    )
     processes = executor.processes_for(job)
     memory = LaunchMemory(segments, report.size(checked), processes)
     try:
@@ -179,8 +235,11 @@ def run(
         findings = counters = None
         if checked:
             reports = [outcome.report for outcome in outcomes]
-            findings = report.findings(reports, compiled, segments, sources or {}, lints)
             counters = report.counters(reports, compiled, segments)
+            unwritten = report.never_written(counters, compiled, segments)
+            findings = report.findings(
+                reports, compiled, segments, {SOURCE_NAME: source}, lints, unwritten
+            )
         seconds = max(outcome.seconds for outcome in outcomes)
         launch = Launch(
             compiled.kernel,

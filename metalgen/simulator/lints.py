@@ -9,16 +9,16 @@ and what it includes from ``include_dirs`` on request, never at the simulator's 
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from metalgen.simulator.compiler import SOURCE_NAME, build, cache, front, toolchain
+from metalgen.simulator.compiler import SOURCE_NAME, cache, toolchain
+from metalgen.simulator.compiler.language import LanguageStage, preprocess
 from metalgen.simulator.compiler.tokens import Tokens
-from metalgen.simulator.compiler.transform import SCALARS, TransformError, transform
+from metalgen.simulator.compiler.transform import SCALARS
 from metalgen.simulator.errors import CompileError
 from metalgen.simulator.findings import Finding
 
@@ -44,7 +44,7 @@ class _Lint:
 
 def lint(
     source: str,
-    kernel: str,
+    kernel: str | Sequence[str],
     *,
     constants: Mapping[int | str, object] | None = None,
     include_dirs: Sequence[str | Path] = (),
@@ -53,27 +53,36 @@ def lint(
     """Return the lint findings of a complete Metal translation unit, each place once.
 
     Only the user's own text is looked at, or also the headers from ``include_dirs`` when
-    ``everywhere``. ``kernel`` names the kernel in the findings. Returns nothing for a source that
+    ``everywhere``. ``kernel`` names the kernel or kernels that are
+    called; one alone is named in the findings. Returns nothing for a source that
     does not compile (``compile_metal`` says why). Raises ``MissingToolchain``.
     """
     folders = [str(Path(folder).resolve()) for folder in include_dirs]
-    settings = repr((kernel, sorted((constants or {}).items(), key=repr), everywhere, folders))
+    kernels = (kernel,) if isinstance(kernel, str) else tuple(kernel)
+    settings = repr((kernels, sorted((constants or {}).items(), key=repr), everywhere, folders))
     key = cache.digest([cache.own_sources(), Path(__file__).read_text(), source, settings])
     note = cache.directory() / f"{key}.lints.json"
-    try:
-        found = [_Lint(*row) for row in json.loads(note.read_bytes())]
-    except (OSError, ValueError, TypeError):
-        found = _lint(source, kernel, constants or {}, folders, everywhere)
+    rows = cache.read_note(note)
+    if rows is None:
+        found = _lint(source, kernels, constants or {}, folders, everywhere)
         rows = [[each.kind, each.message, each.file, each.line] for each in found]
-        cache.replace(note, json.dumps(rows).encode())
+        cache.write_note(note, rows)
+    found = [_Lint(*row) for row in rows]
     return tuple(
-        Finding(each.kind, each.message, kernel, file=each.file, line=each.line) for each in found
+        Finding(
+            each.kind,
+            each.message,
+            kernels[0] if len(kernels) == 1 else "",
+            file=each.file,
+            line=each.line,
+        )
+        for each in found
     )
 
 
 def _lint(
     source: str,
-    kernel: str,
+    kernels: Sequence[str],
     constants: Mapping[int | str, object],
     folders: Sequence[str],
     everywhere: bool,
@@ -81,11 +90,10 @@ def _lint(
     with tempfile.TemporaryDirectory(dir=cache.directory(), prefix="lint-") as name:
         folder = Path(name)
         try:
-            text = front.preprocess(source, folder, folders)
-            unit = transform(text, dict(constants))
-            # The call that the launch makes: it instantiates a kernel that is a template.
-            tree = _syntax_tree(unit.text + front.entry(*front.choose(unit, kernel)), folder)
-        except (CompileError, TransformError):
+            text = preprocess(source, folder, folders)
+            machine = toolchain.machine_flags()
+            tree = LanguageStage(text, folder, "plain", constants, machine).syntax_tree(*kernels)
+        except CompileError:
             return []
 
     def mine(file: str) -> bool:
@@ -106,29 +114,16 @@ def _lint(
 # Tokens.
 
 
-class _Located(Tokens):
-    """Tokens that know the file and line they came from."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.places: list[tuple[str, int]] = []
-        file, line, code = SOURCE_NAME, 1, iter([*self.code, -1])
-        following = next(code)
-        for index, token in enumerate(self.texts):
-            marker = re.match(r'[ \t]*#(?:line)? *(\d+) "([^"]*)"', token)
-            if marker:
-                line, file = int(marker.group(1)) - 1, marker.group(2)
-            if index == following:
-                self.places.append((file, line))
-                following = next(code)
-            line += token.count("\n")
-
-
 def _token_lints(text: str) -> Iterator[_Lint]:
-    tokens = _Located(text)
+    tokens = Tokens(text)
     types = _known_types(tokens)
     yield from _unqualified(tokens, types)
     yield from _helper_variables(tokens)
+
+
+def _place(tokens: Tokens, at: int) -> tuple[str, int]:
+    file, line = tokens.place(at)
+    return file or SOURCE_NAME, line
 
 
 def _known_types(tokens: Tokens) -> frozenset[str]:
@@ -140,12 +135,24 @@ def _known_types(tokens: Tokens) -> frozenset[str]:
         if declares or (word == "using" and tokens.word(at + 2) == "="):
             known.add(tokens.word(at + 1))
         elif word == "typedef":
-            end = at
-            while end < len(tokens) and tokens.word(end) != ";":
-                end += 1
+            end = tokens.statement_end(at)
             if tokens.is_name(end - 1):
                 known.add(tokens.word(end - 1))
-    return frozenset(known)
+    return frozenset(known - _variables(tokens, known))
+
+
+def _variables(tokens: Tokens, types: Set[str]) -> set[str]:
+    """Names that are declared as a variable somewhere: `name * x` may be a product then."""
+    return {
+        tokens.word(at)
+        for at in range(1, len(tokens))
+        if tokens.word(at) in types
+        and tokens.word(at + 1) in ("=", ";", ",", "[", ")")
+        and tokens.is_name(at - 1)
+        and tokens.word(at - 1) in types
+        and tokens.word(at - 1) not in ("unsigned", "signed")
+        and not (tokens.word(at) in SCALARS or tokens.word(at) == "void")
+    }
 
 
 _BOUNDARY = frozenset("( , ; { } < : = return".split())
@@ -154,7 +161,7 @@ _SPECIFIERS = frozenset(
 )
 
 
-def _unqualified(tokens: _Located, types: frozenset[str]) -> Iterator[_Lint]:
+def _unqualified(tokens: Tokens, types: frozenset[str]) -> Iterator[_Lint]:
     """Pointers and references in declarations and casts whose type names no address space."""
     for at in range(1, len(tokens)):
         mark = tokens.word(at)
@@ -176,11 +183,11 @@ def _unqualified(tokens: _Located, types: frozenset[str]) -> Iterator[_Lint]:
             UNQUALIFIED,
             f"'{tokens.source(start, at)}': a {kind} needs an address space (device, threadgroup, "
             "constant or thread) in Metal",
-            *tokens.places[at],
+            *_place(tokens, at),
         )
 
 
-def _type_before(tokens: _Located, at: int, types: frozenset[str]) -> tuple[int, str | None]:
+def _type_before(tokens: Tokens, at: int, types: frozenset[str]) -> tuple[int, str | None]:
     """Return where the type that ends at ``at`` starts, and its last name; None if it is none."""
     while tokens.word(at) in ("const", "volatile") or tokens.word(at) in _SPACES:
         at -= 1
@@ -211,7 +218,7 @@ def _type_before(tokens: _Located, at: int, types: frozenset[str]) -> tuple[int,
     return (at, name) if before in _BOUNDARY or before == "" else (at, None)
 
 
-def _helper_variables(tokens: _Located) -> Iterator[_Lint]:
+def _helper_variables(tokens: Tokens) -> Iterator[_Lint]:
     """Variables in threadgroup memory declared in functions that are no kernels."""
     for start, end, kernel in _functions(tokens):
         if kernel:
@@ -230,7 +237,7 @@ def _helper_variables(tokens: _Located) -> Iterator[_Lint]:
                     HELPER_VARIABLE,
                     f"'{tokens.source(at, last - 1)}': only a kernel function may declare "
                     "threadgroup variables; pass a pointer instead",
-                    *tokens.places[at],
+                    *_place(tokens, at),
                 )
 
 
@@ -259,16 +266,6 @@ def _functions(tokens: Tokens) -> Iterator[tuple[int, int, bool]]:
 
 _NODE = re.compile(r"^([| `-]*)(\w+) (0x[0-9a-f]+)?(.*)$")
 _WHERE = re.compile(r"[^<]*<([^<>]*)>(?: (line:\d+:\d+|col:\d+|[^\s:'<>]+:\d+:\d+)(?= |$))?")
-
-
-def _syntax_tree(text: str, folder: Path) -> str:
-    (folder / "unit.cl").write_text(text)
-    machine = toolchain.machine_flags()
-    arguments = ["clang", *build.language_flags("plain", machine)]
-    arguments += ["-include-pch", str(build.headers("plain", machine))]
-    arguments += ["-fsyntax-only", "-Xclang", "-ast-dump", "unit.cl"]
-    done = toolchain.run(arguments, folder)
-    return done.stdout if done.returncode == 0 else ""
 
 
 @dataclass

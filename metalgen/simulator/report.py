@@ -93,6 +93,7 @@ class _Report(ctypes.Structure):
     ]
 
 
+NEVER_WRITTEN = "output never written"
 MAX_BUFFERS = 32
 THREADGROUP_ENTRY = 32
 
@@ -202,10 +203,11 @@ def findings(
     segments: Sequence[Segment],
     sources: Mapping[str, str],
     lints: Sequence[Finding] = (),
+    others: Sequence[Finding] = (),
 ) -> Findings:
     """Return the findings of all processes; equal places are merged and their counts added.
 
-    ``lints`` come first, as they are.
+    ``lints`` come first, as they are, and ``others`` last.
     """
     merged: dict[tuple[Any, ...], Finding] = {}
     dropped = 0
@@ -224,7 +226,7 @@ def findings(
             if before is not None:
                 finding = replace(before, count=before.count + finding.count)
             merged[key] = finding
-    return Findings((*lints, *merged.values()), dict(sources), dropped)
+    return Findings((*lints, *merged.values(), *others), dict(sources), dropped)
 
 
 def _place(finding: Finding, raw: RawFinding) -> tuple[Any, ...]:
@@ -239,9 +241,8 @@ def _place(finding: Finding, raw: RawFinding) -> tuple[Any, ...]:
 
 def _memory_name(raw: RawFinding, compiled: CompiledKernel, segments: Sequence[Segment]) -> str:
     if raw.space == THREADGROUP:
-        if raw.buffer < len(compiled.variables):
-            return f"threadgroup {compiled.variables[raw.buffer]}"
-        return "threadgroup memory"
+        variable = compiled.threadgroup_name(raw.buffer)
+        return f"threadgroup {variable}" if variable else "threadgroup memory"
     if raw.buffer < len(segments):
         name: str = segments[raw.buffer].name
         return name
@@ -317,6 +318,25 @@ def counters(
         threadgroup_accesses=total("bank_accesses"),
         bank_conflicts=total("bank_conflicts"),
         patterns_dropped=total("patterns_dropped"),
+    )
+
+
+def never_written(
+    counted: Counters, compiled: CompiledKernel, segments: Sequence[Segment]
+) -> tuple[Finding, ...]:
+    """Return a finding for each output that the host left as it was, and the kernel too."""
+    return tuple(
+        Finding(
+            NEVER_WRITTEN,
+            f"nothing was written to {segment.name}, an output of {segment.size} bytes",
+            compiled.kernel,
+            memory=segment.name,
+        )
+        for segment, traffic in zip(segments, counted.buffers, strict=False)
+        if segment.writable
+        and not segment.initialised
+        and segment.size
+        and not traffic.distinct_written
     )
 
 

@@ -39,6 +39,8 @@ OLD_SECONDS = 86400.0
 long."""
 ATTEMPTS = 3
 """Times that a kernel is compiled, should others remove it at once."""
+PATIENCE = 5.0
+"""Seconds that an entry's user waits for a sweep; one that takes longer was stopped, not killed."""
 LOCK, ADDED = "sweep.lock", "sweep.added"
 
 
@@ -99,10 +101,9 @@ def _named() -> Iterator[None]:
 def use(path: Path) -> bool:
     """Mark an entry as used now; whether it is there, and so will be for `SAFE_SECONDS`."""
     with _lock(path.parent, exclusive=False):
-        if not path.exists():
+        if not cache.is_unchanged(path):
             return False
-        with contextlib.suppress(OSError):  # another user's file
-            os.utime(path)
+        cache.touch(path)
         return True
 
 
@@ -172,6 +173,21 @@ def _count(size: int) -> float:
         return file.tell() * 1024 if known else float("inf")
 
 
+def _take(file: int, how: int, patience: float) -> None:
+    """Take a lock within so many seconds. Raises OSError where another keeps it for longer."""
+    import fcntl
+
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.005)
+
+
 @contextlib.contextmanager
 def _lock(folder: Path, *, exclusive: bool) -> Iterator[bool]:
     """Hold the lock of a cache; alone only if nobody else has it, which is what is yielded."""
@@ -184,7 +200,7 @@ def _lock(folder: Path, *, exclusive: bool) -> Iterator[bool]:
         return
     try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+            _take(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, 0 if exclusive else PATIENCE)
         except OSError:
             yield False
             return

@@ -292,7 +292,6 @@ class DeviceConformance(OnDevice):
             ("choices", {"bk": 9}),
             ("bq", {"bq": 1024}),
             ("bd", {"bd": 288}),
-            ("splits", {"splits": 2}),
             ("threadgroup memory", {"bk": 256}),
         ],
     )

@@ -93,10 +93,19 @@ def test_rows_follow_from_the_warps_that_share_them(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--q-len 1 --key-simdgroups 2", "metal has key_simdgroups in (1,), not 2"),
+        (
+            "--q-len 1 --key-simdgroups 2",
+            "decode schedules for simdgroup matrices have no",
+        ),
         ("--chip H200 --q-len 1 --simdgroups 1", "a multiple of key_simdgroups=2, not 1"),
-        ("--q-len 1 --simdgroups 2 --key-simdgroups 2", "metal has key_simdgroups in (1,), not 2"),
-        ("--chip H200 --key-simdgroups 2", "only in decode do simdgroups share rows"),
+        (
+            "--q-len 1 --simdgroups 2 --key-simdgroups 2",
+            "decode schedules for simdgroup matrices have no",
+        ),
+        (
+            "--chip H200 --key-simdgroups 2",
+            "forward schedules for mma matrices have no such knob",
+        ),
         ("--chip H200 --q-len 1 --key-simdgroups 3", "key_simdgroups: expected one of 1, 2, 4, 8"),
     ],
 )
@@ -130,7 +139,10 @@ def test_numbers_at_given_sizes_are_compared_too(
 def test_a_rule_that_every_combination_breaks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", "--splits", "2,4"]) == 2
     error = capsys.readouterr().err
-    assert error == "metalgen: invalid schedule (splits): only decode shares out the keys\n"
+    assert error == (
+        "metalgen: splits: expected none, because forward schedules for simdgroup matrices have no "
+        "such knob, but got 2\n"
+    )
 
 
 def test_a_limit_is_for_all_schedules(capsys: pytest.CaptureFixture[str]) -> None:

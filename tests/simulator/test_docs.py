@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metalgen import simulator
 from metalgen.cli.app import run
-from metalgen.simulator import lints, wording
+from metalgen.simulator import lints, report, wording
 
 PAGE = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
 
@@ -37,7 +38,8 @@ def test_the_second_example_prints_what_its_comments_say(
 
 def test_the_recipe_for_a_test_suite_raises_where_there_is_a_finding() -> None:
     recipe = blocks("python")[2]
-    exec(compile(recipe, "simulator.md", "exec"), {})
+    with pytest.raises(simulator.CheckFailed, match="no kernel was launched"):
+        exec(compile(recipe, "simulator.md", "exec"), {})
     own = blocks("python")[0].replace("\n", "\n    ")
     racy = recipe.replace("pass  # call your own code here", f"{own}\n    # ")
     with pytest.raises(simulator.CheckFailed, match="race: write of 4 bytes of threadgroup tile"):
@@ -49,7 +51,23 @@ def test_the_kernel_of_a_metal_file_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "18.0\n"
 
 
-@pytest.mark.parametrize("kind", [*wording.KINDS, *lints.KINDS])
+def test_the_metal_file_and_its_launch_are_clean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scale.metal").write_text(blocks("python")[3].split('"""')[1])
+    (tmp_path / "scale.toml").write_text(blocks("toml")[0])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(blocks("python")[4], "simulator.md", "exec"), names)
+    names["test_scale"]()
+    shown = re.findall(r"\$ metalgen (check .*)\n(.*)", blocks("console")[1])
+    assert len(shown) == 2
+    for command, printed in shown:
+        assert run(command.split()) == 0
+        assert capsys.readouterr().out == printed + "\n"
+
+
+@pytest.mark.parametrize("kind", [*wording.KINDS, *lints.KINDS, report.NEVER_WRITTEN])
 def test_the_page_names_every_kind_of_finding(kind: str) -> None:
     table = PAGE.split("## What a checked run finds")[1].split("## ")[0]
     assert kind in table

@@ -216,7 +216,6 @@ def test_matrix_product(dtype: mx.Dtype, m: int, n: int, k: int, transposed: boo
             200: m % bm == 0,
             201: n % bn == 0,
             202: k % bk == 0,
-            300: False,
         },
         **groups((tiles_n, tiles_m, 1), (32, 2, 2)),
     )

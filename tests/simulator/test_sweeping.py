@@ -118,6 +118,17 @@ def test_nothing_is_swept_while_another_process_uses_or_sweeps(folder: Path) -> 
     assert names(folder) == set()
 
 
+def test_a_holder_of_the_lock_that_does_not_go_on_blocks_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "PATIENCE", 0.05)
+    put(folder, "a", 1)
+    with sweeping._lock(folder, exclusive=True) as held:  # as a process that was stopped keeps it
+        assert held
+        assert sweeping.use(folder / "a.so")
+        assert not sweeping.use(folder / "b.so")
+
+
 def test_compiling_sweeps_by_itself_and_a_kernel_that_was_removed_is_compiled_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

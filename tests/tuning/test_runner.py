@@ -184,7 +184,7 @@ def test_another_version_of_the_model_replaces_its_predictions(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model(store, FakeVerify(), [SMALL])
-    monkeypatch.setattr("metalgen.tuning.modelled.model_version", lambda: "another")
+    monkeypatch.setattr("metalgen.tuning.sessions.modelled.model_version", lambda: "another")
     report = model(store, FakeVerify(), [SMALL])
     rows = store.measurements(SMALL)
     assert {json.loads(m.policy)["model"] for m in rows} == {"another"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .front import SOURCE_NAME, BufferParameter, CompiledKernel, compile_metal
+from .entry import BufferParameter
+from .front import CompiledKernel, compile_metal
+from .language import SOURCE_NAME
 
 __all__ = ["SOURCE_NAME", "BufferParameter", "CompiledKernel", "compile_metal"]

@@ -15,14 +15,15 @@ def _once(name: str, arguments: list[str], key: str) -> Path:
     """The file that zig makes with `arguments` (+ an output path), from the cache or made now."""
     stem, _, suffix = name.partition(".")
     final = cache.directory() / f"{stem}-{key}.{suffix}"
-    if final.exists():
+    note = cache.read_note(final.with_suffix(".json"))
+    if note is not None and cache.is_whole(final, note["digest"]):
         return final
     with tempfile.TemporaryDirectory(dir=final.parent, prefix="build-") as folder:
         made = Path(folder) / final.name
         done = toolchain.run([*arguments, "-o", str(made)], Path(folder))
         if done.returncode != 0:
             raise MissingToolchain(f"the simulator's {name} does not build here:\n{done.stderr}")
-        made.replace(final)
+        cache.write_note(final.with_suffix(".json"), {"digest": cache.keep(made, final)})
     return final
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -11,28 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CompileError
-from . import bitcasts, build, cache, toolchain
+from ..errors import CompileError, SimulatorError
+from . import build, cache, toolchain
+from .entry import BufferParameter, buffers, threadgroup_arguments
 from .instrument import instrument
 from .kernels import Kernel
+from .language import SOURCE_NAME, LanguageStage, preprocess, shorten
 from .lines import LineTable
+from .own_memory import without_own
+from .products import gather_products
 from .reconverge import WAITS, inline_waiting, reconverge
-from .transform import Transformed, TransformError, transform
+
+__all__ = ["SOURCE_NAME", "BufferParameter", "CompiledKernel", "compile_metal", "compile_unit"]
 
 Mode = Literal["plain", "checked"]
-SOURCE_NAME = "program.metal"  # what the user's text is called in diagnostics and line tables
-
-
-@dataclass(frozen=True)
-class BufferParameter:
-    """A buffer that the kernel takes; `index` is its Metal buffer index."""
-
-    index: int
-    name: str
-    space: Literal["device", "constant"]
-    writable: bool
-    type: str
-    is_reference: bool
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,8 @@ class CompiledKernel:
     """A kernel as a shared object in the cache. `threadgroup_bytes`: its static threadgroup memory.
 
     `threadgroup_variables`: name and bytes of each threadgroup variable, by the number that
-    findings give; 0 bytes for one of another kernel of the source.
+    findings give; 0 bytes for one of another kernel of the source. `threadgroup_arguments`: index
+    and name of each argument in threadgroup memory, whose bytes the launch gives.
     """
 
     path: Path
@@ -49,11 +42,13 @@ class CompiledKernel:
     buffers: tuple[BufferParameter, ...]
     threadgroup_bytes: int
     threadgroup_variables: tuple[tuple[str, int], ...] = ()
+    threadgroup_arguments: tuple[tuple[int, str], ...] = ()
 
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """The names of the threadgroup variables."""
-        return tuple(name for name, _ in self.threadgroup_variables)
+    def threadgroup_name(self, number: int) -> str | None:
+        """The name of a threadgroup variable or argument, by the number that findings give."""
+        if number < len(self.threadgroup_variables):
+            return self.threadgroup_variables[number][0]
+        return dict(self.threadgroup_arguments).get(LAST_VARIABLE - number)
 
     @cached_property
     def _lines(self) -> LineTable:
@@ -65,6 +60,10 @@ class CompiledKernel:
         The user's own text is called SOURCE_NAME. None where the line is not known.
         """
         return self._lines.find(address)
+
+
+LAST_VARIABLE = 1023
+"""The number of the first threadgroup argument; later ones count down (runtime/memory.cpp)."""
 
 
 def compile_metal(
@@ -105,12 +104,10 @@ def compile_metal(
 
 
 def _load(base: Path) -> CompiledKernel | None:
-    try:
-        note = json.loads(base.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    """The kernel that the cache has, if it has all of it, unharmed and up to date."""
+    note = cache.read_note(base.with_suffix(".json"))
     path = base.with_suffix(".so")
-    if not path.exists():
+    if note is None or not cache.is_whole(path, note["digest"]):
         return None
     for name, size, modified in note["files"]:
         try:
@@ -119,14 +116,14 @@ def _load(base: Path) -> CompiledKernel | None:
             return None
         if (status.st_size, status.st_mtime_ns) != (size, modified):
             return None
-    buffers = tuple(BufferParameter(**b) for b in note["buffers"])
     return CompiledKernel(
         path,
         note["kernel"],
         note["mode"],
-        buffers,
+        tuple(BufferParameter(**b) for b in note["buffers"]),
         note["threadgroup_bytes"],
         tuple((name, size) for name, size in note["variables"]),
+        tuple((index, name) for index, name in note["arguments"]),
     )
 
 
@@ -156,26 +153,13 @@ def compile_unit(
     """
     machine = toolchain.machine_flags() if machine is None else machine
     preprocessed = preprocess(source, folder, include_dirs)
-
-    def language(thorough: bool = False, merged: bool = False) -> tuple[Transformed, Kernel, str]:
-        return _language(preprocessed, kernel, folder, mode, constants, machine, thorough, merged)
-
-    try:
-        unit, chosen, code = language()
-    except CompileError as error:
-        casts, copies = (re.search(p, str(error)) for p in (_VECTOR_CAST, _CONSTANT_COPY))
-        if not (casts or copies):
-            raise
-        try:
-            unit, chosen, code = language(thorough=casts is not None, merged=copies is not None)
-        except CompileError:
-            raise error from None
-    _generate(code, folder, mode, machine)
-    sizes = re.findall(_VARIABLE, code)
-    by_number = {int(i): int(n) for i, n in sizes}
-    names = re.findall(r"mg_type_(\w+)& \1 = ", unit.text)
+    made = LanguageStage(preprocessed, folder, mode, constants, machine).compile(kernel)
+    _generate(made.code, folder, mode, machine)
+    by_number = {int(i): int(n) for i, n in re.findall(_VARIABLE, made.code)}
+    names = re.findall(r"mg_type_(\w+)& \1 = ", made.unit.text)
     variables = tuple((name, by_number.get(i, 0)) for i, name in enumerate(names))
-    return Unit(folder / "unit.o", chosen, variables, tuple(_files(preprocessed)))
+    files = tuple(_files(preprocessed))
+    return Unit(folder / "unit.o", made.chosen.kernel, variables, files)
 
 
 def _generate(code: str, folder: Path, mode: Mode, machine: build.Machine) -> None:
@@ -184,59 +168,21 @@ def _generate(code: str, folder: Path, mode: Mode, machine: build.Machine) -> No
     if not toolchain.is_x86(machine):
         code = toolchain.retarget(code)
     (folder / "unit.ll").write_text(code)
+    compile_ir = ["clang", "-x", "ir", *toolchain.CODE, *machine]
     waits = WAITS in code
     stage = ["-S", "-emit-llvm", "-o", "optimised.ll"] if waits else ["-c", "-o", "unit.o"]
-    done = toolchain.run(
-        ["clang", "-x", "ir", *toolchain.CODE, *machine, *stage, "unit.ll"], folder
-    )
+    first = toolchain.SCALAR if waits and mode == "checked" else []
+    done = toolchain.run([*compile_ir, *first, *stage, "unit.ll"], folder)
+    optimised = folder / "optimised.ll"
+    if first and done.returncode == 0:  # once more, now that variables may become registers
+        optimised.write_text(without_own(optimised.read_text()))
+        done = toolchain.run([*compile_ir, *stage, "optimised.ll"], folder)
     if waits and done.returncode == 0:
-        optimised = (folder / "optimised.ll").read_text()
-        (folder / "optimised.ll").write_text(reconverge(optimised))
-        arguments = [
-            "clang",
-            "-x",
-            "ir",
-            *toolchain.CODE,
-            "-Xclang",
-            "-disable-llvm-passes",
-            *machine,
-        ]
-        done = toolchain.run([*arguments, "-c", "-o", "unit.o", "optimised.ll"], folder)
+        optimised.write_text(reconverge(gather_products(optimised.read_text())))
+        last = ["-Xclang", "-disable-llvm-passes", "-c", "-o", "unit.o", "optimised.ll"]
+        done = toolchain.run([*compile_ir, *last], folder)
     if done.returncode != 0:
-        raise CompileError(f"the compiler failed on its own code:\n{_shorten(done.stderr)}")
-
-
-def _language(
-    preprocessed: str,
-    kernel: str,
-    folder: Path,
-    mode: Mode,
-    constants: Mapping[str | int, object],
-    machine: build.Machine,
-    thorough: bool,
-    merged: bool,
-) -> tuple[Transformed, Kernel, str]:
-    """The language stage: the transformed text, the chosen kernel, LLVM assembly (also in unit.ll).
-
-    `thorough`, `merged`: see transform.
-    """
-    try:
-        unit = transform(preprocessed, constants, thorough=thorough, merged=merged)
-        chosen, expression = choose(unit, kernel)
-    except TransformError as error:
-        raise CompileError(str(error), file=SOURCE_NAME, line=error.line or None) from None
-    (folder / "unit.cl").write_text(unit.text + entry(chosen, expression))
-    arguments = ["clang", *build.language_flags(mode, machine)]
-    arguments += ["-include-pch", str(build.headers(mode, machine))]
-    done = toolchain.run([*arguments, "-S", "-emit-llvm", "-o", "unit.ll", "unit.cl"], folder)
-    if done.returncode != 0:
-        raise _compile_error(done.stderr)
-    code = (folder / "unit.ll").read_text()
-    bad = bitcasts.find_reinterpretation(code)
-    if bad is not None:
-        message = f"{SOURCE_NAME}:{bad[0]}: {bad[1]}"
-        raise CompileError(message, file=SOURCE_NAME, line=bad[0] or None)
-    return unit, chosen, code
+        raise CompileError(f"the compiler failed on its own code:\n{shorten(done.stderr)}")
 
 
 def _compile(
@@ -254,140 +200,44 @@ def _compile(
     runtime = build.runtime(mode, toolchain.machine_flags())
     done = toolchain.run(toolchain.link([unit.object.name, str(runtime)], "unit.so"), folder)
     if done.returncode != 0:
-        raise CompileError(f"the linker failed on {kernel!r}:\n{_shorten(done.stderr)}")
+        raise CompileError(f"the linker failed on {kernel!r}:\n{shorten(done.stderr)}")
     total = sum((n + 15) // 16 * 16 for _, n in unit.variables)
     path = base.with_suffix(".so")
-    result = CompiledKernel(path, kernel, mode, _buffers(unit.kernel), total, unit.variables)
-    (folder / "unit.so").replace(path)
+    arguments = threadgroup_arguments(unit.kernel)
+    result = CompiledKernel(
+        path, kernel, mode, buffers(unit.kernel), total, unit.variables, arguments
+    )
     note = {
         "kernel": kernel,
         "mode": mode,
         "threadgroup_bytes": total,
         "variables": unit.variables,
+        "arguments": arguments,
         "buffers": [asdict(b) for b in result.buffers],
         "files": unit.files,
+        "digest": cache.keep(folder / "unit.so", path),
     }
-    cache.replace(base.with_suffix(".json"), json.dumps(note).encode())
+    cache.write_note(base.with_suffix(".json"), note)
     return result
 
 
-def preprocess(source: str, folder: Path, include_dirs: Iterable[str] = ()) -> str:
-    """Metal `source` with its includes and macros resolved, by clang, in `folder`."""
-    (folder / SOURCE_NAME).write_text(source)
-    arguments = [
-        "clang",
-        "-E",
-        "-x",
-        "c++",
-        "-std=c++17",
-        "-undef",
-        "-nostdinc",
-        "-nostdinc++",
-        "-DMG_MACROS_ONLY",
-        "-D__cpp_variable_templates=201304L",
-        "-Wno-everything",
-        "-include",
-        "metal_config",
-        "-I",
-        str(toolchain.INCLUDE),
-    ]
-    for path in include_dirs:
-        arguments += ["-I", path]
-    done = toolchain.run([*arguments, SOURCE_NAME], folder)
-    if done.returncode != 0:
-        raise _compile_error(done.stderr)
-    return done.stdout
+_TRIAL = """#include <metal_stdlib>
+kernel void trial(device float* x [[buffer(0)]]) {{ x[0] = 1; }} // {nonce}
+"""
 
 
-def choose(unit: Transformed, kernel: str) -> tuple[Kernel, str]:
-    """The kernel that a name means, and the expression that calls it. Raises TransformError."""
-    expression = kernel
-    if kernel in unit.instantiations:
-        expression = unit.instantiations[kernel].expression
-    name = re.split(r"\s*<", expression, maxsplit=1)[0].split("::")[-1].strip()
-    found = unit.kernels.get(name)
-    if found is None:
-        known = sorted({*unit.kernels, *unit.instantiations})
-        listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise TransformError(
-            f"the source has no kernel {kernel!r}; it has {listed}"
-            if known
-            else f"the source has no kernel {kernel!r}, and no [[kernel]] function at all"
-        )
-    if found.template and "<" not in expression:
-        raise TransformError(
-            f"{kernel!r} is a template: name an instantiation of it, such as {kernel}<float>"
-        )
-    return found, expression
+def try_toolchain() -> str:
+    """Compiles a kernel that the cache cannot have; returns why that fails, "" if it does not."""
+    try:
+        made = compile_metal(_TRIAL.format(nonce=os.urandom(8).hex()), "trial")
+        for path in (made.path, made.path.with_suffix(".json")):
+            path.unlink()
+    except (SimulatorError, OSError) as error:
+        return str(error).strip() or type(error).__name__
+    return ""
 
 
-def entry(kernel: Kernel, expression: str) -> str:
-    """The function that calls `expression` for one thread of the runtime."""
-    arguments = []
-    for i, p in enumerate(kernel.parameters):
-        kind = f"mg_entry_signature::parameter<{i}>"
-        if p.kind == "position":
-            arguments.append(f"mg::position<{kind}>(thread_->{p.attribute})")
-        elif p.kind == "threadgroup":
-            arguments.append(f"mg::threadgroup_buffer<{kind}>::get({p.index})")
-        else:
-            arguments.append(f"mg::buffer<{kind}>::get({p.index})")
-    call = ", ".join(arguments)
-    return (
-        f'\n#line 1 "metalgen_entry"\n'
-        f"typedef mg::signature<decltype({expression})> mg_entry_signature;\n"
-        f'extern "C" void mg_kernel(const __private mg_thread* thread_) '
-        f"{{ {expression}({call}); }}\n"
-    )
-
-
-def _buffers(kernel: Kernel) -> tuple[BufferParameter, ...]:
-    found = []
-    for p in kernel.parameters:
-        if p.kind != "buffer":
-            continue
-        words = p.type.split()
-        space: Literal["device", "constant"] = "constant" if "constant" in words else "device"
-        element = " ".join(w for w in words if w not in ("const", "device", "constant", "*", "&"))
-        writable = space == "device" and "const" not in words
-        found.append(BufferParameter(p.index, p.name, space, writable, element, "&" in words))
-    return tuple(sorted(found, key=lambda b: b.index))
-
-
-# Errors that a cast to a vector through a template's type parameter makes.
-_VECTOR_CAST = r"from vector|excess elements|reinterpretation of bits"
-# Errors that the copy of a structure out of constant memory makes.
-_CONSTANT_COPY = r"cannot bind reference in address space 'constant'"
 _VARIABLE = r"call i64 @mg_threadgroup_variable\(i32 noundef (\d+), i64 noundef (\d+)"
-_DIAGNOSTIC = re.compile(r"^(\S[^:\n]*):(\d+):(\d+): (?:fatal )?error: (.*)$", re.MULTILINE)
-
-
-def _compile_error(text: str) -> CompileError:
-    text = text.replace("__global", "device").replace("__local", "threadgroup")
-    text = text.replace("__private", "thread").replace("__constant", "constant")
-    text = re.sub(r"static assertion failed due to requirement '.*?': ", "", text)
-    text = _shorten(text)
-    first = _DIAGNOSTIC.search(text)
-    if first is None:
-        return CompileError(text.strip() or "the compiler failed and said nothing")
-    file, line, message = first.group(1), int(first.group(2)), first.group(4)
-    if file != SOURCE_NAME:
-        inside = re.search(
-            rf"^{re.escape(SOURCE_NAME)}:(\d+):\d+: note: in instantiation", text, re.MULTILINE
-        )
-        if inside:
-            return CompileError(
-                f"{SOURCE_NAME}:{inside.group(1)}: {message} (at {file}:{line})\n\n" + text.strip(),
-                file=SOURCE_NAME,
-                line=int(inside.group(1)),
-            )
-    return CompileError(f"{file}:{line}: {message}\n\n{text.strip()}", file=file, line=line)
-
-
-def _shorten(text: str, lines: int = 40, width: int = 300) -> str:
-    """The first `lines` lines of `text`, none longer than `width` (macros make very long ones)."""
-    kept = [t if len(t) <= width else t[:width] + " ..." for t in text.splitlines()]
-    return "\n".join(kept[:lines] + (["..."] if len(kept) > lines else []))
 
 
 def _files(preprocessed: str) -> list[tuple[str, int, int]]:

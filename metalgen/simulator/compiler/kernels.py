@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 ATTRIBUTES = frozenset(
@@ -13,10 +13,9 @@ ATTRIBUTES = frozenset(
     threads_per_simdgroup thread_execution_width quadgroup_index_in_threadgroup
     thread_index_in_quadgroup quadgroups_per_threadgroup""".split()
 )
-_SYNONYMS = {
-    "dispatch_quadgroups_per_threadgroup": "quadgroups_per_threadgroup",
-    "grid_size": "grid_size",
-}
+
+Scope = tuple[str, ...]
+"""The namespaces around a declaration, outermost first; "" is one without a name."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,38 @@ class Kernel:
     parameters: tuple[Parameter, ...]
     template: bool
     line: int = 0
+    scope: Scope = ()
 
 
 @dataclass(frozen=True)
 class Instantiation:
-    """An explicit instantiation `template [[host_name("name")]] [[kernel]] ... expression;`."""
+    """An explicit instantiation `template [[host_name("name")]] [[kernel]] ... expression;`.
+
+    `kernel` is the template's name; `signature`, where the template's arguments are deduced from
+    it, the type of the function.
+    """
 
     name: str
     expression: str
+    kernel: str
+    scope: Scope = ()
+    signature: str = ""
+    line: int = 0
 
 
-def attribute_of(words: list[str]) -> tuple[str, str]:
-    """The name and the argument of one attribute, from its words: ("buffer", "3")."""
-    name = words[0] if words else ""
-    if len(words) > 2 and words[1] == "::":
-        name, words = words[2], words[2:]
-    argument = " ".join(words[2:-1]) if len(words) > 3 and words[1] == "(" else ""
-    return _SYNONYMS.get(name, name), argument
+@dataclass
+class Declared:
+    """The kernels of a source, by their names with namespaces, and what it instantiates by name.
+
+    `refused` says of functions that the simulator does not execute why; they are not in the text.
+    """
+
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    instantiations: dict[str, Instantiation] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def find(self, name: str) -> list[Kernel]:
+        """The kernels that `name` may mean: qualified, or the last part of a qualified name."""
+        if name in self.kernels:
+            return [self.kernels[name]]
+        return [kernel for kernel in self.kernels.values() if kernel.name == name]

@@ -92,6 +92,10 @@ def _blocks(body: list[str]) -> list[Block]:
     in_switch = False
     for i, line in enumerate(body):
         label = _LABEL.match(line)
+        if label and i == 0:
+            names[label[1]] = 0
+            blocks[0].start = 1
+            continue
         if label:
             names[label[1]] = len(blocks)
             blocks.append(Block(i + 1))

@@ -17,6 +17,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
+_LINE_MARKER = re.compile(r'[ \t]*#(?:line)? *(\d+) "([^"]*)"')
 _OPEN = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -40,6 +41,7 @@ class Tokens:
             self.texts.append(match.group())
         self.words = [self.texts[i] for i in self.code]  # as read, whatever was edited since
         self._partner: dict[int, int] | None = None
+        self._places: list[tuple[str, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.code)
@@ -66,12 +68,34 @@ class Tokens:
             text = self.texts[i]
             self.texts[i] = text if text.lstrip().startswith("#") else re.sub(r"[^\n]+", " ", text)
 
+    def remove(self, first: int, last: int) -> None:
+        """Removes the tokens first..last for good: they read `;` from now on."""
+        self.close(first)
+        self.blank(first, last)
+        self.words[first : last + 1] = [";"] * (last + 1 - first)
+        self.kinds[first : last + 1] = ["punct"] * (last + 1 - first)
+
     def source(self, first: int, last: int) -> str:
         """The words first..last (both included), joined by single spaces."""
         return " ".join(self.words[first : last + 1])
 
     def text(self) -> str:
         return "".join(self.texts)
+
+    def place(self, at: int) -> tuple[str, int]:
+        """File ("" before the first line marker) and line of the token at position `at`."""
+        if self._places is None:
+            self._places = []
+            file, line, following = "", 1, 0
+            for index, token in enumerate(self.texts):
+                marker = _LINE_MARKER.match(token)
+                if marker:
+                    line, file = int(marker[1]) - 1, marker[2]
+                if following < len(self.code) and index == self.code[following]:
+                    self._places.append((file, line))
+                    following += 1
+                line += token.count("\n")
+        return self._places[at] if 0 <= at < len(self._places) else ("", 0)
 
     def close(self, at: int) -> int:
         """The position of the bracket that closes the one at `at`; the last token if none does."""
@@ -111,6 +135,38 @@ class Tokens:
                 return None
             i += 1
         return None
+
+    def open_angle(self, at: int) -> int | None:
+        """The position of the `<` that the `>` at `at` closes, or None if it closes no list."""
+        depth = 0
+        i = at
+        while i >= 0:
+            word = self.words[i]
+            if word == ">":
+                depth += 1
+            elif word == "<":
+                depth -= 1
+                if depth == 0:
+                    return i
+            elif word in (")", "]"):
+                i = self.opening(i)
+            elif word in (";", "{", "}", "(", "["):
+                return None
+            i -= 1
+        return None
+
+    def statement_start(self, at: int) -> int:
+        """The position after the `;`, `{` or `}` before `at`."""
+        while at > 0 and self.words[at - 1] not in (";", "{", "}"):
+            at -= 1
+        return at
+
+    def statement_end(self, at: int) -> int:
+        """The position of the next `;` outside all brackets, from `at` on, or the last."""
+        while at < len(self.words) - 1 and self.words[at] != ";":
+            at = self.close(at) if self.words[at] in _OPEN else at
+            at += 1
+        return at
 
     def split(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """The parts of first..last (both included) between commas outside all brackets."""

@@ -41,6 +41,9 @@ CODE = (
     "-O2 -g1 -fPIC -fno-stack-protector -Wno-everything -mllvm -safestack-use-pointer-address "
     "-mllvm -jump-threading-threshold=0"  # a threaded jump would miss where lanes meet
 ).split()
+# Of a first round of optimisation. An access to several elements at once would keep a variable from
+# becoming registers in the second.
+SCALAR = ["-fno-slp-vectorize", "-fno-vectorize"]
 RUNTIME_FLAGS = (
     "-x c++ -std=c++20 -ffreestanding -nostdinc -nostdinc++ -fno-exceptions -fno-rtti "
     "-fno-threadsafe-statics -mno-red-zone -fno-stack-protector -O3 -fPIC -fvisibility=hidden"

@@ -9,6 +9,7 @@ struct mg_buffer {
   uint32_t pad;
   uint64_t lead;  // bytes before base that belong to the buffer (views with negative strides)
 };
+enum { MG_THREADGROUP_ARGUMENTS = 31 };
 enum { MG_BUFFER_WRITABLE = 1, MG_BUFFER_INITIALISED = 2, MG_BUFFER_CONSTANT = 4 };
 
 struct mg_launch {
@@ -21,6 +22,7 @@ struct mg_launch {
   void *report;   // mapped memory that survives this process; layout in report.h
   uint64_t report_bytes;
   volatile uint64_t *progress;  // incremented a finished threadgroup
+  uint32_t threadgroup_bytes[MG_THREADGROUP_ARGUMENTS];  // of each threadgroup argument, by index
 };
 
 // The same layout as mg_thread in compiler/include/mg_entry.h.

@@ -61,18 +61,25 @@ static void group_position(uint32_t linear, uint32_t out[3]) {
   out[2] = (uint32_t)(linear / n[0] / n[1]);
 }
 
+// What is reported takes its arguments by value, so that the usual way, on which nothing is, keeps
+// them in registers.
+
 // What an access is, and where it belongs: one device buffer, or one threadgroup variable.
 struct Access {
   uintptr_t address;
   uint32_t bytes, access, space, buffer;
   int64_t offset;
-  uint64_t limit;
+  uint64_t limit;  // 0 with a buffer's number: in threadgroup memory, and found when it is reported
 };
 
-__attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, const Access &a,
+__attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, Access a,
                                                                  uint32_t code, uint64_t other) {
   mg_finding *f = find(kind, code, other, current);
   if (!f) return nullptr;
+  if (a.space == MG_SPACE_THREADGROUP && !a.limit && a.buffer != ~0u) {
+    a.offset = (int64_t)(a.address - (uintptr_t)arena - variables[a.buffer].offset);
+    a.limit = variables[a.buffer].bytes;
+  }
   f->access = a.access;
   f->space = a.space;
   f->buffer = a.buffer;
@@ -83,8 +90,8 @@ __attribute__((noinline, cold)) static mg_finding *report_access(uint32_t kind, 
   return f;
 }
 
-__attribute__((noinline, cold)) static void report_race(const Access &a, const Record &mine,
-                                                        const Record &other, bool other_writes) {
+__attribute__((noinline, cold)) static void report_race(Access a, Record mine, Record other,
+                                                        bool other_writes) {
   bool atomic = ((mine.what ^ other.what) & kAtomic) != 0;
   uint32_t kind = atomic ? MG_RACE_ATOMIC
                          : mine.group != other.group ? MG_RACE_THREADGROUPS : MG_RACE;
@@ -112,12 +119,15 @@ static Buffer buffers[MG_MAX_BUFFERS];
 static uint32_t buffer_total, last_buffer;
 static Cell *arena_cells;  // of the arena
 static const uint64_t kArenaCellBytes = kArenaBytes / 2 * sizeof(Cell);
-static uint16_t arena_owner[kArenaBytes / 16]; // variable index + 1 of each 16 bytes
+// Of each 16 bytes: 0, or variable index + 1, and kPartly where the variable ends within.
+static uint16_t arena_owner[kArenaBytes / 16];
+enum { kPartly = 0x8000 };
 alignas(64) static char scratch[4096];         // what an access out of bounds gets
 alignas(64) static char scratch_zero[4096];
 
 static uint32_t epoch[2];                               // of the threadgroup, by space
 static uint32_t simdgroup_epoch[2][kMaxThreads / kLanes];
+static uint64_t now[2][kMaxThreads / kLanes];  // a record's `what` but for lane, mask and atomic
 enum { kDevice = 0, kThreadgroup = 1 };
 
 bool check_begin() {
@@ -171,9 +181,19 @@ void check_end() {
   counters_end();
 }
 
+static void set_now(uint32_t space, uint32_t simdgroup) {
+  now[space][simdgroup] = (uint64_t)simdgroup * kLanes |
+                          (uint64_t)(epoch[space] & 0xffffff) << kEpochShift |
+                          (uint64_t)simdgroup_epoch[space][simdgroup] << kSimdgroupEpochShift;
+}
+
 void check_threadgroup_begin() {
   epoch[0] = epoch[1] = 0;
   memset(simdgroup_epoch, 0, sizeof simdgroup_epoch);
+  for (uint32_t s = 0; s < kMaxThreads / kLanes; ++s) {
+    set_now(0, s);
+    set_now(1, s);
+  }
 }
 void check_threadgroup_end() {
   for (uint32_t s = 0; s < group.simdgroup_count; ++s) count_lanes(simdgroup_at(s), ~0u);
@@ -182,6 +202,7 @@ void check_threadgroup_end() {
 void check_variable(const Variable *v) {
   uint64_t first = v->offset / 16, last = (v->offset + v->bytes - 1) / 16;
   for (uint64_t i = first; i <= last; ++i) arena_owner[i] = (uint16_t)(v - variables + 1);
+  if ((v->offset + v->bytes) % 16) arena_owner[last] |= kPartly;
   if (report->threadgroup_bytes > 32768) {
     mg_finding *f = find(MG_THREADGROUP_TOO_LARGE, 0, 0, nullptr);
     if (f) f->value = (int64_t)report->threadgroup_bytes;
@@ -192,12 +213,18 @@ void check_barrier(uint32_t flags, bool, uint32_t) {
   for (uint32_t space = 0; space < 2; ++space) {
     if (!(flags & (1u << space))) continue;
     epoch[space]++;
-    for (uint32_t s = 0; s < group.simdgroup_count; ++s) simdgroup_epoch[space][s]++;
+    for (uint32_t s = 0; s < group.simdgroup_count; ++s) {
+      simdgroup_epoch[space][s]++;
+      set_now(space, s);
+    }
   }
 }
 void check_simdgroup_barrier(Simdgroup *s, uint32_t flags) {
   for (uint32_t space = 0; space < 2; ++space)
-    if (flags & (1u << space)) simdgroup_epoch[space][s->index]++;
+    if (flags & (1u << space)) {
+      simdgroup_epoch[space][s->index]++;
+      set_now(space, s->index);
+    }
 }
 
 // --- barriers and collectives -------------------------------------------------------------------
@@ -228,9 +255,7 @@ void finding_inactive_lane(Lane *lane, int source) {
 static MG_ALWAYS_INLINE Record record(uint32_t space, uint32_t code, bool atomic) {
   Lane *me = current;
   Simdgroup *s = me->simdgroup;
-  uint64_t what = (uint64_t)s->index * kLanes + me->lane;
-  what |= (uint64_t)(epoch[space] & 0xffffff) << kEpochShift;
-  what |= (uint64_t)simdgroup_epoch[space][s->index] << kSimdgroupEpochShift;
+  uint64_t what = now[space][s->index] | me->lane;
   if (atomic) what |= kAtomic;
   return Record{what, (uint32_t)group.linear + 1, code};
 }
@@ -361,11 +386,11 @@ static MG_ALWAYS_INLINE char *access_threadgroup(uintptr_t p, uint32_t bytes, ui
   if (MG_UNLIKELY(offset >= kArenaBytes)) return out_of_bounds(a, code);
   uint32_t owner = arena_owner[offset / 16];
   if (MG_UNLIKELY(owner == 0)) return out_of_bounds(a, code);
-  const Variable &v = variables[owner - 1];
-  a.buffer = owner - 1;
-  a.offset = (int64_t)(offset - v.offset);
-  a.limit = v.bytes;
-  if (MG_UNLIKELY(offset + bytes > v.offset + v.bytes)) return out_of_bounds(a, code);
+  a.buffer = (owner & ~(uint32_t)kPartly) - 1;
+  if (MG_UNLIKELY((owner & kPartly) || offset % 16 + bytes > 16)) {
+    const Variable &v = variables[a.buffer];
+    if (offset + bytes > v.offset + v.bytes) return out_of_bounds(a, code);
+  }
   check_alignment(a, alignment, code);
   bool atomic = access >= MG_ATOMIC_READ;
   count_access(MG_THREADGROUP_MEMORY, access, bytes, offset);

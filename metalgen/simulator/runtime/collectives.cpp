@@ -180,31 +180,26 @@ MG_STUB(ballot);
 
 typedef float Row __attribute__((vector_size(32)));
 static void multiply_accumulate(Simdgroup *s, uint32_t active) {
-  report->multiply_accumulates++;
-  if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
-  Row b[8];
-  for (int k = 0; k < 8; ++k) b[k] = *(const Row *)s->b[k];
-  for (int i = 0; i < 8; ++i) {
-    Row sum = *(const Row *)s->c[i];
-    for (int k = 0; k < 8; ++k) sum += s->a[i][k] * b[k];
-    *(Row *)s->d[i] = sum;
+  uint32_t count = s->argument[__builtin_ctz(active)];
+  report->multiply_accumulates += count;
+  for (uint32_t n = 0; n < count; ++n) {
+    if (MG_UNLIKELY(active != s->all)) finding_divergent_collective(s, active);
+    Product &p = s->products[n];
+    Row b[8];
+    for (int k = 0; k < 8; ++k) b[k] = *(const Row *)p.b[k];
+    for (int i = 0; i < 8; ++i) {
+      Row sum = *(const Row *)p.c[i];
+      for (int k = 0; k < 8; ++k) sum += p.a[i][k] * b[k];
+      *(Row *)p.c[i] = sum;
+    }
   }
 }
-extern "C" MG_WAITS void mg_arrive_multiply_accumulate(float a0, float a1, float b0, float b1,
-                                                      float c0, float c1) {
-  Lane *me = current;
-  Simdgroup *s = me->simdgroup;
-  uint32_t at = me->element;
-  float *a = &s->a[0][0] + at, *b = &s->b[0][0] + at, *c = &s->c[0][0] + at;
-  a[0] = a0;
-  a[1] = a1;
-  b[0] = b0;
-  b[1] = b1;
-  c[0] = c0;
-  c[1] = c1;
+// The lane has put its elements of `count` products into their slots.
+extern "C" MG_WAITS void mg_arrive_multiply_accumulate_batch(uint32_t count) {
+  current->simdgroup->argument[current->lane] = count;
   collective(multiply_accumulate);
 }
-MG_STUB(multiply_accumulate);
+MG_STUB(multiply_accumulate_batch);
 
 // Loads and stores of matrices are accesses of the lanes; only that all lanes take part is checked.
 static void matrix_access(Simdgroup *s, uint32_t active) {

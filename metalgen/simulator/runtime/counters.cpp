@@ -124,11 +124,13 @@ void count_lanes(Simdgroup *s, uint32_t lanes) {
     for (; row < shortest; ++row) {
       const LogRow &r = rows[row];
       uint32_t differ = 0;
-      for (uint32_t i = 1; i < kLanes; ++i) differ |= (r.code[i] ^ r.code[0]) | (r.what[i] ^ r.what[0]);
+      const Logged &first = r.lanes[0];
+      for (uint32_t i = 1; i < kLanes; ++i)
+        differ |= (r.lanes[i].code ^ first.code) | (r.lanes[i].what ^ first.what);
       if (differ) break;
-      for (uint32_t i = 0; i < kLanes; ++i) t.address[i] = r.address[i];
+      for (uint32_t i = 0; i < kLanes; ++i) t.address[i] = r.lanes[i].address;
       t.n = kLanes;
-      count_together(r.what[0], t);
+      count_together(first.what, t);
     }
     for (uint32_t i = 0; i < kLanes; ++i) {
       at[i] = row;
@@ -140,17 +142,18 @@ void count_lanes(Simdgroup *s, uint32_t lanes) {
     uint32_t code = ~0u, what = 0;
     for (uint32_t m = left; m; m &= m - 1) {
       uint32_t i = (uint32_t)__builtin_ctz(m);
-      if (rows[at[i]].code[i] < code) {
-        code = rows[at[i]].code[i];
-        what = rows[at[i]].what[i];
+      const Logged &next = rows[at[i]].lanes[i];
+      if (next.code < code) {
+        code = next.code;
+        what = next.what;
       }
     }
     t.n = 0;
     for (uint32_t m = left; m; m &= m - 1) {
       uint32_t i = (uint32_t)__builtin_ctz(m);
-      const LogRow &r = rows[at[i]];
-      if (r.code[i] != code || r.what[i] != what) continue;
-      t.address[t.n++] = r.address[i];
+      const Logged &next = rows[at[i]].lanes[i];
+      if (next.code != code || next.what != what) continue;
+      t.address[t.n++] = next.address;
       if (++at[i] == lengths[i]) left &= ~(1u << i);
     }
     count_together(what, t);

@@ -44,10 +44,12 @@ static MG_ALWAYS_INLINE void count_access(uint32_t buffer, uint32_t access, uint
 // What each lane accessed since its simdgroup last met. Lanes run one after another, so what they do
 // together is only known when they meet: then the k-th accesses of all lanes, at one instruction, are
 // one access of the simdgroup. One LogRow holds the k-th accesses of the 32 lanes.
-struct LogRow {
-  uint32_t code[kLanes];
-  uint32_t what[kLanes];  // bytes << 8 | buffer (MG_THREADGROUP_MEMORY, or a buffer's index)
-  uint64_t address[kLanes];
+struct Logged {
+  uint32_t code, what;  // what: bytes << 8 | buffer (MG_THREADGROUP_MEMORY, or a buffer's index)
+  uint64_t address;
+};
+struct alignas(64) LogRow {
+  Logged lanes[kLanes];
 };
 enum { kLogRows = 4096 };
 extern LogRow *log_rows;  // kLogRows of each simdgroup, touched as far as needed
@@ -61,9 +63,6 @@ static MG_ALWAYS_INLINE void count_pattern(uint32_t buffer, uint32_t code, uintp
     report->patterns_dropped++;
     return;
   }
-  LogRow &row = log_rows[simdgroup * kLogRows + n];
-  row.code[lane] = code;
-  row.what[lane] = bytes << 8 | buffer;
-  row.address[lane] = p;
+  log_rows[simdgroup * kLogRows + n].lanes[lane] = Logged{code, bytes << 8 | buffer, p};
   *length = n + 1;
 }

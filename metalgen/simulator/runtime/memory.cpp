@@ -64,7 +64,8 @@ extern "C" uint64_t mg_threadgroup_variable(uint32_t id, uint64_t bytes, uint64_
 }
 
 extern "C" uint64_t mg_threadgroup_argument(uint32_t index) {
-  return mg_threadgroup_variable(kMaxVariables - 1 - index, 1024, 16);
+  uint64_t bytes = index < MG_THREADGROUP_ARGUMENTS ? launch->threadgroup_bytes[index] : 0;
+  return mg_threadgroup_variable(kMaxVariables - 1 - index, bytes, 16);
 }
 extern "C" uint32_t mg_lane() { return current->lane; }
 extern "C" void mg_log(const char *) {}

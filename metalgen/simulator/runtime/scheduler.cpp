@@ -225,7 +225,7 @@ static void prepare_threadgroup(uint64_t linear, const uint32_t groups[3]) {
         uint32_t q = l->lane / 4;
         l->element = ((q & 4) + (l->lane / 2) % 4) * 8 + (q & 2) * 2 + (l->lane % 2) * 2;
         l->result = l->simdgroup->result[l->lane];
-        l->product = &l->simdgroup->d[0][0] + l->element;
+        l->product = &l->simdgroup->products[0].a[0][0] + l->element;
         mg_thread &t = l->identity;
         const uint32_t *whole = launch->threadgroup, *grid = launch->grid;
         fill(t.thread_position_in_grid, base[0] + x, base[1] + y, base[2] + z);

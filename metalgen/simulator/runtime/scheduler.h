@@ -14,11 +14,18 @@ enum { kLanes = 32, kMaxThreads = 4096, kSlotBytes = 64 };
 
 struct Simdgroup;
 
+// One matrix product, a * b + c, whose result takes the place of c. Its layout, and how many there are
+// at once, are known to compiler/products.py.
+struct alignas(64) Product {
+  float a[8][8], b[8][8], c[8][8];
+};
+enum { kProducts = 8 };
+
 // The first three members are known to compiler/include/metal_runtime.
 struct Lane {
   Fibre fibre;
   char *result;    // of a shuffle, a reduction or a ballot
-  float *product;  // of a matrix product: this lane's two elements
+  float *product;  // this lane's two elements of `a` in the first slot for matrix products
   uint32_t lane, bit;
   Simdgroup *simdgroup;
   uint32_t element;  // of this lane's first element in an 8x8 matrix
@@ -39,7 +46,7 @@ struct Simdgroup {
   Lane *lanes;
   alignas(64) char operand[kLanes][kSlotBytes];
   alignas(64) char result[kLanes][kSlotBytes];
-  alignas(64) float a[8][8], b[8][8], c[8][8], d[8][8];
+  Product products[kProducts];
 };
 
 // The sites of mg_converge: above those of all code.

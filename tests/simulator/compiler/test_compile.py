@@ -15,7 +15,9 @@ from metalgen.simulator.compiler import (
     CompiledKernel,
     bitcasts,
     build,
+    cache,
     compile_metal,
+    front,
     toolchain,
 )
 from metalgen.simulator.compiler.instrument import instrument, size_of
@@ -55,6 +57,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with the machine's runtime and headers, and no kernel."""
     machine = toolchain.machine_flags()
     made = [build.headers("plain", machine), build.runtime("plain", machine)]
+    made += [path.with_suffix(".json") for path in made]
     monkeypatch.setenv("METALGEN_CACHE", str(tmp_path))
     (tmp_path / "simulator").mkdir()
     for path in made:
@@ -236,6 +239,51 @@ def test_a_damaged_note_is_compiled_again(own_cache: Path) -> None:
     made = compile_metal(ADD, "add_float")
     made.path.with_suffix(".json").write_text("{")
     assert compile_metal(ADD, "add_float") == made
+
+
+HARM = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "bit-flipped": lambda path: path.write_bytes(
+        bytes(
+            b ^ (8 if i == path.stat().st_size // 3 else 0) for i, b in enumerate(path.read_bytes())
+        )
+    ),
+    "removed": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("name", ["*.so", "[0-9a-f]*.json", "runtime-plain-*.o"])
+def test_a_harmed_entry_is_made_anew(own_cache: Path, name: str, harm: str) -> None:
+    made = compile_metal(ADD, "add_float")
+    (path,) = own_cache.glob(name)
+    whole = path.read_bytes()
+    HARM[harm](path)
+    if path.suffix == ".o":  # the next kernel needs it
+        compile_metal(ADD, "add<float>")
+    else:
+        assert compile_metal(ADD, "add_float") == made
+    if path.suffix == ".o":
+        assert path.read_bytes() == whole
+    note = cache.read_note(made.path.with_suffix(".json"))
+    assert cache.is_whole(made.path, note["digest"])
+
+
+def test_harmed_headers_are_a_miss(own_cache: Path) -> None:
+    (path,) = own_cache.glob("headers-plain-*.pch")
+    note = cache.read_note(path.with_suffix(".json"))
+    assert cache.is_whole(path, note["digest"])
+    HARM["bit-flipped"](path)
+    assert not cache.is_whole(path, note["digest"])
+
+
+def test_a_toolchain_is_tried(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(own_cache.iterdir())
+    assert front.try_toolchain() == ""
+    assert set(own_cache.iterdir()) == before
+    monkeypatch.setattr(toolchain, "zig", lambda: own_cache / "zig")
+    assert "does not start" in front.try_toolchain()
 
 
 def _compile(cache: str) -> str:

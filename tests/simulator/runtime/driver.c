@@ -22,6 +22,7 @@ typedef struct {
   void *report;
   uint64_t report_bytes;
   volatile uint64_t *progress;
+  uint32_t threadgroup_bytes[31];
 } mg_launch;
 int mg_run(const mg_launch *);
 

@@ -39,6 +39,9 @@ struct signature<R(P...)> {
   using parameter = __type_pack_element<I, P...>;
 };
 
+template <typename R, typename... P>
+struct signature<R (&)(P...)> : signature<R(P...)> {};
+
 // A buffer parameter: a pointer or a reference into device or constant memory.
 template <typename P>
 struct buffer;
