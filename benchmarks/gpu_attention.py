@@ -25,6 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalgen.calls.verify import verify
 from metalgen.chips import detect
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
@@ -34,7 +35,6 @@ from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.timing.measure import chain
-from metalgen.verify import verify
 
 REPEATS, GROUP = 9, 8
 

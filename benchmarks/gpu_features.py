@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks.gpu_attention import seconds_of
+from metalgen.calls.verify import verify
 from metalgen.chips import detect
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
@@ -31,7 +32,6 @@ from metalgen.problem.inputs import Inputs
 from metalgen.problem.samples import sample_call
 from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
-from metalgen.verify import verify
 
 FORWARD = AttentionConfig(128, "bfloat16", causal=True)
 DECODE = AttentionConfig(128, "bfloat16", heads_per_kv=4, causal=True)

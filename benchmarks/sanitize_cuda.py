@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
-from metalgen.cache.launch import kernel_rows, rows_fault
-from metalgen.cache.render import AppendSchedule
+from metalgen.append.launch import kernel_rows, rows_fault
+from metalgen.append.render import AppendSchedule
+from metalgen.calls.verify import verify
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
 from metalgen.problem.config import AttentionConfig
-from metalgen.verify import verify
 
 SLOPES = mx.arange(8).astype(mx.float32)
 SCORE = trace(

@@ -26,31 +26,32 @@ except ImportError as error:
 from metalgen._version import __version__
 
 if TYPE_CHECKING:
-    from metalgen.cache.dense import KVCache
-    from metalgen.cache.paged import CacheFull, PagedKVCache
-    from metalgen.dispatch import Kernel, get_kernel
+    from metalgen.caches.dense import KVCache
+    from metalgen.caches.paged import CacheFull, PagedKVCache
+    from metalgen.calls.kernel import Kernel
+    from metalgen.calls.resolve import get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.families import Schedule
     from metalgen.ops.alibi import alibi_slopes
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
-    from metalgen.ops.rope import Rope
     from metalgen.problem.block_mask import BlockMask, create_block_mask
     from metalgen.problem.config import AttentionConfig
+    from metalgen.problem.rope import Rope
 
 _WHERE = {
     "ArgumentError": "metalgen.errors",
     "AttentionConfig": "metalgen.problem.config",
     "BlockMask": "metalgen.problem.block_mask",
-    "CacheFull": "metalgen.cache.paged",
+    "CacheFull": "metalgen.caches.paged",
     "DeviceError": "metalgen.errors",
     "InvalidSchedule": "metalgen.errors",
-    "KVCache": "metalgen.cache.dense",
-    "Kernel": "metalgen.dispatch",
+    "KVCache": "metalgen.caches.dense",
+    "Kernel": "metalgen.calls.kernel",
     "MetalgenError": "metalgen.errors",
-    "PagedKVCache": "metalgen.cache.paged",
-    "Rope": "metalgen.ops.rope",
+    "PagedKVCache": "metalgen.caches.paged",
+    "Rope": "metalgen.problem.rope",
     "Schedule": "metalgen.families",
     "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
@@ -59,7 +60,7 @@ _WHERE = {
     "create_block_mask": "metalgen.problem.block_mask",
     "explain": "metalgen.ops.attention",
     "flex_attention": "metalgen.ops.flex_attention",
-    "get_kernel": "metalgen.dispatch",
+    "get_kernel": "metalgen.calls.resolve",
     "or_masks": "metalgen.ops.flex_attention",
     "varlen_attention": "metalgen.ops.attention",
 }

@@ -11,14 +11,14 @@ import pytest
 
 import metalgen.devices
 from metalgen import simulator
-from metalgen.cache.launch import kernel_rows, plain_rows
-from metalgen.cache.render import AppendSchedule, operands, render_append
-from metalgen.cache.samples import sample_rows
+from metalgen.append.launch import kernel_rows, plain_rows
+from metalgen.append.render import AppendSchedule, operands, render_append
+from metalgen.append.samples import sample_rows
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
 from metalgen.ops.append import append_kv
-from metalgen.ops.rope import Rope
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.rope import Rope
 
 DTYPES = ("float32", "float16", "bfloat16")
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -478,7 +478,7 @@ class TestKernel:
     def test_a_kernel_that_is_wrong_gives_way_to_plain_mlx_with_a_warning(
         self, monkeypatch: pytest.MonkeyPatch, the_simulator: str
     ) -> None:
-        from metalgen.cache import launch
+        from metalgen.append import launch
 
         def wrong(*_: Any) -> Any:
             return lambda given: {"k_rows": given["k"]}  # never turned

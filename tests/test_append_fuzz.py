@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from metalgen import simulator
-from metalgen.cache.launch import kernel_rows, plain_rows
-from metalgen.cache.render import ELEMENTS, THREADS, AppendSchedule, inputs, operands
+from metalgen.append.launch import kernel_rows, plain_rows
+from metalgen.append.render import ELEMENTS, THREADS, AppendSchedule, inputs, operands
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
 from metalgen.problem.config import AttentionConfig

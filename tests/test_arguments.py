@@ -15,9 +15,9 @@ import pytest
 
 import metalgen
 from metalgen import ArgumentError, AttentionConfig, Schedule
+from metalgen.append.render import AppendSchedule
 from metalgen.arguments import as_integer, as_number, check_integer, check_positive
-from metalgen.cache.render import AppendSchedule
-from metalgen.dispatch import check_scale
+from metalgen.calls.kernel import check_scale
 from metalgen.families import check_schedule, decode_schedule
 from metalgen.problem.sizes import Problem
 

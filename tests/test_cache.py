@@ -13,9 +13,9 @@ import pytest
 
 import metalgen
 from metalgen import ArgumentError, CacheFull, KVCache, PagedKVCache, Rope, append_kv
+from metalgen.calls.verify import TOLERANCE
 from metalgen.devices import get_device
 from metalgen.ops import append
-from metalgen.verify import TOLERANCE
 
 
 def normal(shape: tuple[int, ...], dtype: str = "float16", seed: int = 0) -> mx.array:

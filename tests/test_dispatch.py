@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import metalgen
-from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, chips, dispatch
+from metalgen import ArgumentError, AttentionConfig, DeviceError, Schedule, chips
+from metalgen.calls import resolve
 from metalgen.database.store import Store
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.families import default_schedule
@@ -26,9 +27,9 @@ from metalgen.testing.devices import normal
 def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "tuning.db"
     monkeypatch.setenv("METALGEN_DB", str(path))
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     yield path
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ class FakeGpu(Device):
 
 
 def use(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
-    monkeypatch.setattr(dispatch, "get_device", lambda name=None: device)
+    monkeypatch.setattr(resolve, "get_device", lambda name=None: device)
 
 
 def test_the_same_kernel_is_handed_out_again() -> None:
@@ -156,7 +157,7 @@ def test_a_kernel_that_was_never_checked_is_checked_once(
         check = store.find_check(config, kernel.schedule, template_hash(), "reference")
     assert check is not None and check.ok and check.error is not None and check.error < 1e-3
 
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     again = metalgen.get_kernel(config)
     assert "check on reference: ok, on record" in again.explain()
     assert len(gpu.built) == 3
@@ -198,7 +199,7 @@ def test_a_kernel_that_failed_is_on_record_as_in_tuning(
     assert check is not None
     message = "[metal::Device] Unable to build metal library; 1:2: error: no"
     assert (check.status, check.detail) == ("compile", message)
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     assert "check on reference: compile, on record" in metalgen.get_kernel(kernel.config).explain()
     assert len(gpu.built) == 1
 
@@ -220,7 +221,7 @@ def test_a_failure_of_the_machine_is_not_recorded_and_the_next_process_tries_aga
     assert kernel.backend == "plain"
     assert "check on reference: not possible now" in kernel.explain()
     assert not own_database.exists()
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     gpu.broken = ""
     assert metalgen.get_kernel(AttentionConfig(40)).backend == "metalgen"
 
@@ -264,9 +265,9 @@ def test_a_bad_size_is_named_where_a_kernel_for_good_ones_is_known(size: str) ->
 
 
 def test_kernels_of_ever_new_configs_are_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MOST_KNOWN", 3)
+    monkeypatch.setattr(resolve, "MOST_KNOWN", 3)
     made = [metalgen.get_kernel(AttentionConfig(8 + n), device="reference") for n in range(5)]
-    assert len(dispatch._known) <= 3
+    assert len(resolve._known) <= 3
     assert metalgen.get_kernel(AttentionConfig(12), device="reference") is made[-1]
 
 

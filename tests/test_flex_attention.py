@@ -14,12 +14,13 @@ from metalgen import (
     BlockMask,
     and_masks,
     create_block_mask,
-    dispatch,
     flex_attention,
     get_kernel,
     or_masks,
     simulator,
 )
+from metalgen.calls import resolve
+from metalgen.calls.verify import relative_error
 from metalgen.devices import get_device
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
@@ -28,15 +29,14 @@ from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.source.render import render
 from metalgen.testing.devices import normal
 from metalgen.testing.functions import Case, definition
-from metalgen.verify import relative_error
 
 
 @pytest.fixture(autouse=True)
 def own_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("METALGEN_DB", str(tmp_path / "tuning.db"))
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     yield
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
 
 
 def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
@@ -83,10 +83,10 @@ def test_one_kernel_serves_all_captured_values() -> None:
             score_mod=trace(case.score_mod).graph.text,  # type: ignore[arg-type]
         )
     assert config is not None
-    known = [key for key in dispatch._known if key[0] == config]
+    known = [key for key in resolve._known if key[0] == config]
     assert len(known) == 1
     kernel = get_kernel(config, batch=2, heads=4, q_len=9, kv_len=12, device="simulator")
-    assert kernel is dispatch._known[known[0]]
+    assert kernel is resolve._known[known[0]]
     assert kernel.backend == "metalgen", kernel.explain()
     assert "score_mod:" in kernel.explain()
 

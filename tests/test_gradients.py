@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 import metalgen
-from metalgen import AttentionConfig, dispatch
+from metalgen import AttentionConfig
+from metalgen.calls import resolve
 from metalgen.testing.devices import normal
 
 SCALE = 0.3
@@ -21,9 +22,9 @@ ERROR = {"float32": 3e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 @pytest.fixture(autouse=True)
 def none_known() -> Iterator[None]:
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     yield
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
 
 
 def by_hand(
@@ -114,7 +115,7 @@ def test_mlx_computes_the_gradients_of_what_it_can_compute(
         assert str(got.dtype) == f"mlx.core.{dtype}"
         error = np.linalg.norm(np.array(got.astype(mx.float32)) - exact) / np.linalg.norm(exact)
         assert error <= ERROR[dtype]
-    (kernel,) = dispatch._known.values()
+    (kernel,) = resolve._known.values()
     assert kernel.backend == ("plain" if device == "reference" else "metalgen")
     assert kernel.backward == "mlx"
     assert "gradients: MLX's own, of mx.fast.scaled_dot_product_attention" in kernel.explain()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from metalgen.calls.verify import TOLERANCE, lse_fault, lse_tolerance, relative_error
 from metalgen.dsl.trace import trace
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs, check_call
 from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.verify import TOLERANCE, lse_fault, lse_tolerance, relative_error
 
 SCALE = 0.3
 

@@ -221,9 +221,9 @@ def _has(schedule: Schedule, fields: dict[str, tuple[Any, ...]]) -> bool:
 def _check_schedule(
     config: AttentionConfig, schedule: Schedule, sizes: Sizes | None, seed: int
 ) -> Subject:
+    from metalgen.calls.verify import verify
     from metalgen.devices import get_device
     from metalgen.simulator import record
-    from metalgen.verify import verify
 
     device = get_device("simulator")
     with record(checked=True, seed=seed) as runs:
@@ -240,9 +240,9 @@ def _check_schedule(
 
 def _launch(device: Device, config: AttentionConfig, schedule: Schedule, sizes: Sizes) -> str:
     """Run a call of these sizes; what is wrong with its numbers."""
+    from metalgen.calls.verify import judge
     from metalgen.problem.inputs import needs_inputs
     from metalgen.problem.samples import sample_call
-    from metalgen.verify import judge
 
     q, k, v, inputs = sample_call(
         config,

@@ -38,9 +38,9 @@ def command(
 
     A kernel that was never checked on the device is checked now, as a first call would do.
     """
+    from metalgen.calls.resolve import get_kernel
     from metalgen.database.hit import brief
     from metalgen.database.lookup import lookup
-    from metalgen.dispatch import get_kernel
     from metalgen.source.hashes import template_hash
 
     problem = sizes.problem(config)

@@ -8,8 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalgen.arguments import as_integer
-from metalgen.cache.checks import (
+from metalgen.append.checks import (
     check_contents,
     check_sizes,
     check_turns,
@@ -17,16 +16,17 @@ from metalgen.cache.checks import (
     parts_of,
     vector,
 )
-from metalgen.cache.launch import row_maker, store_places, store_slice
-from metalgen.cache.render import AppendSchedule, inputs, outputs
+from metalgen.append.launch import row_maker, store_places, store_slice
+from metalgen.append.render import AppendSchedule, inputs, outputs
+from metalgen.arguments import as_integer
+from metalgen.calls.options import Keys
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
 from metalgen.features.conversions import as_int32
 from metalgen.features.triple import Part, part_of
-from metalgen.ops.options import Keys
-from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.rope import Rope
 
 _SCHEDULE = AppendSchedule()
 

@@ -6,11 +6,11 @@ from typing import Literal, Unpack, overload
 
 import mlx.core as mx
 
+from metalgen.calls.options import Keys, Options, SharedOptions
+from metalgen.calls.request import call
+from metalgen.calls.request import explain as _explain
 from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features.conversions import integers
-from metalgen.ops.call import call
-from metalgen.ops.call import explain as _explain
-from metalgen.ops.options import Keys, Options, SharedOptions
 
 
 @overload

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import mlx.core as mx
 
+from metalgen.calls.options import Keys, Options
+from metalgen.calls.request import Functions, call
 from metalgen.errors import ArgumentError
-from metalgen.ops.call import Functions, call
-from metalgen.ops.options import Keys, Options
 from metalgen.problem.block_mask import BlockMask, create_block_mask
 
 if TYPE_CHECKING:

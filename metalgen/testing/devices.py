@@ -15,17 +15,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from metalgen.calls.check import failure_status, first_line
+from metalgen.calls.verify import TOLERANCE, relative_error, verify
 from metalgen.devices.kernel import KernelDevice
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, default_schedule
-from metalgen.kernel_check import failure_status, first_line
 from metalgen.kinds import MMA, SIMDGROUP
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.reference import attention_float64, config_features
 from metalgen.source.render import render
 from metalgen.testing.base import OnDevice
-from metalgen.verify import TOLERANCE, relative_error, verify
 
 
 def normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> mx.array:

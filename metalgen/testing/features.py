@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from metalgen import simulator
-from metalgen.dispatch import get_kernel
+from metalgen.calls.resolve import get_kernel
+from metalgen.calls.verify import TOLERANCE, relative_error
 from metalgen.families import Schedule, default_schedule
 from metalgen.kinds import kinds_in
 from metalgen.problem.config import AttentionConfig
@@ -30,7 +31,6 @@ from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import Case, default_case, fault, functions, hostile
-from metalgen.verify import TOLERANCE, relative_error
 
 FEATURES: dict[str, dict[str, Any]] = {
     "ALiBi": {"alibi": True, "causal": True},
@@ -331,7 +331,7 @@ class FeatureConformance(OnDevice):
             assert np.isfinite(outs[0]).all() and np.array_equal(outs[0], outs[1])
 
     def test_the_default_schedule_passes_the_check(self) -> None:
-        from metalgen.verify import verify
+        from metalgen.calls.verify import verify
 
         for name in ("everything on scores", "everything on keys"):
             config = AttentionConfig(64, return_lse=True, **FEATURES[name])

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from metalgen.calls.verify import TOLERANCE, relative_error, verify
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem.block_mask import create_block_mask
@@ -24,7 +25,6 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.testing.base import OnDevice
 from metalgen.testing.devices import PATHS, cuda_schedules, normal, schedules_of
-from metalgen.verify import TOLERANCE, relative_error, verify
 
 LENGTH = 90
 HEADS = 4

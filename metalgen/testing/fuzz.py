@@ -12,6 +12,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalgen.calls.verify import (
+    FUNCTION_FACTOR,
+    MOST_FOR_FUNCTIONS,
+    lse_fault,
+    lse_tolerance,
+    relative_error,
+    tolerance_of,
+)
 from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
@@ -25,14 +33,6 @@ from metalgen.problem.inputs import Inputs, check_call
 from metalgen.problem.samples import sample_call
 from metalgen.problem.sizes import DECODE_QUERIES
 from metalgen.reference import attention_float64, attention_mlx, config_features
-from metalgen.verify import (
-    FUNCTION_FACTOR,
-    MOST_FOR_FUNCTIONS,
-    lse_fault,
-    lse_tolerance,
-    relative_error,
-    tolerance_of,
-)
 
 DIMS = (8, 16, 20, 32, 40, 64, 72, 96, 128, 136)
 GROUPED_DIMS = (32, 64, 96, 128)

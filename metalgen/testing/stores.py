@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.exchange import Summary
@@ -56,7 +57,6 @@ from metalgen.testing.store_base import (
 from metalgen.testing.store_calls import plain_merge, records, some_call, some_rows
 from metalgen.testing.store_keeping import KeepsRecords
 from metalgen.tuning.runner import tune
-from metalgen.verify import Verification
 
 
 def good(schedule: Schedule = FIRST, seconds: float = 1e-3, **changes: Any) -> Measurement:

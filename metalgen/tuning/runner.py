@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from metalgen.arguments import as_integer, as_number
+from metalgen.calls.check import Verify
 from metalgen.database.errors import DatabaseError
 from metalgen.database.protocol import TuningStore
 from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
-from metalgen.kernel_check import Verify
 from metalgen.problem.sizes import Problem
 from metalgen.source.digests import Present
 from metalgen.source.hashes import template_hash

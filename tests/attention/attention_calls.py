@@ -7,8 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalgen.calls.verify import relative_error
 from metalgen.testing.devices import normal
-from metalgen.verify import relative_error
 
 WIDTH, SCALE = 32, 32**-0.5
 

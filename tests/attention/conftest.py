@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metalgen import dispatch
+from metalgen.calls import resolve
 
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))  # for `emulated_cuda`
@@ -23,7 +23,7 @@ def where(request: pytest.FixtureRequest, device: str) -> str:
 @pytest.fixture(autouse=True)
 def no_fallback() -> Iterator[None]:
     """What a device with kernels was asked for, its kernels computed."""
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     yield
-    for kernel in dispatch._known.values():
+    for kernel in resolve._known.values():
         assert (kernel.backend == "plain") == (kernel.device == "reference"), kernel.explain()

@@ -14,7 +14,7 @@ import pytest
 from definition import Facts, definition, dequantized, exact
 
 from metalgen import Rope, alibi_slopes, create_block_mask, flex_attention
-from metalgen.dispatch import _known
+from metalgen.calls.resolve import _known
 
 TOLERANCE = {mx.float32: 4e-5, mx.float16: 1e-2, mx.bfloat16: 8e-2}
 """Largest error of one row, over its norm or half the usual norm."""

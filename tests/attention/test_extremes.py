@@ -14,6 +14,7 @@ import pytest
 from emulated_cuda import EmulatedCuda
 
 from metalgen import attention, flex_attention
+from metalgen.calls.verify import lse_fault, lse_tolerance, relative_error, tolerance_of, verify
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import default_schedule
@@ -21,7 +22,6 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.reference import attention_float64, config_features
 from metalgen.testing.devices import normal
-from metalgen.verify import lse_fault, lse_tolerance, relative_error, tolerance_of, verify
 
 LOWEST = float(np.finfo(np.float32).min)
 WIDTH, KEYS = 32, 139

@@ -11,9 +11,9 @@ import pytest
 
 import metalgen
 from metalgen import ArgumentError
+from metalgen.calls.verify import relative_error
 from metalgen.reference import attention_float64
 from metalgen.testing.devices import normal
-from metalgen.verify import relative_error
 
 FLOATS = ("float32", "float16", "bfloat16")
 TOLERANCE = {"float32": 3e-6, "float16": 2e-3, "bfloat16": 2e-2}

@@ -23,7 +23,8 @@ from attention_calls import (
 )
 
 import metalgen
-from metalgen import Rope, alibi_slopes, attention, dispatch, flex_attention
+from metalgen import Rope, alibi_slopes, attention, flex_attention
+from metalgen.calls import resolve
 from metalgen.testing.devices import normal
 
 
@@ -150,8 +151,8 @@ def test_one_kernel_serves_all_contents(device: str) -> None:
     for seed in (1, 2):
         lengths = mx.array([20 * seed, 11])
         attention(q, k, v, kv_lens=lengths, sinks=normal((4,), seed=seed), device=device)
-    assert len(dispatch._known) == 1
-    (kernel,) = dispatch._known.values()
+    assert len(resolve._known) == 1
+    (kernel,) = resolve._known.values()
     assert kernel.backend == "metalgen", kernel.explain()
 
 

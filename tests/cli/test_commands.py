@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 
+from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
 from metalgen.cli.app import COMMANDS, run
 from metalgen.database.store import Store
@@ -24,7 +25,6 @@ from metalgen.source.hashes import template_hash
 from metalgen.source.render import render
 from metalgen.tuning.presets import preset
 from metalgen.tuning.runner import tune
-from metalgen.verify import Verification
 
 CONFIG = AttentionConfig(64, heads_per_kv=3, causal=True)
 

@@ -131,7 +131,7 @@ def test_numbers_at_given_sizes_are_compared_too(
     options = "check --q-len 70 --kv-len 40 --heads 1".split()
     (subject,) = document(capsys, *options)["subjects"]
     assert (subject["wrong"], subject["exit_code"]) == ("", 0)
-    monkeypatch.setattr("metalgen.verify.tolerance_of", lambda _: 1e-9)
+    monkeypatch.setattr("metalgen.calls.verify.tolerance_of", lambda _: 1e-9)
     (subject,) = document(capsys, *options, code=1)["subjects"]
     assert subject["wrong"].startswith("Lq=70 Lk=40: relative error ")
 

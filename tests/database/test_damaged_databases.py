@@ -21,20 +21,20 @@ import numpy as np
 import pytest
 
 import metalgen
+from metalgen.calls.resolve import forget_kernels
+from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
 from metalgen.cli.app import run
 from metalgen.database.connect import open_for_reading
 from metalgen.database.errors import UnreadableDatabase
 from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.database.store import Store
-from metalgen.dispatch import forget_kernels
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.source.hashes import template_hash
 from metalgen.testing.rows import FIRST, SECOND, THIRD, modelled, row
-from metalgen.verify import Verification
 
 CONFIG = AttentionConfig(head_dim=64, causal=True)
 FORWARD = Problem(CONFIG, 4, 128, 128)
@@ -77,7 +77,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels pass their check without being executed: this is about files."""
     passed = Verification(True, 1e-4, 1e-3, "Lq=9", "")
-    monkeypatch.setattr("metalgen.verify.verify", lambda *_, **__: passed)
+    monkeypatch.setattr("metalgen.calls.verify.verify", lambda *_, **__: passed)
 
 
 # Damage

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
 from metalgen.cli.app import run
 from metalgen.database import exchange
@@ -25,7 +26,6 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.testing.rows import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, row
 from metalgen.tuning.runner import tune
-from metalgen.verify import Verification
 
 PASSED = Verification(True, 1e-4, 1e-3, "Lq=9", "")
 SMALL = [Problem(AttentionConfig(head_dim=8), 2, 16, size, family="forward") for size in (16, 32)]
@@ -226,7 +226,7 @@ def test_tune_says_that_its_file_was_removed_and_keeps_what_won(
         remove_with_log(path)
         return PASSED
 
-    monkeypatch.setattr("metalgen.verify.verify", verify)
+    monkeypatch.setattr("metalgen.calls.verify.verify", verify)
     line = ["tune", "--chip", "M3Max", "--device", "simulator", "--trials", "5", "--q-len", "128"]
     assert run(line) == 0
     printed = capsys.readouterr().out

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from metalgen.calls.resolve import forget_kernels, get_kernel
+from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
 from metalgen.chips.counts import forward_counts
 from metalgen.cli.app import run
@@ -20,7 +22,6 @@ from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.database.winners import GRAIN, ordered, winner
 from metalgen.devices import get_device
-from metalgen.dispatch import forget_kernels, get_kernel
 from metalgen.families import Schedule, decode_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
@@ -30,7 +31,6 @@ from metalgen.source.hashes import template_hash
 from metalgen.testing.rows import CHIP, FIRST, HASH, NEIGHBOURS, PROBLEM, SECOND, THIRD, row
 from metalgen.testing.rows import modelled as predicted
 from metalgen.tuning.runner import tune
-from metalgen.verify import Verification
 
 GROUPED = AttentionConfig(head_dim=64, causal=True, heads_per_kv=3)
 WIDE = AttentionConfig(head_dim=256, causal=True)
@@ -42,7 +42,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "tuning.db"
     monkeypatch.setenv("METALGEN_DB", str(place))
     passed = Verification(True, 1e-4, 1e-3, "Lq=9", "")
-    monkeypatch.setattr("metalgen.verify.verify", lambda *_, **__: passed)
+    monkeypatch.setattr("metalgen.calls.verify.verify", lambda *_, **__: passed)
     return place
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from metalgen import chips
-from metalgen.cache.launch import plain_rows
+from metalgen.append.launch import plain_rows
 from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_mlx, config_features
 

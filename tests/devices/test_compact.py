@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from metalgen.cache.render import render_append
+from metalgen.append.render import render_append
 from metalgen.devices.compact import compact
 from metalgen.families import Limits, default_schedule, get_family
 from metalgen.problem.config import AttentionConfig

@@ -13,9 +13,11 @@ import pytest
 from cuda_machine import CudaMachine, use_cuda
 
 import metalgen
-from metalgen import chips, dispatch
-from metalgen.cache.launch import row_maker
-from metalgen.cache.render import AppendSchedule
+from metalgen import chips
+from metalgen.append.launch import row_maker
+from metalgen.append.render import AppendSchedule
+from metalgen.calls import resolve
+from metalgen.calls.verify import verify
 from metalgen.devices import cuda, default_device, get_device
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
@@ -24,7 +26,6 @@ from metalgen.families import Limits, default_schedule, space
 from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_float64
 from metalgen.source.render import render
-from metalgen.verify import verify
 
 # MLX has no fused kernel for this width.
 CONFIG = AttentionConfig(40, causal=True, return_lse=True)
@@ -34,10 +35,10 @@ Found = TypeVar("Found")
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Nothing that a made-up machine did is remembered."""
-    for clear in (dispatch.forget_kernels, row_maker.cache_clear):
+    for clear in (resolve.forget_kernels, row_maker.cache_clear):
         clear()
     yield
-    for clear in (dispatch.forget_kernels, row_maker.cache_clear):
+    for clear in (resolve.forget_kernels, row_maker.cache_clear):
         clear()
 
 

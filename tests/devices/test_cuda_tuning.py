@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from cuda_machine import CudaMachine, use_cuda
 
+from metalgen.calls.check import CannotCheck
 from metalgen.chips import get_chip
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.kernel_check import CannotCheck
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.render import render

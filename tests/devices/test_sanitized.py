@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from benchmarks.sanitize_cuda import APPENDS, CONFIGS, kernels, main
-from metalgen.cache.render import inputs, operands, outputs, render_append
+from metalgen.append.render import inputs, operands, outputs, render_append
 from metalgen.devices import Runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.families import Limits, Schedule, check_schedule

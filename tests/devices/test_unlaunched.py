@@ -14,7 +14,7 @@ from metalgen import targets
 from metalgen.devices import get_device
 from metalgen.families import Schedule
 from metalgen.kinds import MMA
-from metalgen.verify import verify
+from metalgen.calls.verify import verify
 
 device, config = get_device("cuda"), AttentionConfig(128, "bfloat16")
 wide = Schedule(

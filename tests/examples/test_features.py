@@ -53,7 +53,7 @@ def test_the_python_of_the_page_runs_from_top_to_bottom(capsys: pytest.CaptureFi
 
 
 def test_the_page_names_every_option() -> None:
-    from metalgen.ops.options import Options
+    from metalgen.calls.options import Options
 
     for name in [*Options.__optional_keys__, "scale", "return_lse"]:
         if name not in ("device", "chip"):  # the README's

@@ -64,8 +64,8 @@ mx.eval(own)
 runpy.run_path(sys.argv[1])["patch"](sys.argv[2])
 patched = model(tokens)
 error = float(mx.linalg.norm(patched - own) / mx.linalg.norm(own))
-from metalgen import dispatch
-print(error, patched.dtype, *(kernel.config.dtype for kernel in dispatch._known.values()))
+from metalgen.calls import resolve
+print(error, patched.dtype, *(kernel.config.dtype for kernel in resolve._known.values()))
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from metalgen import dispatch
+from metalgen.calls import resolve
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -16,9 +16,9 @@ sys.path.append(str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def own_kernels() -> Iterator[None]:
     """Kernels of the device under test computed all calls; none fell back."""
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     yield
-    for kernel in dispatch._known.values():
+    for kernel in resolve._known.values():
         assert kernel.backend == ("plain" if kernel.device == "reference" else "metalgen"), (
             kernel.explain()
         )

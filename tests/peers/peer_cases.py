@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from metalgen.calls.verify import relative_error
 from metalgen.testing.devices import normal
-from metalgen.verify import relative_error
 
 Values = NDArray[np.float64]
 TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}

@@ -15,13 +15,13 @@ import mlx.core as mx
 import pytest
 
 from metalgen import simulator
+from metalgen.calls.verify import verify
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Schedule, default_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.simulator.errors import ExecutionError
 from metalgen.source.render import KernelSource
-from metalgen.verify import verify
 
 Edit = Callable[[str], str]
 

@@ -13,11 +13,11 @@ import pytest
 from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, ProcessGpu
 
+from metalgen.calls.check import CannotCheck
 from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
-from metalgen.kernel_check import CannotCheck
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash

@@ -8,7 +8,7 @@ import pytest
 from tuning_fakes import Clock, FakeGpu, FakeVerify
 
 import metalgen
-from metalgen import dispatch
+from metalgen.calls import resolve
 from metalgen.chips import get_chip
 from metalgen.database.store import Store
 from metalgen.devices import get_device
@@ -87,7 +87,7 @@ def test_a_run_after_an_edit_goes_on_where_kernels_are_the_same(
 
 def test_the_check_of_a_first_call_knows_its_source(own_database: Path) -> None:
     config = AttentionConfig(40, causal=True)
-    dispatch.forget_kernels()
+    resolve.forget_kernels()
     kernel = metalgen.get_kernel(config, device="simulator")
     with Store.open(own_database) as store:
         (check,) = sources(store, "checks")

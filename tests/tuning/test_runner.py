@@ -13,6 +13,7 @@ import pytest
 from small_runs import CHIP, DEFAULT, POLICY, SMALL, on_gpu
 from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
 
+from metalgen.calls.check import CannotCheck, failure_status
 from metalgen.chips import get_chip
 from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
@@ -22,7 +23,6 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
-from metalgen.kernel_check import CannotCheck, failure_status
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from metalgen.calls.verify import Verification
 from metalgen.devices import Device, Runner
 from metalgen.devices.simulator import SimulatorDevice
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.tuning.workers.executing import NoRoom
-from metalgen.verify import Verification
 
 
 class Clock:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from metalgen.calls.check import failure_status, first_line
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.winners import Standing, ordered, winner
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.families import Limits, Schedule
-from metalgen.kernel_check import failure_status, first_line
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search.ahead import Ahead, Asks
 from metalgen.tuning.search.search import FAILED, Search, rank

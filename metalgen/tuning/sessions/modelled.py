@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 
+from metalgen.calls.check import CannotCheck, first_line
 from metalgen.chips.counts import covers
 from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered, winner
 from metalgen.families import Limits, Schedule
 from metalgen.imports import code_digest
-from metalgen.kernel_check import CannotCheck, first_line
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search.search import Search, rank
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from metalgen.calls.check import NoRoom, first_line
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, Space, default_schedule, enumerate_valid, space
-from metalgen.kernel_check import NoRoom, first_line
 from metalgen.problem.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.timing.measure import Clock

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from metalgen.calls.check import CannotCheck, Verify, record_check, run_check, source_hash_of
+from metalgen.calls.verify import verify
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.families import Schedule
-from metalgen.kernel_check import CannotCheck, Verify, record_check, run_check, source_hash_of
 from metalgen.problem.config import AttentionConfig
-from metalgen.verify import verify
 
 
 class Checker:
@@ -17,7 +17,7 @@ class Checker:
         store: where checks are kept.
         device: what executes the kernels, or None: nothing can be checked here.
         template_hash: of the current templates.
-        verify: `metalgen.verify.verify`; another one for tests.
+        verify: `metalgen.calls.verify.verify`; another one for tests.
     """
 
     def __init__(

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from metalgen.calls.check import KernelFailure, NoRoom, require_working
+from metalgen.calls.verify import Verification
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule
-from metalgen.kernel_check import KernelFailure, NoRoom, require_working
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import needs_inputs
 from metalgen.problem.sizes import Problem
 from metalgen.tuning.timing.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.timing.racing import Race, race
-from metalgen.verify import Verification
 
 
 class Executor(abc.ABC):
@@ -64,7 +64,7 @@ class Executor(abc.ABC):
 
     @abc.abstractmethod
     def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
-        """`metalgen.verify.verify` on this executor's device, which `device` is."""
+        """`metalgen.calls.verify.verify` on this executor's device, which `device` is."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Here(Executor):
             return race(bench, runners, default.key if default else None, deadline)
 
     def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
-        from metalgen.verify import verify
+        from metalgen.calls.verify import verify
 
         with self._watched():
             return verify(self.device, config, schedule)

@@ -17,9 +17,9 @@ from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
+from metalgen.calls.check import CannotCheck, NoRoom, failure_status, first_line, require_working
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.kernel_check import CannotCheck, NoRoom, failure_status, first_line, require_working
 from metalgen.tuning.timing.measure import Policy
 from metalgen.tuning.workers.executing import Here
 
@@ -65,8 +65,6 @@ def serve(
 
 def _begin(device: Device) -> None:
     """Whatever takes long once, before the first time limit runs; shows that the device works."""
-    import metalgen.source.render
-    import metalgen.verify  # noqa: F401
 
     device.require()
     require_working(device)

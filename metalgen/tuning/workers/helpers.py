@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from metalgen.arguments import as_integer, as_number
+from metalgen.calls.check import KernelFailure, NoRoom
+from metalgen.calls.verify import Verification
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule
-from metalgen.kernel_check import KernelFailure, NoRoom
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent
@@ -35,7 +36,6 @@ from metalgen.tuning.timing.measure import Policy, Timing
 from metalgen.tuning.timing.racing import Race
 from metalgen.tuning.workers.executing import Executor
 from metalgen.tuning.workers.helper import BEAT, serve
-from metalgen.verify import Verification
 
 AHEAD = 8
 """Schedules that are asked for before the first of them has a time.

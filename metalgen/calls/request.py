@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.dispatch import Kernel, get_kernel
+from metalgen.calls.arrays import layout_hint, main_arrays, types_of
+from metalgen.calls.kernel import Kernel
+from metalgen.calls.mlx_call import MlxCall, mlx_call
+from metalgen.calls.options import KNOWN_OPTIONS, Keys, Options, unexpected
+from metalgen.calls.resolve import get_kernel
 from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features import FIELDS, INPUTS
 from metalgen.features.conversions import brief, integers
-from metalgen.ops.arrays import layout_hint, main_arrays, types_of
-from metalgen.ops.mlx_call import MlxCall, mlx_call
-from metalgen.ops.options import KNOWN_OPTIONS, Keys, Options, unexpected
-from metalgen.ops.rope import Rope
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
+from metalgen.problem.rope import Rope
 from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:

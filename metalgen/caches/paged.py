@@ -7,16 +7,16 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import mlx.core as mx
 
+from metalgen.append.checks import MAX_ROWS
 from metalgen.arguments import as_integer, check_integer, check_positive
-from metalgen.cache.checks import MAX_ROWS
-from metalgen.cache.parts import check_quantization, empty
+from metalgen.caches.parts import check_quantization, empty
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.features.fields import DTYPES
 from metalgen.features.pages import MAX_PAGE, MIN_PAGE
 from metalgen.ops.append import append_kv
-from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
 from metalgen.problem.config import MAX_HEAD_DIM, MIN_HEAD_DIM
+from metalgen.problem.rope import Rope
 
 
 class CacheFull(MetalgenError, MemoryError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from metalgen.cache.render import AppendSchedule, is_placed, operands, outputs
+from metalgen.append.render import AppendSchedule, is_placed, operands, outputs
 from metalgen.devices import Device, get_device
 from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.marking import marked_outputs
@@ -17,7 +17,7 @@ from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
 Maker = Callable[[Mapping[str, mx.array]], Arrays]
-"""From the arrays that `metalgen.cache.render.inputs` names to those that `outputs` names."""
+"""From the arrays that `metalgen.append.render.inputs` names to those that `outputs` names."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,7 +46,7 @@ def row_maker(config: AttentionConfig, device: str | None, schedule: AppendSched
 
 def kernel_rows(config: AttentionConfig, device: Device, schedule: AppendSchedule) -> Maker:
     """The append kernel of a device, unchecked."""
-    from metalgen.cache.render import render_append  # brings Jinja
+    from metalgen.append.render import render_append  # brings Jinja
 
     if not isinstance(device, KernelDevice):
         raise TypeError(f"{device.name} runs no kernels")
@@ -178,7 +178,7 @@ def _places(
 
 def rows_fault(config: AttentionConfig, maker: Maker) -> str:
     """What is wrong with a kernel, on a small ragged call; empty where nothing is."""
-    from metalgen.cache.samples import sample_rows
+    from metalgen.append.samples import sample_rows
 
     given = sample_rows(config)
     with marked_outputs():

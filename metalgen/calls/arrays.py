@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalgen.calls.options import Keys, Options
 from metalgen.errors import ArgumentError
 from metalgen.features.quantized import KV_BITS, KV_GROUPS
 from metalgen.features.triple import arrays_of, bits_of, group_of
-from metalgen.ops.options import Keys, Options
 
 MANY_HEADS = 512
 """More query heads than any known model has: such a call has probably rows before heads."""

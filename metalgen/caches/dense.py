@@ -5,12 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalgen.arguments import check_integer
-from metalgen.cache.parts import check_quantization, empty, rows_of, slots_of, wider
+from metalgen.caches.parts import check_quantization, empty, rows_of, slots_of, wider
 from metalgen.errors import ArgumentError
 from metalgen.features.triple import Part
 from metalgen.ops.append import append_kv
-from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
+from metalgen.problem.rope import Rope
 from metalgen.problem.sizes import MAX_LENGTH
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from metalgen.arguments import check_integer
+from metalgen.calls.arrays import Parts
+from metalgen.calls.gradients import BACKWARDS
+from metalgen.calls.kernel import check_scale
+from metalgen.calls.options import Options
 from metalgen.devices.mlx_attention import mlx_attention, seen_by
-from metalgen.dispatch import check_scale
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import broadcasts
 from metalgen.features.conversions import booleans, numbers, scores
 from metalgen.features.fields import DTYPES
 from metalgen.features.window import MAX_WINDOW
-from metalgen.gradients import BACKWARDS
-from metalgen.ops.arrays import Parts
-from metalgen.ops.options import Options
 from metalgen.problem.config import MAX_HEAD_DIM, MIN_HEAD_DIM
 from metalgen.problem.inputs import NOTHING, Inputs
 

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from metalgen.calls.verify import Verification, of_compiler, verify
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
-from metalgen.verify import Verification, of_compiler, verify
 
 Verify = Callable[..., Verification]
-"""``verify(device, config, schedule)``, as `metalgen.verify.verify`."""
+"""``verify(device, config, schedule)``, as `metalgen.calls.verify.verify`."""
 
 NO_ROOM = ("out of memory", "insufficient memory", "unable to allocate")
 """How MLX says on Metal and CUDA that the device has no memory left."""

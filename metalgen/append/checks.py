@@ -9,9 +9,9 @@ import mlx.core as mx
 from metalgen.errors import ArgumentError
 from metalgen.features.conversions import integers
 from metalgen.features.triple import arrays_of, bits_of
-from metalgen.ops.rope import Rope
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.rope import Rope
 
 MAX_ROWS = 1 << 31
 """There are fewer rows in a cache: the kernel counts them in 32 bits."""

@@ -6,7 +6,7 @@ from typing import Literal, TypedDict
 
 import mlx.core as mx
 
-from metalgen.ops.rope import Rope
+from metalgen.problem.rope import Rope
 
 Quantized = tuple[mx.array, mx.array, mx.array] | list[mx.array]
 """What ``mx.quantize`` returns: packed words, scales, biases."""

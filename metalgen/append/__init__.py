@@ -1,0 +1,1 @@
+"""The kernel that makes rows of a cache: its source, its check, and its launches."""

@@ -1,0 +1,1 @@
+"""Classes that hold keys and values for the next call."""

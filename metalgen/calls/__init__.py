@@ -1,0 +1,1 @@
+"""From arrays and options to a request, from that to a kernel, and its checks and gradients."""
