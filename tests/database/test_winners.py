@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from metalgen.chips import get_chip
-from metalgen.chips.counts import forward_counts
 from metalgen.cli.app import run
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement
@@ -22,6 +21,7 @@ from metalgen.database.winners import GRAIN, ordered, winner
 from metalgen.devices import get_device
 from metalgen.dispatch import forget_kernels, get_kernel
 from metalgen.families import Schedule, decode_schedule
+from metalgen.families.counts import forward_counts
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem
 from metalgen.report.results import results
