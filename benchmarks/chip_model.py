@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 
 from metalgen.chips import get_chip
-from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.families import Schedule, default_schedule, is_valid
+from metalgen.families.counts import forward_counts
 from metalgen.kinds import SIMDGROUP
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.sizes import Problem

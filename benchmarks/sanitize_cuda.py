@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 
 from metalgen.append.launch import kernel_rows, rows_fault
-from metalgen.append.render import AppendSchedule
 from metalgen.calls.verify import verify
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
+from metalgen.families.append import append_schedule
 from metalgen.problem.config import AttentionConfig
 
 SLOPES = mx.arange(8).astype(mx.float32)
@@ -84,7 +84,7 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
                     lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
                 )
     for config in APPENDS:
-        for append in (AppendSchedule(), AppendSchedule(32, 1)):
+        for append in (append_schedule(), append_schedule(32, 1)):
             yield (
                 f"{config} append {append}",
                 lambda c=config, a=append: rows_fault(c, kernel_rows(c, device, a)),

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalgen.chips.counts import (
+from metalgen.errors import InvalidSchedule
+from metalgen.families import Limits, Schedule, default_schedule, threadgroup_bytes
+from metalgen.families.counts import (
     Counts,
     combine_counts,
     decode_counts,
@@ -16,8 +18,6 @@ from metalgen.chips.counts import (
     forward_counts,
     pass_sums,
 )
-from metalgen.errors import InvalidSchedule
-from metalgen.families import Limits, Schedule, default_schedule, threadgroup_bytes
 from metalgen.problem.config import AttentionConfig
 
 

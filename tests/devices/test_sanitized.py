@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from benchmarks.sanitize_cuda import APPENDS, CONFIGS, kernels, main
-from metalgen.append.render import inputs, operands, outputs, render_append
 from metalgen.devices import Runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.families import Limits, Schedule, check_schedule
+from metalgen.families.append import append_schedule, inputs, operands, outputs
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.render import render
 
@@ -100,4 +100,4 @@ def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() 
     assert len(set(found)) == len(found) == len(faults) > 80
     assert not any(faults)
     for config in APPENDS:
-        assert render_append(config, target="cuda").source
+        assert render(config, append_schedule(language="cuda")).source
