@@ -28,6 +28,7 @@ from metalgen._version import __version__
 if TYPE_CHECKING:
     from metalgen.cache.dense import KVCache
     from metalgen.cache.paged import CacheFull, PagedKVCache
+    from metalgen.counters import Stats, reset_stats, stats
     from metalgen.dispatch import Kernel, get_kernel
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.families import Schedule
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
+    from metalgen.ops.installing import install, is_installed, uninstall
     from metalgen.ops.rope import Rope
+    from metalgen.ops.sdpa import explain_sdpa, scaled_dot_product_attention
     from metalgen.problem.block_mask import BlockMask, create_block_mask
     from metalgen.problem.config import AttentionConfig
 
@@ -52,15 +55,23 @@ _WHERE = {
     "PagedKVCache": "metalgen.cache.paged",
     "Rope": "metalgen.ops.rope",
     "Schedule": "metalgen.families",
+    "Stats": "metalgen.counters",
     "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
     "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
     "create_block_mask": "metalgen.problem.block_mask",
     "explain": "metalgen.ops.attention",
+    "explain_sdpa": "metalgen.ops.sdpa",
     "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.dispatch",
+    "install": "metalgen.ops.installing",
+    "is_installed": "metalgen.ops.installing",
     "or_masks": "metalgen.ops.flex_attention",
+    "reset_stats": "metalgen.counters",
+    "scaled_dot_product_attention": "metalgen.ops.sdpa",
+    "stats": "metalgen.counters",
+    "uninstall": "metalgen.ops.installing",
     "varlen_attention": "metalgen.ops.attention",
 }
 
@@ -77,6 +88,7 @@ __all__ = [
     "PagedKVCache",
     "Rope",
     "Schedule",
+    "Stats",
     "__version__",
     "alibi_slopes",
     "and_masks",
@@ -84,9 +96,16 @@ __all__ = [
     "attention",
     "create_block_mask",
     "explain",
+    "explain_sdpa",
     "flex_attention",
     "get_kernel",
+    "install",
+    "is_installed",
     "or_masks",
+    "reset_stats",
+    "scaled_dot_product_attention",
+    "stats",
+    "uninstall",
     "varlen_attention",
 ]
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen import switches
 from metalgen.arguments import as_number, check_positive
+from metalgen.counters import Tally, tally
 from metalgen.database.hit import Hit, brief
 from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
@@ -17,7 +20,7 @@ from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
-from metalgen.gradients import BACKWARDS, backward_of, differentiable
+from metalgen.gradients import BACKWARDS, backward_of, differentiable, function_of
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_inputs, check_qkv, needs_inputs
 from metalgen.problem.sizes import Problem
@@ -57,6 +60,12 @@ class Kernel:
     def __repr__(self) -> str:
         """Short, for a prompt; `explain` says more."""
         return f"<Kernel {self.config}: {self.backend} on {self.device}, {self.schedule}>"
+
+    @functools.cached_property
+    def _tally(self) -> Tally:
+        """Where calls of this kernel are counted."""
+        ours = self.backend == "metalgen" or not self.path
+        return tally(self.backend, "" if ours else self.path[-1])
 
     @functools.cached_property
     def _asks(self) -> bool:
@@ -120,11 +129,22 @@ class Kernel:
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
         scale = check_scale(self.config.head_dim, scale)
+        self._tally.calls += 1
         if self._has_own_gradient:
             out, lse = differentiable(self._run, self.config, q, k, v, scale, inputs)
         else:
             out, lse = self._run(q, k, v, scale, inputs)
         return out if lse is None else (out, lse)
+
+    def _with_scale(self, scale: float) -> Callable[..., tuple[mx.array, ...]]:
+        """The kernel as a function of q, k and v that checks and counts nothing.
+
+        For one of ours whose config asks for no other input. It returns the output and, where the
+        config asks for it, the log-sum-exp.
+        """
+        return function_of(
+            self._run, self.config, check_scale(self.config.head_dim, scale), NOTHING
+        )
 
 
 def get_kernel(
@@ -188,13 +208,21 @@ def get_kernel(
 
 
 _known: dict[Any, Kernel] = {}
+kept_with_kernels: list[dict[Any, Any]] = []
+"""What others decided from kernels and keep: forgotten with them."""
 MOST_KNOWN = 4096
 """Kernels that are kept: functions with numbers that change make a new one each time."""
 
 
 def forget_kernels() -> None:
-    """Forget every kernel that `get_kernel` has handed out, so that databases are read again."""
+    """Forget every kernel that `get_kernel` has handed out.
+
+    Databases and environment variables are then read again.
+    """
     _known.clear()
+    for kept in kept_with_kernels:
+        kept.clear()
+    switches.read_again()
 
 
 def check_scale(head_dim: int, scale: float | None) -> float:
@@ -213,8 +241,11 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
     config, family = problem.config, problem.family
     path: list[str] = []
     chip = _chip(chip_name, device, path)
-    if device.language is None:
-        path.append("plain MLX operations: no kernel runs on this device")
+    forced = switches.forced_reference()
+    if device.language is None or forced:
+        why = f"{forced} forces them" if forced else "no kernel runs on this device"
+        path.append(f"plain MLX operations: {why}")
+        device = get_device("reference")
         return Kernel(
             config,
             device.name,

@@ -86,7 +86,8 @@ class KernelDevice(Device):
             q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
             shape = q.shape
-            if 0 in shape or 0 in k.shape or not max_kv_len(config, k, inputs):
+            keys = max_kv_len(config, k, inputs)
+            if 0 in shape or 0 in k.shape or not keys:
                 return _empty(config, q, inputs)  # nothing to launch: no row sees a key
             # With a bound on the work a call is cut into dispatches, which keep to the limits.
             crowded = shape[0] > self.most_groups or k.shape[1] > most_kv_heads
@@ -97,13 +98,12 @@ class KernelDevice(Device):
             exponents = self.number(scale * math.log2(math.e))  # of 2
             bound = [*(_rows(x, language) for x in (q, k, v)), exponents]
             if inputs is not NOTHING:
-                whole = (*shape[:3], max_kv_len(config, k, inputs))
+                whole = (*shape[:3], keys)
                 binder = Binder(
                     whole, source.bq, schedule.bk, functools.partial(_rows, language=language)
                 )
                 for feature in config.features:
                     bound += feature.bind(config, inputs, binder)
-            keys = max_kv_len(config, k, inputs)
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
             found = []
             launches = dispatches(shape[:3], keys, sequences, q.dtype)
@@ -130,16 +130,18 @@ class KernelDevice(Device):
         source = render(config, schedule, merging)
         kernel = self.compile(source)
 
+        @functools.lru_cache(maxsize=64)
+        def arguments(shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, Any]:
+            size = math.prod(shape)
+            return {
+                "output_shapes": [shape, shape[:-1]][: len(source.outputs)],
+                "output_dtypes": [dtype, mx.float32][: len(source.outputs)],
+                "grid": (-(-size // source.threads) * source.threads, 1, 1),
+                "threadgroup": (source.threads, 1, 1),
+            }
+
         def run(parts: mx.array, sums: mx.array, dtype: mx.Dtype) -> list[mx.array]:
-            shapes = [tuple(parts.shape[1:]), tuple(parts.shape[1:-1])]
-            size = math.prod(shapes[0])
-            return kernel(
-                inputs=[parts, sums],
-                output_shapes=shapes[: len(source.outputs)],
-                output_dtypes=[dtype, mx.float32][: len(source.outputs)],
-                grid=(-(-size // source.threads) * source.threads, 1, 1),
-                threadgroup=(source.threads, 1, 1),
-            )
+            return kernel(inputs=[parts, sums], **arguments(parts.shape[1:], dtype))
 
         return run
 
@@ -148,10 +150,12 @@ def _rows(x: mx.array, language: Language) -> mx.array:
     """An array of rows (of Q, keys, or what belongs to keys) as a language's kernels take it."""
     if not language.byte_rows:
         return x
-    x = x.view(mx.uint8)
+    rows = x.view(mx.uint8)
+    if x.size >= 8:
+        return rows
     # MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie.
-    missing = 8 - x.shape[-1] if x.size < 8 else 0
-    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+    missing = 8 - rows.shape[-1] if rows.size < 8 else 0
+    return mx.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing else rows
 
 
 def _empty(

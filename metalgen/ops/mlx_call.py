@@ -13,11 +13,12 @@ from metalgen.dispatch import check_scale
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import broadcasts
 from metalgen.features.conversions import booleans, numbers, scores
-from metalgen.features.fields import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+from metalgen.features.fields import DTYPES
 from metalgen.features.window import MAX_WINDOW
 from metalgen.gradients import BACKWARDS
 from metalgen.ops.arrays import Parts
 from metalgen.ops.options import Options
+from metalgen.problem.config import MAX_HEAD_DIM, MIN_HEAD_DIM
 from metalgen.problem.inputs import NOTHING, Inputs
 
 _TAKEN = frozenset(
