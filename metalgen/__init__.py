@@ -110,7 +110,13 @@ __all__ = [
 ]
 
 
+_ROOMS = ("flash_attn", "nn")
+"""Subpackages that stand for themselves, so that ``metalgen.flash_attn`` needs no import."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"metalgen.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
@@ -119,4 +125,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_WHERE, *_ROOMS})

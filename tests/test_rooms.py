@@ -81,6 +81,10 @@ def test_the_simulator_is_usable_without_the_rest(uses: dict[str, set[str]]) -> 
         ({"source"}, {"devices", "database", "dispatch"}),
         ({"devices"}, {"database", "tuning", "dispatch", "ops", "cli"}),
         ({"database"}, {"source", "devices", "tuning", "dispatch", "ops", "cli"}),
+        (
+            {"problem", "devices", "database", "tuning", "dispatch", "ops", "cache", "reference"},
+            {"flash_attn"},
+        ),
         ({"tuning", "chips", "simulator", "dsl", "report"}, {"cli", "ops", "testing"}),
     ],
     ids=lambda rooms: "-".join(sorted(rooms)),
