@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.installing import install, is_installed, uninstall
+    from metalgen.ops.preparing import Prepared, prepare
     from metalgen.ops.rope import Rope
     from metalgen.ops.sdpa import explain_sdpa, scaled_dot_product_attention
     from metalgen.problem.block_mask import BlockMask, create_block_mask
@@ -53,6 +54,7 @@ _WHERE = {
     "Kernel": "metalgen.dispatch",
     "MetalgenError": "metalgen.errors",
     "PagedKVCache": "metalgen.cache.paged",
+    "Prepared": "metalgen.ops.preparing",
     "Rope": "metalgen.ops.rope",
     "Schedule": "metalgen.families",
     "Stats": "metalgen.counters",
@@ -68,6 +70,7 @@ _WHERE = {
     "install": "metalgen.ops.installing",
     "is_installed": "metalgen.ops.installing",
     "or_masks": "metalgen.ops.flex_attention",
+    "prepare": "metalgen.ops.preparing",
     "reset_stats": "metalgen.counters",
     "scaled_dot_product_attention": "metalgen.ops.sdpa",
     "stats": "metalgen.counters",
@@ -86,6 +89,7 @@ __all__ = [
     "Kernel",
     "MetalgenError",
     "PagedKVCache",
+    "Prepared",
     "Rope",
     "Schedule",
     "Stats",
@@ -102,6 +106,7 @@ __all__ = [
     "install",
     "is_installed",
     "or_masks",
+    "prepare",
     "reset_stats",
     "scaled_dot_product_attention",
     "stats",

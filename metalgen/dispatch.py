@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -200,11 +200,44 @@ def get_kernel(
     if any(type(size) is not int for size in sizes.values()):
         plain = {argument: int(size) for argument, size in sizes.items()}
         return get_kernel(config, **plain, device=device, chip=chip)
-    kernel = _resolve(problem, get_device(name), chip)
+    if _recording is not None:
+        _recording.append((problem, batch, name, chip))
+        kernel = Kernel(
+            *(config, "reference", "plain", problem.family, default_schedule(config)),
+            ("plain MLX operations: metalgen.prepare looks at what is called",),
+            _plain(config),
+        )
+    else:
+        kernel = _resolve(problem, get_device(name), chip)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _known[key] = kernel
     return kernel
+
+
+def pinned_kernel(
+    config: AttentionConfig, schedule: Schedule, *, device: str | None = None
+) -> Kernel:
+    """The forward kernel of a config with a schedule of the caller's own, checked as any other.
+
+    It is not looked up, and a new one each time; plain MLX stands in where no kernel runs, or where
+    this one is wrong, and `Kernel.explain` says so.
+
+    Raises:
+        InvalidSchedule: the schedule cannot run the config on that device.
+        DeviceError, ArgumentError: as `get_kernel`.
+    """
+    where = get_device(device)
+    path = ["schedule: pinned by the caller"]
+    if where.language is None or switches.forced_reference():
+        path.append("plain MLX operations: no kernel runs on this device")
+        run, backend, name = _plain(config), "plain", "reference"
+    elif _passes(where, config, schedule, template_hash("forward", where.language), path):
+        run, backend, name = where.build(config, schedule), "metalgen", where.name
+    else:
+        path.append("FALLBACK to plain MLX operations: the pinned kernel failed its check")
+        run, backend, name = _plain(config), "plain", where.name
+    return Kernel(config, name, backend, "forward", schedule, tuple(path), run)
 
 
 _known: dict[Any, Kernel] = {}
@@ -212,6 +245,25 @@ kept_with_kernels: list[dict[Any, Any]] = []
 """What others decided from kernels and keep: forgotten with them."""
 MOST_KNOWN = 4096
 """Kernels that are kept: functions with numbers that change make a new one each time."""
+
+
+Request = tuple[Problem, int, str, str | None]
+"""What a call asks `get_kernel` for: problem, batch, device, chip."""
+_recording: list[Request] | None = None
+
+
+@contextlib.contextmanager
+def recorded_requests() -> Iterator[list[Request]]:
+    """What is asked for meanwhile, each once; plain MLX operations stand in for every kernel."""
+    global _recording
+    forget_kernels()
+    found: list[Request] = []
+    _recording = found
+    try:
+        yield found
+    finally:
+        _recording = None
+        forget_kernels()
 
 
 def forget_kernels() -> None:

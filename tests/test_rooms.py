@@ -83,7 +83,7 @@ def test_the_simulator_is_usable_without_the_rest(uses: dict[str, set[str]]) -> 
         ({"database"}, {"source", "devices", "tuning", "dispatch", "ops", "cli"}),
         (
             {"problem", "devices", "database", "tuning", "dispatch", "ops", "cache", "reference"},
-            {"flash_attn"},
+            {"flash_attn", "nn"},
         ),
         ({"tuning", "chips", "simulator", "dsl", "report"}, {"cli", "ops", "testing"}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import mlx.core as mx
@@ -57,6 +58,34 @@ def uninstall() -> bool:
     if there:
         mx.fast.scaled_dot_product_attention = mlx_sdpa
     return there
+
+
+class Routed:
+    """While it is entered, ``mx.fast``'s function is ours; it may be entered again, by any thread.
+
+    Other threads that call ``mx.fast``'s function meanwhile call ours, too.
+    """
+
+    _lock = threading.Lock()
+    _entered = 0
+    _before: Any = None
+
+    def __init__(self, device: str | None = None, chip: str | None = None) -> None:
+        named = device is not None or chip is not None
+        self._ours: Any = _on(device, chip) if named else scaled_dot_product_attention
+
+    def __enter__(self) -> None:
+        with Routed._lock:
+            if not Routed._entered:
+                Routed._before = mx.fast.scaled_dot_product_attention
+            Routed._entered += 1
+            mx.fast.scaled_dot_product_attention = self._ours
+
+    def __exit__(self, *error: object) -> None:
+        with Routed._lock:
+            Routed._entered -= 1
+            if not Routed._entered:
+                mx.fast.scaled_dot_product_attention = Routed._before
 
 
 def is_installed() -> bool:
