@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from metalgen.render import KernelSource
 
 import metalgen
 from metalgen import dispatch
@@ -27,6 +26,7 @@ from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.marking import Launcher
 from metalgen.devices.mlx_attention import mlx_sdpa
 from metalgen.ops import sdpa
+from metalgen.source.render import KernelSource
 
 AIM = 12.0
 ROUNDS, CALLS = 31, 300
@@ -36,7 +36,7 @@ class StandIn(KernelDevice):
     """A GPU whose launches are calls of MLX's function."""
 
     name = "metal"
-    target = "metal"
+    language = "metal"
     is_gpu = True
 
     def unavailable(self) -> None:
@@ -73,10 +73,10 @@ def kernel_route(stand_in: StandIn, q: mx.array, k: mx.array, v: mx.array, mask:
         causal=mask == "causal",
     )
     plain = metalgen.get_kernel(config, q_len=q.shape[2], kv_len=k.shape[2])
-    run = stand_in.build(config, plain.schedule, plain.family)
+    run = stand_in.build(config, plain.schedule)
     kernel = replace(plain, backend="metalgen", device="metal", _run=run)
     sdpa._routes[key] = sdpa.Route(kernel, "", False, kernel._tally)
-    return 2 if kernel.schedule.joined > 1 else 1
+    return 2 if kernel.schedule.partials > 1 else 1
 
 
 def main() -> None:
