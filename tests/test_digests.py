@@ -21,9 +21,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import pytest
-from metalgen.cache.render import ELEMENTS, THREADS, AppendSchedule, operands, render_append
 
-from metalgen.errors import InvalidSchedule
 from metalgen.families import (
     Limits,
     Schedule,
@@ -33,6 +31,7 @@ from metalgen.families import (
     is_valid,
     language_of,
 )
+from metalgen.families.append import ELEMENTS, THREADS, append_schedule, operands
 from metalgen.languages import LANGUAGES
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
@@ -141,11 +140,7 @@ class Corpus:
     def kernels(self, case: Case) -> Iterator[KernelSource]:
         """The kernels of a case, one for each step of its family."""
         config = AttentionConfig.from_dict(self.fields(case.config))
-        fields = self.fields(case.schedule)
-        if case.family == "append":
-            yield render_append(config, AppendSchedule(**fields), case.language)
-            return
-        schedule = decode_schedule(fields, case.family, case.language)
+        schedule = decode_schedule(self.fields(case.schedule), case.family, case.language)
         for step in get_family(case.family).steps(schedule):
             yield render(config, schedule, step)
 
@@ -227,14 +222,13 @@ def drawn_appends() -> Drawn:
             rope_dims=None if rope is None else 2 * random.randint(1, width // 2),
             **random.choice(places),
         )
-        schedule = AppendSchedule(random.choice(THREADS), random.choice(ELEMENTS))
-        try:
-            schedule.rows(config)
-        except InvalidSchedule:
-            schedule = AppendSchedule()
-        if operands(config):
-            for language in LIMITS:
-                yield language, "append", config, vars(schedule)
+        chosen = random.choice(THREADS.choices), random.choice(ELEMENTS.choices)
+        for language, limits in LIMITS.items():
+            schedule = append_schedule(*chosen, language=language)
+            if operands(config) and not is_valid(config, schedule, limits):
+                schedule = append_schedule(language=language)
+            if operands(config):
+                yield language, "append", config, schedule.to_dict()
 
 
 @pytest.fixture(scope="module")
