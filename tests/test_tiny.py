@@ -16,7 +16,7 @@ from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.families import check_schedule, default_schedule, space
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.source.hashes import template_hash
 from metalgen.source.render import render

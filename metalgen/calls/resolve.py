@@ -17,8 +17,8 @@ from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from metalgen.database.layout import CHAINED, PHASES, PROVENANCES, WARM
 from metalgen.database.measurement import Measurement, host
 from metalgen.errors import MetalgenError
 from metalgen.families import decode_schedule, get_attention
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 GRAIN = 1.01
 """The chip model cannot tell predictions apart that differ by up to this factor."""

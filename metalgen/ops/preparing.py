@@ -15,9 +15,9 @@ from metalgen.calls.kernel import Kernel
 from metalgen.calls.resolve import Request, get_kernel, recorded_requests
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import DECODE_QUERIES, Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.samples import sample_call
-from metalgen.problem.sizes import DECODE_QUERIES, Problem
 
 Progress = Callable[[int, int, Kernel], None]
 """Called after each kernel with how many are done, how many there are, and the kernel."""

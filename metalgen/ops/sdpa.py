@@ -14,11 +14,11 @@ from metalgen.counters import Tally, tally
 from metalgen.devices import default_device, get_device
 from metalgen.devices.mlx_attention import MLX_FUSED_DIMS, mlx_sdpa
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import MAX_BATCH_HEADS, MAX_LENGTH
 from metalgen.features.conversions import booleans, numbers, scores
 from metalgen.features.fields import DTYPES
 from metalgen.problem.config import MAX_HEAD_DIM, MIN_HEAD_DIM, AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
-from metalgen.problem.sizes import MAX_BATCH_HEADS, MAX_LENGTH
 
 _DTYPES = tuple(getattr(mx, name) for name in DTYPES)
 

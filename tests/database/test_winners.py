@@ -23,8 +23,8 @@ from metalgen.database.winners import GRAIN, ordered, winner
 from metalgen.devices import get_device
 from metalgen.families import Schedule, decode_schedule
 from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.report.results import results
 from metalgen.report.sources import read_sources
 from metalgen.source.hashes import template_hash
