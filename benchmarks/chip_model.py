@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterator
 
 from metalgen.chips import get_chip
-from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.families import Schedule, default_schedule, is_valid
+from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.kinds import SIMDGROUP
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 
 def space(config: AttentionConfig) -> Iterator[Schedule]:

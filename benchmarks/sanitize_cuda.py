@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 
 from metalgen.append.launch import kernel_rows, rows_fault
-from metalgen.append.render import AppendSchedule
 from metalgen.calls.verify import verify
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
+from metalgen.families.append import append_schedule
 from metalgen.problem.config import AttentionConfig
 
 SLOPES = mx.arange(8).astype(mx.float32)
@@ -76,15 +76,17 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
             buffers = default.buffers
             if device.language == "cuda":
                 buffers = 3 if config.head_dim <= 256 else 2
-            rows = default.bq * default.key_simdgroups
-            other = dataclasses.replace(default, bk=16, buffers=buffers, bq=rows, key_simdgroups=1)
+            values = {"bk": 16, "buffers": buffers}
+            if hasattr(default, "key_simdgroups"):
+                values |= {"bq": default.bq * default.key_simdgroups, "key_simdgroups": 1}
+            other = dataclasses.replace(default, **values)
             for schedule in dict.fromkeys([default, other]):
                 yield (
                     f"{config} {family} {schedule}",
                     lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
                 )
     for config in APPENDS:
-        for append in (AppendSchedule(), AppendSchedule(32, 1)):
+        for append in (append_schedule(), append_schedule(32, 1)):
             yield (
                 f"{config} append {append}",
                 lambda c=config, a=append: rows_fault(c, kernel_rows(c, device, a)),

@@ -12,13 +12,15 @@ import pytest
 import metalgen.devices
 from metalgen import simulator
 from metalgen.append.launch import kernel_rows, plain_rows
-from metalgen.append.render import AppendSchedule, operands, render_append
 from metalgen.append.samples import sample_rows
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
+from metalgen.families import Schedule
+from metalgen.families.append import append_schedule, operands
 from metalgen.ops.append import append_kv
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.rope import Rope
+from metalgen.source.render import render
 
 DTYPES = ("float32", "float16", "bfloat16")
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -381,15 +383,15 @@ class TestKernel:
     @pytest.mark.parametrize(
         ("config", "schedule"),
         [
-            *((config, AppendSchedule()) for config in CONFIGS),
-            *((CONFIGS[n], AppendSchedule(32, 1)) for n in (0, 5)),
-            *((CONFIGS[n], AppendSchedule(256, 4)) for n in (2, 6)),
-            *((CONFIGS[n], AppendSchedule(128, 32)) for n in (1, 3)),
+            *((config, append_schedule()) for config in CONFIGS),
+            *((CONFIGS[n], append_schedule(32, 1)) for n in (0, 5)),
+            *((CONFIGS[n], append_schedule(256, 4)) for n in (2, 6)),
+            *((CONFIGS[n], append_schedule(128, 32)) for n in (1, 3)),
         ],
         ids=str,
     )
     def test_makes_the_rows_and_places_of_plain_mlx(
-        self, device: str, config: AttentionConfig, schedule: AppendSchedule
+        self, device: str, config: AttentionConfig, schedule: Schedule
     ) -> None:
         given = sample_rows(config, seed=3)
         with simulator.record(checked=True) as runs:
@@ -415,7 +417,7 @@ class TestKernel:
     ) -> None:
         given = sample_rows(config, seed=3)
         with simulator.record(checked=True) as runs:
-            got = kernel_rows(config, get_device(the_simulator), AppendSchedule())(given)
+            got = kernel_rows(config, get_device(the_simulator), append_schedule())(given)
         counters = runs[0].counters
         assert counters is not None
         for name in operands(config):
@@ -433,7 +435,7 @@ class TestKernel:
         config = AttentionConfig(64, "float16", page_size=16, varlen=True, kv_bits=4, rope="half")
         given = sample_rows(config)
         metal = {d.name: d for d in metalgen.devices.all_devices()}["metal"]
-        make = kernel_rows(config, metal, AppendSchedule())
+        make = kernel_rows(config, metal, append_schedule())
         seen: list[str] = []
 
         def callback(event: dict[str, Any]) -> None:
@@ -465,7 +467,7 @@ class TestKernel:
     def test_every_config_renders_for_every_target(self, target: str) -> None:
         foreign = {"metal": ("__shared__", "blockIdx"), "cuda": ("threadgroup", "simd_")}[target]
         for config in CONFIGS:
-            source = render_append(config, target=target)
+            source = render(config, append_schedule(language=target))
             assert source.text.isascii()
             assert not [word for word in foreign if word in source.text]
             assert source.source.count("{") == source.source.count("}")
@@ -473,7 +475,7 @@ class TestKernel:
     def test_a_schedule_of_too_much_threadgroup_memory_is_refused(self) -> None:
         config = AttentionConfig(64, "float32", kv_bits=4)
         with pytest.raises(InvalidSchedule, match="threadgroup memory"):
-            render_append(config, AppendSchedule(1024, 64))
+            render(config, append_schedule(1024, 64))
 
     def test_a_kernel_that_is_wrong_gives_way_to_plain_mlx_with_a_warning(
         self, monkeypatch: pytest.MonkeyPatch, the_simulator: str

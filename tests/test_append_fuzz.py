@@ -14,9 +14,10 @@ import pytest
 
 from metalgen import simulator
 from metalgen.append.launch import kernel_rows, plain_rows
-from metalgen.append.render import ELEMENTS, THREADS, AppendSchedule, inputs, operands
 from metalgen.devices import get_device
 from metalgen.errors import InvalidSchedule
+from metalgen.families import Schedule, check_schedule
+from metalgen.families.append import ELEMENTS, THREADS, append_schedule, inputs, operands
 from metalgen.problem.config import AttentionConfig
 
 BOUND = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 4e-2}
@@ -49,10 +50,10 @@ def draw_config(rng: random.Random) -> AttentionConfig:
     return config if operands(config) else draw_config(rng)
 
 
-def draw_schedule(rng: random.Random, config: AttentionConfig) -> AppendSchedule:
-    schedule = AppendSchedule(rng.choice(THREADS), rng.choice(ELEMENTS))
+def draw_schedule(rng: random.Random, config: AttentionConfig) -> Schedule:
+    schedule = append_schedule(rng.choice(THREADS.choices), rng.choice(ELEMENTS.choices))
     try:
-        schedule.rows(config)
+        check_schedule(config, schedule)
     except InvalidSchedule:
         return draw_schedule(rng, config)
     return schedule

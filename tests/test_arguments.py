@@ -15,11 +15,11 @@ import pytest
 
 import metalgen
 from metalgen import ArgumentError, AttentionConfig, Schedule
-from metalgen.append.render import AppendSchedule
 from metalgen.arguments import as_integer, as_number, check_integer, check_positive
 from metalgen.calls.kernel import check_scale
 from metalgen.families import check_schedule, decode_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.append import append_schedule
+from metalgen.families.sizes import Problem
 
 
 class Seven:
@@ -127,7 +127,7 @@ def test_a_schedule_of_numpy_integers_is_that_of_pythons() -> None:
         with pytest.raises(ArgumentError, match="^simdgroups: expected an integer of 1, 2,"):
             decode_schedule(fields | {"simdgroups": value}, "forward", "metal")
     appending: Any = (np.int64(64), np.int64(4))
-    assert repr(AppendSchedule(*appending)) == repr(AppendSchedule(64, 4))
+    assert repr(append_schedule(*appending)) == repr(append_schedule(64, 4))
 
 
 def test_a_problem_and_a_kernel_of_numpy_sizes_are_those_of_pythons() -> None:

@@ -313,7 +313,11 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("too many positions", "rope.offset.shape", {"rope": Rope(offset=mx.array([1, 2, 3]))}),
     ("a device that is none", "device: expected one of", {"rope": Rope(), "device": "gpu"}),
     ("a list of devices", "device: expected one of", {"rope": Rope(), "device": ["gpu"]}),
-    ("a number for a schedule", "schedule: expected an AppendSchedule", {"schedule": 3}),
+    (
+        "a number for a schedule",
+        "schedule: expected a schedule of the append family",
+        {"schedule": 3},
+    ),
     (
         "checked: a slot beyond",
         r"offset\[1\]: expected a number from 0 to 6",

@@ -5,23 +5,25 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mlx.core as mx
 
-from metalgen.append.render import AppendSchedule, is_placed, operands, outputs
 from metalgen.devices import Device, get_device
-from metalgen.devices.kernel import KernelDevice
+from metalgen.devices.kernel import KernelDevice, launched
 from metalgen.devices.marking import marked_outputs
 from metalgen.errors import MetalgenError
+from metalgen.families import Schedule
+from metalgen.families.append import APPEND, append_schedule, is_placed, operands
 from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
 Maker = Callable[[Mapping[str, mx.array]], Arrays]
-"""From the arrays that `metalgen.append.render.inputs` names to those that `outputs` names."""
+"""From the arrays that `metalgen.families.append.inputs` names to those that `outputs` names."""
 
 
 @functools.lru_cache(maxsize=256)
-def row_maker(config: AttentionConfig, device: str | None, schedule: AppendSchedule) -> Maker:
+def row_maker(config: AttentionConfig, device: str | None, schedule: Schedule) -> Maker:
     """What makes the rows of a config on a device; its kernel is checked once, on a small call.
 
     Raises:
@@ -44,52 +46,28 @@ def row_maker(config: AttentionConfig, device: str | None, schedule: AppendSched
     return maker
 
 
-def kernel_rows(config: AttentionConfig, device: Device, schedule: AppendSchedule) -> Maker:
+def kernel_rows(config: AttentionConfig, device: Device, schedule: Schedule) -> Maker:
     """The append kernel of a device, unchecked."""
-    from metalgen.append.render import render_append  # brings Jinja
+    from metalgen.source.render import render  # brings Jinja
 
     if not isinstance(device, KernelDevice):
         raise TypeError(f"{device.name} runs no kernels")
-    source = render_append(config, schedule, device.language)
-    kernel = device.compile(source)
-    first, many = operands(config)[0], len(operands(config))
-    forms = functools.lru_cache(maxsize=64)(functools.partial(_forms, config))
+    fields = schedule.to_dict()
+    schedule = append_schedule(**fields, language=device.language)
+    source = render(config, schedule)
+    kernel, first = device.compile(source), operands(config)[0]
+
+    @functools.lru_cache(maxsize=64)
+    def arguments(batch: int, heads: int, length: int) -> dict[str, Any]:
+        shape = (batch, heads, length)
+        return launched(source, APPEND.main.dispatch(config, schedule, shape))
 
     def make(given: Mapping[str, mx.array]) -> Arrays:
-        batch, heads, length, _ = given[first].shape
-        shapes, dtypes = forms(batch, heads, length)
-        rows = batch * heads * length
-        made = kernel(
-            inputs=[given[name] for name in source.inputs],
-            output_shapes=shapes,
-            output_dtypes=dtypes,
-            grid=(-(-rows // source.bq) * source.threads, many, 1),
-            threadgroup=(source.threads, 1, 1),
-        )
+        inputs = [given[name] for name in source.inputs]
+        made = kernel(inputs=inputs, **arguments(*given[first].shape[:3]))
         return dict(zip(source.outputs, made, strict=True))
 
     return make
-
-
-def _forms(
-    config: AttentionConfig, batch: int, heads: int, length: int
-) -> tuple[list[tuple[int, ...]], list[mx.Dtype]]:
-    """Shapes and types of the kernel's outputs."""
-    own = getattr(mx, config.dtype)
-    packed = (config.kv_bits or 0) / 32
-    shapes: list[tuple[int, ...]] = []
-    dtypes: list[mx.Dtype] = []
-    for name in outputs(config):
-        if name == "places":
-            shapes.append((batch, heads, length))
-            dtypes.append(mx.int32)
-            continue
-        operand, part = name.split("_")
-        width = config.head_dim if operand == "k" else config.v_dim
-        columns = {"rows": width, "words": int(width * packed)}.get(part, width // config.kv_group)
-        shapes.append((batch, heads, length, columns))
-        dtypes.append(mx.uint32 if part == "words" else own)
-    return shapes, dtypes
 
 
 def plain_rows(config: AttentionConfig, given: Mapping[str, mx.array]) -> Arrays:

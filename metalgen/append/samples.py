@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from metalgen.append.render import inputs
+from metalgen.families.append import inputs
 from metalgen.problem.config import AttentionConfig
 
 
 def sample_rows(config: AttentionConfig, seed: int = 0) -> dict[str, mx.array]:
-    """Inputs by name, as `metalgen.append.render.inputs` lists them.
+    """Inputs by name, as `metalgen.families.append.inputs` lists them.
 
     Two heads, keys and values as ``(B, L, H, D)`` views; sequences that start anywhere, one of
     them empty, one with a page that is not there, one that runs off its pages.

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from metalgen.devices import Device
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
-from metalgen.families import Schedule, get_family
+from metalgen.families import Schedule, get_attention
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs, needs_inputs
 from metalgen.problem.samples import sample_call
@@ -73,7 +73,7 @@ def verify(
     if seed is None:  # for each kernel its own: what another one left is not right for it either
         seed = zlib.crc32(f"{schedule.family} {schedule.key}".encode())
     run = device.build(config, schedule)
-    shapes = get_family(schedule.family).check_sizes(config, schedule)
+    shapes = get_attention(schedule.family).check_sizes(config, schedule)
     worst, tolerance, faults = 0.0, 0.0, []
     for number, (queries, keys) in enumerate(shapes):
         q, k, v, given = sample_call(

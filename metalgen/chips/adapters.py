@@ -11,8 +11,8 @@ import math
 from typing import NamedTuple
 
 from metalgen.chips.chip import Chip
-from metalgen.chips.counts import pass_sums
 from metalgen.chips.work import REGISTERS, Work
+from metalgen.families.counts import pass_sums
 from metalgen.kinds.simdgroup import FRAGMENT
 
 LINE, SECTOR = 128, 64

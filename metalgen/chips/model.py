@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from metalgen.chips.chip import Chip, IncompleteChip
 from metalgen.chips.coefficients import DEFAULT, Coefficients
-from metalgen.chips.counts import covers, decode_counts, forward_counts
+from metalgen.chips.counts import covers
 from metalgen.chips.work import Work, combine_work, forward_work
-from metalgen.families import SIMD_WIDTH, Schedule
+from metalgen.families import SIMD_WIDTH, Schedule, get_attention
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 HALF_REGISTER_BYTES = 2 * SIMD_WIDTH
 """Bytes that a 16-bit register takes for a whole simdgroup."""
@@ -52,8 +52,6 @@ def predict(
         IncompleteChip: the chip lacks figures that the model needs, or is not an Apple GPU.
         InvalidSchedule: a schedule for another target than Metal.
     """
-    if problem.family == "decode":
-        return predict_decode(problem, schedule, chip, coefficients)
     return predict_sizes(
         problem.config,
         schedule,
@@ -63,30 +61,6 @@ def predict(
         kv_len=problem.kv_len,
         coefficients=coefficients,
     )
-
-
-def predict_decode(
-    problem: Problem, schedule: Schedule, chip: Chip, coefficients: Coefficients = DEFAULT
-) -> Prediction:
-    """The same for the decode family: its own counts, each split a head with its share of keys.
-
-    The combine step is a launch of its own, with counts of its own.
-    """
-    _core(chip)
-    config, splits = problem.config, schedule.partials
-    q_len, kv_len, batch_heads = problem.q_len, problem.kv_len, problem.heads
-    counts = decode_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
-    left = config.window_left
-    keys = kv_len if left is None else min(kv_len, left + q_len)
-    share = -(-keys // splits)
-    heads = batch_heads * splits
-    work = forward_work(config, schedule, counts, heads, q_len, share, packed=True)
-    main = estimate(work, chip, coefficients)._replace(note=covers(config) or "")
-    if splits == 1:
-        return main
-    work = combine_work(config, schedule, batch_heads, q_len)
-    combine = estimate(work, chip, coefficients).seconds
-    return main._replace(seconds=main.seconds + combine, parts=main.parts | {"combine": combine})
 
 
 def predict_sizes(
@@ -99,11 +73,21 @@ def predict_sizes(
     kv_len: int,
     coefficients: Coefficients = DEFAULT,
 ) -> Prediction:
-    """The same for any sizes; raises as `predict`."""
+    """The same for any sizes; raises as `predict`.
+
+    The schedule's family says what a call does. A step that merges shares of the keys is a launch
+    of its own.
+    """
     _core(chip)
-    counts = forward_counts(config, schedule, batch_heads=batch_heads, q_len=q_len, kv_len=kv_len)
-    work = forward_work(config, schedule, counts, batch_heads, q_len, kv_len)
-    return estimate(work, chip, coefficients)._replace(note=covers(config) or "")
+    sizes = {"batch_heads": batch_heads, "q_len": q_len, "kv_len": kv_len}
+    counts = get_attention(schedule.family).counts(config, schedule, **sizes)
+    work = forward_work(config, schedule, counts, q_len)
+    main = estimate(work, chip, coefficients)._replace(note=covers(config) or "")
+    if counts.combine is None:
+        return main
+    work = combine_work(config, schedule, counts.combine)
+    combine = estimate(work, chip, coefficients).seconds
+    return main._replace(seconds=main.seconds + combine, parts=main.parts | {"combine": combine})
 
 
 class _Core(NamedTuple):
@@ -171,13 +155,14 @@ def resident_groups(
     chip: Chip,
     coefficients: Coefficients = DEFAULT,
 ) -> int:
-    """How many threadgroups of the forward family a core holds: an estimate, as registers are.
+    """How many threadgroups of a schedule a core holds: an estimate, as registers are.
 
     Raises as `predict`.
     """
     core = _core(chip)
-    counts = forward_counts(config, schedule, batch_heads=1, q_len=1, kv_len=1)
-    return _residency(forward_work(config, schedule, counts, 1, 1, 1), core, coefficients)[0]
+    sizes = {"batch_heads": 1, "q_len": 1, "kv_len": 1}
+    counts = get_attention(schedule.family).counts(config, schedule, **sizes)
+    return _residency(forward_work(config, schedule, counts, 1), core, coefficients)[0]
 
 
 def _residency(w: Work, core: _Core, c: Coefficients) -> tuple[int, float]:

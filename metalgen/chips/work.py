@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from metalgen.chips.counts import Counts, combine_counts
 from metalgen.chips.functions import function_cost
-from metalgen.families import SIMD_WIDTH, Schedule
+from metalgen.families.counts import CallCounts, CombineCounts
 from metalgen.features.softcap import shift_of, takes_tanh
-from metalgen.kinds import SIMDGROUP, value_width
+from metalgen.kinds import get_kind, value_width
 from metalgen.kinds.simdgroup import FRAGMENT
 from metalgen.problem.config import AttentionConfig
+from metalgen.schedules import SIMD_WIDTH, Schedule
 
 REGISTERS = 256
 """16-bit registers that a thread can address."""
@@ -80,22 +80,18 @@ class Work(NamedTuple):
 def forward_work(
     config: AttentionConfig,
     schedule: Schedule,
-    counts: Counts,
-    batch_heads: int,
+    call: CallCounts,
     q_len: int,
-    kv_len: int,
-    *,
-    packed: bool = False,
 ) -> Work:
-    """The work of a launch of the forward family. Instructions are estimated, the rest is counted.
+    """The work of the main step of a call. Instructions are estimated, the rest is counted.
 
     The estimate follows the static study in docs/chip-model.md: a pass is a fixed part, a part for
-    each fragment of 8 keys, what user functions compute, and what staging takes. With `packed`
-    heads share a row block, as in decode.
+    each fragment of 8 keys, what user functions compute, and what staging takes.
     """
-    s = schedule
+    s, kind, counts = schedule, get_kind(schedule.kind), call.main
+    batch_heads, kv_len = call.heads, call.kv_len
     blocks, fragments, wide = s.row_blocks, s.bk // FRAGMENT, s.load_width // 2
-    k_padded, v_padded = SIMDGROUP.padded(config.head_dim), SIMDGROUP.padded(value_width(config, s))
+    k_padded, v_padded = kind.padded(config.head_dim), kind.padded(value_width(config, s))
     k_fragments, v_fragments = k_padded // FRAGMENT, v_padded // FRAGMENT
     item = config.itemsize
 
@@ -113,7 +109,9 @@ def forward_work(
     per_fragment: float = spread + (6 + 2 * peaks + 2 * capped) * blocks
     per_pass = 60.0 + blocks * (2 + (10 + 2 * v_fragments) * peaks + 2 * fragments)
     loads: float = fragments * (k_loads + v_loads)
-    function = function_cost(config, packed=packed)  # a lane has two scores of a row a fragment
+    function = function_cost(
+        config, packed=call.head_rows
+    )  # a lane has two scores of a row a fragment
     per_fragment += 2 * function.element * blocks
     per_pass += function.row * blocks
     own_loads = blocks * (function.row_loads + 2 * fragments * function.element_loads)
@@ -151,7 +149,7 @@ def forward_work(
     return Work(
         groups=counts.groups,
         simdgroups=s.simdgroups,
-        registers=SIMDGROUP.registers(config, s),
+        registers=kind.registers(config, s) or 0,
         threadgroup_memory=counts.threadgroup_memory,
         products=counts.multiply_accumulates,
         exponentials=counts.exponentials / SIMD_WIDTH,
@@ -184,13 +182,12 @@ COMBINE_SIMDGROUPS = 4
 """Of a threadgroup of the combine step."""
 
 
-def combine_work(config: AttentionConfig, schedule: Schedule, batch_heads: int, q_len: int) -> Work:
-    """The work of the step that joins the splits of a decode schedule.
+def combine_work(config: AttentionConfig, schedule: Schedule, counts: CombineCounts) -> Work:
+    """The work of the step that merges the outputs of shares of the keys.
 
     Bytes and exponentials are counted, instructions estimated: a place takes two divisions of
     64 bits, a split two addresses, a maximum, an exponent and two sums.
     """
-    counts = combine_counts(config, schedule, batch_heads=batch_heads, q_len=q_len)
     simdgroups = -(-counts.threads // SIMD_WIDTH)
     shared = min(SIMD_WIDTH, config.v_dim)  # lanes of a row read the same sums
     other = counts.parts_read + counts.sums_read / shared + counts.out_written + counts.lse_written

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from metalgen.database.layout import CHAINED, PHASES, PROVENANCES, WARM
 from metalgen.database.measurement import Measurement, host
 from metalgen.errors import MetalgenError
-from metalgen.families import decode_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families import decode_schedule, get_attention
+from metalgen.families.sizes import Problem
 
 GRAIN = 1.01
 """The chip model cannot tell predictions apart that differ by up to this factor."""
@@ -128,15 +128,14 @@ def winners(rows: Iterable[Measurement]) -> list[Measurement]:
 
 @functools.lru_cache(maxsize=4096)
 def bytes_read(problem: Problem, schedule: str) -> float:
-    """Bytes of Q, K and V that one launch reads; 0 in decode, infinite where it has no count."""
-    from metalgen.chips.counts import forward_counts
+    """Bytes of Q, K and V that a call reads, if that tells schedules of its family apart.
 
-    if problem.family != "forward":
-        return 0
+    Infinite where they are not counted.
+    """
     sizes = {"batch_heads": problem.batch_heads, "q_len": problem.q_len, "kv_len": problem.kv_len}
     try:
         found = decode_schedule(json.loads(schedule), problem.family)
-        return forward_counts(problem.config, found, **sizes).device_read
+        return get_attention(problem.family).bytes_read(problem.config, found, **sizes)
     except (MetalgenError, ValueError, ArithmeticError, RecursionError):
         return math.inf
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -14,7 +13,8 @@ from metalgen.devices.base import Device, Runner
 from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
 from metalgen.errors import InvalidSchedule
-from metalgen.families import Schedule, check_schedule, get_family
+from metalgen.families import Schedule, check_schedule, get_attention
+from metalgen.families.base import Dispatch
 from metalgen.families.launch import Launch
 from metalgen.features.base import Binder
 from metalgen.languages import Language, get_language
@@ -47,39 +47,28 @@ class KernelDevice(Device):
         from metalgen.source.render import render  # brings Jinja, which a look-up does without
 
         check_schedule(config, schedule, self.limits)
-        family, language = get_family(schedule.family), get_language(self.language)
-        source = render(config, schedule)
-        check_buffers(source, language)
-        kernel = self.compile(source)
-        merge = self._merge(config, schedule)
-        count, threads = len(source.outputs), (source.threads, 1, 1)
-        # A threadgroup along y serves a head, or in decode a KV head, and a share of the values.
-        per_kv_head = schedule.value_parts * (1 if family.few_rows else config.heads_per_kv)
-        most_kv_heads = max(1, self.most_groups // per_kv_head)
+        family, language = get_attention(schedule.family), get_language(self.language)
+        steps = family.steps(schedule)
+        sources = [render(config, schedule, step) for step in steps]
+        for source in sources:
+            check_buffers(source, language)
+        kernels = [self.compile(source) for source in sources]
+        most_kv_heads = family.most_kv_heads(config, schedule, self.most_groups)
 
         @functools.lru_cache(maxsize=64)
         def dispatches(
             shape: tuple[int, int, int], keys: int, sequences: int, dtype: mx.Dtype
-        ) -> list[tuple[Launch, list[mx.array], dict[str, Any]]]:
-            """Each dispatch of a call of these sizes, its own input, and the kernel's arguments."""
+        ) -> list[tuple[Launch, list[mx.array], list[dict[str, Any]]]]:
+            """Each launch of a call of these sizes, its own input, and the kernels' arguments."""
             found = []
             for launch in family.launches(
                 config, schedule, shape, keys, sequences, self.most_groups
             ):
-                shapes = [(*launch.shape, config.v_dim), launch.shape]
-                dtypes = [dtype, mx.float32]
-                if merge:
-                    dtypes[0] = mx.float32
-                    shapes = [(launch.splits, *own) for own in (shapes[0], (*shapes[1], 2))]
-                x, y, z = launch.groups
-                arguments = {
-                    "output_shapes": shapes[:count],
-                    "output_dtypes": dtypes[:count],
-                    "grid": (x * source.threads, y, z),
-                    "threadgroup": threads,
-                }
+                name = str(dtype).rpartition(".")[2]
+                each = [step.dispatch(config, schedule, launch, name) for step in steps]
+                given = [launched(*pair) for pair in zip(sources, each, strict=True)]
                 start = [] if launch.start is None else [mx.array(launch.start, mx.int32)]
-                found.append((launch, start, arguments))
+                found.append((launch, start, given))
             return found
 
         def run(
@@ -99,7 +88,7 @@ class KernelDevice(Device):
             if inputs is not NOTHING:
                 whole = (*shape[:3], max_kv_len(config, k, inputs))
                 binder = Binder(
-                    whole, source.bq, schedule.bk, functools.partial(_rows, language=language)
+                    whole, sources[0].bq, schedule.bk, functools.partial(_rows, language=language)
                 )
                 for feature in config.features:
                     bound += feature.bind(config, inputs, binder)
@@ -107,9 +96,11 @@ class KernelDevice(Device):
             sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
             found = []
             launches = dispatches(shape[:3], keys, sequences, q.dtype)
-            for _, start, arguments in launches:
-                outputs = kernel(inputs=bound + start, **arguments)
-                found.append(merge(outputs[0], outputs[1], q.dtype) if merge else outputs)
+            for _, start, each in launches:
+                outputs = bound + start
+                for kernel, own in zip(kernels, each, strict=True):
+                    outputs = kernel(inputs=outputs, **own)
+                found.append(outputs)
             outputs = found[0]
             if len(found) > 1:
                 outputs = _joined(found, launches[0][0], *shape[:3])
@@ -117,31 +108,16 @@ class KernelDevice(Device):
 
         return run
 
-    def _merge(
-        self, config: AttentionConfig, schedule: Schedule
-    ) -> Callable[[mx.array, mx.array, mx.Dtype], list[mx.array]] | None:
-        """The kernel that merges partial outputs; None where a call leaves whole ones."""
-        from metalgen.source.render import render
 
-        steps = get_family(schedule.family).steps(schedule)
-        merging = next((step for step in steps if step.merges), None)
-        if merging is None:
-            return None
-        source = render(config, schedule, merging)
-        kernel = self.compile(source)
-
-        def run(parts: mx.array, sums: mx.array, dtype: mx.Dtype) -> list[mx.array]:
-            shapes = [tuple(parts.shape[1:]), tuple(parts.shape[1:-1])]
-            size = math.prod(shapes[0])
-            return kernel(
-                inputs=[parts, sums],
-                output_shapes=shapes[: len(source.outputs)],
-                output_dtypes=[dtype, mx.float32][: len(source.outputs)],
-                grid=(-(-size // source.threads) * source.threads, 1, 1),
-                threadgroup=(source.threads, 1, 1),
-            )
-
-        return run
+def launched(source: KernelSource, dispatch: Dispatch) -> dict[str, Any]:
+    """The arguments of a compiled kernel for one launch, but for its inputs."""
+    x, y, z = dispatch.groups
+    return {
+        "output_shapes": [output.shape for output in dispatch.outputs],
+        "output_dtypes": [getattr(mx, output.dtype) for output in dispatch.outputs],
+        "grid": (x * source.threads, y, z),
+        "threadgroup": (source.threads, 1, 1),
+    }
 
 
 def _rows(x: mx.array, language: Language) -> mx.array:

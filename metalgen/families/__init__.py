@@ -1,9 +1,19 @@
-"""Kernel families: what is tuned, the rules of their schedules, and the spaces of them."""
+"""Kernel families: their steps, the rules of their schedules, and the spaces of them."""
 
+from metalgen.families.append import APPEND, append_schedule
+from metalgen.families.attention import AttentionFamily
 from metalgen.families.base import Family, Step
 from metalgen.families.decode import DECODE, DECODE_QUERIES
 from metalgen.families.forward import FORWARD
-from metalgen.families.registry import FAMILIES, get_family, register
+from metalgen.families.registry import (
+    FAMILIES,
+    attention_families,
+    choose_family,
+    get_attention,
+    get_family,
+    register,
+    unregister,
+)
 from metalgen.families.rules import (
     check_schedule,
     decode_schedule,
@@ -16,26 +26,33 @@ from metalgen.families.space import Parameter, Space, enumerate_valid, space
 from metalgen.schedules import APPLE, SIMD_WIDTH, Limits, Schedule
 
 __all__ = [
+    "APPEND",
     "APPLE",
     "DECODE",
     "DECODE_QUERIES",
     "FAMILIES",
     "FORWARD",
     "SIMD_WIDTH",
+    "AttentionFamily",
     "Family",
     "Limits",
     "Parameter",
     "Schedule",
     "Space",
     "Step",
+    "append_schedule",
+    "attention_families",
     "check_schedule",
+    "choose_family",
     "decode_schedule",
     "default_schedule",
     "enumerate_valid",
+    "get_attention",
     "get_family",
     "is_valid",
     "language_of",
     "register",
     "space",
     "threadgroup_bytes",
+    "unregister",
 ]

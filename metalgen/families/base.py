@@ -1,84 +1,120 @@
-"""What a kernel family is: what is tuned, and everything that depends on which one it is."""
+"""What a kernel family is: its steps, and everything that depends on which one it is."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from metalgen.families.launch import Launch
+from metalgen.features.base import Site
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
+from metalgen.kinds.operands import Operands
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Schedule
 
 
-@dataclass(frozen=True)
-class Step:
+class Output(NamedTuple):
+    """An array that a kernel makes: its name, its shape, and its type by MLX's name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Dispatch(NamedTuple):
+    """One launch of a step: threadgroups along x, y and z, and the arrays that it makes."""
+
+    groups: tuple[int, int, int]
+    outputs: tuple[Output, ...]
+
+
+class Step(abc.ABC):
     """One rendered kernel of a family.
 
-    Args:
+    Attributes:
         name: as in the kernel's name and in digests of sources.
         template: the file in ``templates/families/`` without its suffix.
-        merges: whether it merges the partial outputs of the step before.
     """
 
     name: str
     template: str
-    merges: bool = False
+
+    @abc.abstractmethod
+    def inputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
+        """Names of the arrays that the kernel reads, in order.
+
+        Those of a step that follows another are that one's outputs.
+        """
+
+    @abc.abstractmethod
+    def outputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
+        """Names of the arrays that it makes, in order."""
+
+    @abc.abstractmethod
+    def threads(self, schedule: Schedule) -> int:
+        """Threads per threadgroup."""
+
+    @abc.abstractmethod
+    def rows(self, config: AttentionConfig, schedule: Schedule) -> int:
+        """Rows per threadgroup."""
+
+    @abc.abstractmethod
+    def variables(self, config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+        """What the template substitutes, in addition to what a language, a kind and features give.
+
+        ``constants`` are named numbers of the kernel's text; those of a kind's plan and of features
+        follow them.
+        """
+
+    def operands(self, config: AttentionConfig, schedule: Schedule) -> Operands | None:
+        """What its main loop multiplies; None where it makes no products."""
+        return None
+
+    def site(self, config: AttentionConfig, schedule: Schedule) -> Site | None:
+        """Where features find themselves; None where the template has no hooks for them."""
+        return None
+
+    def math_mode(self, schedule: Schedule) -> str:
+        """Metal's math mode."""
+        return "safe"
+
+    def dynamic_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
+        """Bytes of dynamic shared memory that a launch asks for."""
+        return 0
 
 
 class Family(abc.ABC):
-    """A kernel that is tuned: its steps, knobs, rules, launches and checks.
+    """Kernels for one purpose: steps, knobs and rules of schedules.
+
+    Families whose calls compute attention are `metalgen.families.attention.AttentionFamily`.
 
     Attributes:
-        name: as in stored problems.
-        few_rows: whether its calls have few query rows: the rows of all heads that share a KV
-            head make one block, and the keys of a row are shared out.
+        name: as in schedules, and in stored problems.
         main: its main step.
     """
 
     name: str
-    few_rows: bool = False
     main: Step
 
-    def knobs(self, kind: Kind) -> tuple[Knob, ...]:
-        """What its schedules with a kind choose, in the order in which a search enumerates them."""
-        return kind.knobs
+    def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
+        """What its schedules choose, in the order in which a search enumerates them.
+
+        Args:
+            kind: of the schedules; None: in a language, without matrix products.
+        """
+        return kind.knobs if kind else ()
+
+    def words(self, schedule: Schedule) -> list[str]:
+        """The words of ``str(schedule)`` for schedules without a kind."""
+        return [f"{name}{getattr(schedule, name)}" for name in schedule.knobs]
 
     def steps(self, schedule: Schedule) -> tuple[Step, ...]:
         """The kernels that a call runs, in order."""
         return (self.main,)
 
-    @abc.abstractmethod
-    def takes(self, config: AttentionConfig, q_len: int) -> bool:
-        """Whether calls of a config with so many queries belong to this family."""
-
     def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:  # noqa: B027
         """The family's own rules for schedules."""
-
-    @abc.abstractmethod
-    def launches(
-        self,
-        config: AttentionConfig,
-        schedule: Schedule,
-        shape: tuple[int, int, int],
-        keys: int,
-        sequences: int = 0,
-        most_groups: int = (1 << 31) - 1,
-    ) -> list[Launch]:
-        """The dispatches of a call, in the order of the rows that they compute.
-
-        Args:
-            shape: ``(B, H, Lq)`` of the queries.
-            keys: how many keys a sequence has at most.
-            sequences: how many packed sequences there are.
-            most_groups: threadgroups of a dispatch along y and along z.
-        """
-
-    @abc.abstractmethod
-    def check_sizes(self, config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
-        """Numbers of queries and keys of the calls by which a kernel is checked."""
 
 
 def at_most(knobs: tuple[Knob, ...], most: dict[str, int]) -> tuple[Knob, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from metalgen.families.base import Family, Step
+from metalgen.families.attention import Attend, AttentionFamily
+from metalgen.families.counts import CallCounts, forward_counts
 from metalgen.families.launch import Launch, attention_launches
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
 
-class Forward(Family):
+class Forward(AttentionFamily):
     """Attention of any number of queries."""
 
     name = "forward"
-    main = Step("forward", "forward")
+    deterministic_q_len = 4096
+    main = Attend("forward", "forward")
 
     def takes(self, config: AttentionConfig, q_len: int) -> bool:
         return True
@@ -32,6 +34,18 @@ class Forward(Family):
         """Two query blocks and three passes over the keys, neither of them whole; with a mask that
         hides later keys also more queries than keys, so that some rows see nothing."""
         return [(schedule.bq + 5, 2 * schedule.bk + 3), *hidden_rows(config, schedule)]
+
+    def counts(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        *,
+        batch_heads: int,
+        q_len: int,
+        kv_len: int,
+    ) -> CallCounts:
+        sizes = {"batch_heads": batch_heads, "q_len": q_len, "kv_len": kv_len}
+        return CallCounts(forward_counts(config, schedule, **sizes), batch_heads, kv_len)
 
 
 def hidden_rows(config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ class Launch:
         groups: threadgroups along x (blocks of rows, times splits), y (heads, or KV heads, times
             shares of the values) and z (batch entries).
         shape: ``(B, H, L)`` of its output's rows.
-        splits: outputs that the combine step joins.
+        splits: outputs of each row that a combine step merges.
         start: batch entry, head (or KV head) and block of rows where it begins; None: at the first.
     """
 
@@ -49,7 +49,7 @@ def attention_launches(
     sequences: int = 0,
     most_groups: int = (1 << 31) - 1,
     *,
-    few_rows: bool = False,
+    head_rows: bool = False,
 ) -> list[Launch]:
     """The dispatches of a call, in the order of the rows that they compute.
 
@@ -62,10 +62,10 @@ def attention_launches(
         keys: how many keys a sequence has at most.
         sequences: how many packed sequences there are.
         most_groups: threadgroups of a dispatch along y and along z.
-        few_rows: whether a block holds the rows of all heads that share a KV head.
+        head_rows: whether a block holds the rows of all heads that share a KV head.
     """
     batch, heads, q_len = shape
-    rows = config.heads_per_kv if few_rows else 1
+    rows = config.heads_per_kv if head_rows else 1
     columns, parts = heads // rows, schedule.value_parts
     splits = getattr(schedule, "splits", 1)
     joined = schedule.partials

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from metalgen.errors import ArgumentError
+from metalgen.families.append import APPEND
+from metalgen.families.attention import AttentionFamily
 from metalgen.families.base import Family
 from metalgen.families.decode import DECODE
 from metalgen.families.forward import FORWARD
 from metalgen.kinds import KINDS, Kind, kinds_in
-from metalgen.schedules import define_schedule
+from metalgen.languages import LANGUAGES, Language
+from metalgen.problem.config import AttentionConfig
+from metalgen.schedules import define_schedule, forget_schedules
 
 FAMILIES: dict[str, Family] = {}
 """All families by name."""
 
 
-def register(family: Family, *kinds: Kind) -> None:
-    """Add a family, or matrix kinds that it has kernels for; its schedules get their types."""
+def register(family: Family, *rooms: Kind | Language) -> None:
+    """Add a family, or what it has kernels for; its schedules get their types.
+
+    Args:
+        family: which may be known already.
+        rooms: matrix kinds, or languages if it makes no matrix products.
+    """
     FAMILIES[family.name] = family
-    for kind in kinds:
+    for room in rooms:
+        kind = room if isinstance(room, Kind) else None
+        language = room.language if isinstance(room, Kind) else room.name
         define_schedule(
             family.name,
-            kind.name,
+            kind.name if kind else "",
             family.knobs(kind),
-            kind.words,
-            required_kind=kind is not kinds_in(kind.language)[0],
+            kind.words if kind else family.words,
+            language=language,
+            required_kind=kind is not None and kind is not kinds_in(language)[0],
         )
+
+
+def unregister(name: str, kind: str = "") -> None:
+    """Take a family away, or its schedules with one kind."""
+    forget_schedules(name, kind)
+    if not kind:
+        del FAMILIES[name]
 
 
 def get_family(name: str) -> Family:
@@ -38,5 +57,29 @@ def get_family(name: str) -> Family:
         raise ArgumentError("family", f"one of {', '.join(FAMILIES)}", name) from None
 
 
+def attention_families() -> dict[str, AttentionFamily]:
+    """Families whose calls compute attention, by name."""
+    return {n: own for n, own in FAMILIES.items() if isinstance(own, AttentionFamily)}
+
+
+def get_attention(name: str) -> AttentionFamily:
+    """The family of attention of a name.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if isinstance(family, AttentionFamily):
+        return family
+    raise ArgumentError("family", f"one of {', '.join(attention_families())}", name)
+
+
+def choose_family(config: AttentionConfig, q_len: int) -> AttentionFamily:
+    """The family that computes calls of a config with so many queries."""
+    found = reversed(attention_families().values())
+    return next(family for family in found if family.takes(config, q_len))
+
+
 for _family in (FORWARD, DECODE):
     register(_family, *KINDS.values())
+register(APPEND, *LANGUAGES.values())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families.registry import get_family
+from metalgen.families.registry import get_attention, get_family
 from metalgen.kinds import Kind, get_kind, kinds_in
+from metalgen.kinds.base import Require
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import APPLE, Limits, Schedule, kinds_of, schedule_type
 
@@ -22,17 +23,33 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
         if not holds:
             raise InvalidSchedule(rule, detail)
 
-    s, kind, family = schedule, get_kind(schedule.kind), get_family(schedule.family)
-    for name, knob in s.knobs.items():
+    for name, knob in schedule.knobs.items():
         try:
-            knob.check(getattr(s, name))
+            knob.check(getattr(schedule, name))
         except ArgumentError as error:
             raise InvalidSchedule("choices", str(error)) from None
     require(
         "language",
-        kind.language == limits.language,
-        f"{limits.language} has no {kind.name} kernels",
+        schedule.language == limits.language,
+        f"{limits.language} has no {schedule.kind or schedule.language} kernels",
     )
+    if schedule.kind:
+        _check_products(config, schedule, limits, require)
+    get_family(schedule.family).check(config, schedule, require)
+    if schedule.kind:
+        size = threadgroup_bytes(config, schedule)
+        require(
+            "threadgroup memory",
+            size <= limits.threadgroup_bytes,
+            f"{size} bytes of at most {limits.threadgroup_bytes}",
+        )
+
+
+def _check_products(
+    config: AttentionConfig, schedule: Schedule, limits: Limits, require: Require
+) -> None:
+    """The rules of all schedules with a matrix kind, and the kind's own."""
+    s, kind = schedule, get_kind(schedule.kind)
     require("dtype", config.dtype in kind.dtypes, f"{kind.name} has no {config.dtype} kernels")
     sharing = getattr(s, "key_simdgroups", 1)
     require(
@@ -54,13 +71,6 @@ def check_schedule(config: AttentionConfig, schedule: Schedule, limits: Limits =
         f"value_parts must cut {config.v_dim} columns into whole matrices and groups",
     )
     kind.check(config, s, require)
-    family.check(config, s, require)
-    size = kind.threadgroup_bytes(config, s)
-    require(
-        "threadgroup memory",
-        size <= limits.threadgroup_bytes,
-        f"{size} bytes of at most {limits.threadgroup_bytes}",
-    )
 
 
 def is_valid(config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE) -> bool:
@@ -94,13 +104,13 @@ def default_schedule(
     Raises:
         InvalidSchedule: none fits the limits.
     """
-    rows = get_family(family)
+    few_rows = get_attention(family).head_rows
     kinds = [get_kind(kind)] if kind else device_kinds(limits, family)
     for own in kinds:
         made = schedule_type(family, own.name)
         candidates = [
             made(**{name: value for name, value in values.items() if name in made.knobs})
-            for values in own.defaults(config, limits, few_rows=rows.few_rows)
+            for values in own.defaults(config, limits, few_rows=few_rows)
         ]
         valid = [s for s in candidates if is_valid(config, s, limits)]
         valid.sort(key=lambda s: (own.registers(config, s) or 0) > own.most_registers)
@@ -116,7 +126,7 @@ def threadgroup_bytes(config: AttentionConfig, schedule: Schedule) -> int:
 
 def language_of(schedule: Schedule) -> str:
     """Name of the language that a schedule's kernels are written in."""
-    return get_kind(schedule.kind).language
+    return schedule.language
 
 
 def decode_schedule(fields: dict[str, Any], family: str, language: str = "") -> Schedule:
@@ -145,7 +155,7 @@ def decode_schedule(fields: dict[str, Any], family: str, language: str = "") -> 
     if language:
         known = [kind for kind in kinds_in(language) if kind.name in kinds_of(family)]
         if not known:
-            raise ArgumentError("family", f"one with kernels in {language}", family)
+            return schedule_type(family, language).from_dict(fields)
         return schedule_type(family, known[0].name).from_dict(fields)
     found: list[Schedule] = []
     errors: list[ArgumentError] = []
@@ -164,4 +174,6 @@ def decode_schedule(fields: dict[str, Any], family: str, language: str = "") -> 
         found.append(schedule)
     if found:
         return found[0]
-    raise errors[0]
+    if errors:
+        raise errors[0]
+    raise ArgumentError("schedule", "a field kind", sorted(fields))

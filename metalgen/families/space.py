@@ -163,7 +163,6 @@ def _union(own: dict[str, dict[str, Parameter]]) -> dict[str, Parameter]:
     return {"kind": Parameter("kind", tuple(own))} | {name: merged(name) for name in names}
 
 
-@functools.lru_cache(maxsize=64)
 def enumerate_valid(
     config: AttentionConfig,
     limits: Limits = APPLE,
@@ -171,6 +170,19 @@ def enumerate_valid(
     math_modes: tuple[str, ...] = ("safe",),
 ) -> tuple[Schedule, ...]:
     """Every valid schedule of the space, the default one first, each once."""
+    types = tuple(schedule_type(family, kind.name) for kind in device_kinds(limits, family))
+    return _enumerated(config, limits, family, math_modes, types)
+
+
+@functools.lru_cache(maxsize=64)
+def _enumerated(
+    config: AttentionConfig,
+    limits: Limits,
+    family: str,
+    math_modes: tuple[str, ...],
+    types: tuple[type[Schedule], ...],
+) -> tuple[Schedule, ...]:
+    """The same for the types of schedules that are registered."""
     declared = space(config, limits, family, math_modes=math_modes)
     found = [default_schedule(config, limits, family)]
     schedules = map(declared.schedule, declared.points())

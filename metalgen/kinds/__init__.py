@@ -11,6 +11,16 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (SIMDGROUP, MMA)}
 """All kinds by name; the first of a language is the one that stored keys do not state."""
 
 
+def register(kind: Kind) -> None:
+    """Add a kind, for `metalgen.families.register` to name; `unregister` takes it away again."""
+    KINDS[kind.name] = kind
+
+
+def unregister(name: str) -> None:
+    """Take a kind away, whose schedules have to go first (`metalgen.families.unregister`)."""
+    del KINDS[name]
+
+
 def get_kind(name: str) -> Kind:
     """The kind of a name.
 
@@ -28,4 +38,14 @@ def kinds_in(language: str) -> list[Kind]:
     return [kind for kind in KINDS.values() if kind.language == language]
 
 
-__all__ = ["KINDS", "MMA", "SIMDGROUP", "Kind", "get_kind", "kinds_in", "value_width"]
+__all__ = [
+    "KINDS",
+    "MMA",
+    "SIMDGROUP",
+    "Kind",
+    "get_kind",
+    "kinds_in",
+    "register",
+    "unregister",
+    "value_width",
+]

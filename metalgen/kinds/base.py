@@ -18,8 +18,9 @@ class Kind(abc.ABC):
     """How matrix products are made, and how operands reach them.
 
     Attributes:
-        name: as in stored keys and in ``templates/kinds/``.
+        name: as in stored keys.
         language: name of the language that it is written in.
+        templates: its folder in ``templates/kinds/``.
         row_block: query rows of one block of matrices.
         depth: keys, and columns, that one instruction contracts; lengths are padded to it.
         threads: most threads per threadgroup.
@@ -27,10 +28,12 @@ class Kind(abc.ABC):
         knobs: what its schedules choose, in the order in which a search enumerates them.
         few_row_knobs: more knobs of families whose calls have few rows.
         most_registers: a default schedule whose estimate is above comes after those below.
+        counted: whether the counts of `metalgen.families.counts` hold for its kernels.
     """
 
     name: str
     language: str
+    templates: str
     row_block: int
     depth: int
     threads: int
@@ -38,6 +41,7 @@ class Kind(abc.ABC):
     knobs: tuple[Knob, ...]
     few_row_knobs: tuple[Knob, ...] = ()
     most_registers: int = 0
+    counted: bool = False
 
     def padded(self, width: int) -> int:
         """A head dimension rounded up to whole matrices."""

@@ -24,6 +24,7 @@ class Mma(Kind):
     """
 
     name = "mma"
+    templates = "mma"
     language = "cuda"
     row_block = 16
     depth = 16

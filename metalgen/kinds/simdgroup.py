@@ -23,6 +23,8 @@ class Simdgroup(Kind):
     """``simdgroup_matrix<T, 8, 8>``; K and V are staged in threadgroup memory or read directly."""
 
     name = "simdgroup"
+    templates = "simdgroup"
+    counted = True
     language = "metal"
     row_block = 8
     depth = 8

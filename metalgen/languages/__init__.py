@@ -17,6 +17,7 @@ class Language:
         elements: its types of array elements, by MLX's names.
         byte_rows: whether kernels take rows (of Q, of keys) as bytes: MLX then copies an array
             whose last axis has gaps, and no other. Otherwise they read across gaps themselves.
+        threadgroup_bytes, threads: the most that any chip allows a threadgroup.
         most_buffers: arrays, shapes and strides that a kernel may bind; None: any number.
     """
 
@@ -24,6 +25,8 @@ class Language:
     label: str
     elements: dict[str, str]
     byte_rows: bool
+    threadgroup_bytes: int = 32768
+    threads: int = 1024
     most_buffers: int | None = None
 
 
@@ -39,8 +42,20 @@ CUDA = Language(
     "CUDA",
     {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"},
     byte_rows=False,
+    threadgroup_bytes=232448,  # of compute capability 9.0
 )
 LANGUAGES: dict[str, Language] = {language.name: language for language in (METAL, CUDA)}
+"""All languages by name."""
+
+
+def register(language: Language) -> None:
+    """Add a language; `unregister` takes it away again."""
+    LANGUAGES[language.name] = language
+
+
+def unregister(name: str) -> None:
+    """Take a language away."""
+    del LANGUAGES[name]
 
 
 def get_language(name: str) -> Language:

@@ -17,18 +17,19 @@ from metalgen.append.checks import (
     vector,
 )
 from metalgen.append.launch import row_maker, store_places, store_slice
-from metalgen.append.render import AppendSchedule, inputs, outputs
 from metalgen.arguments import as_integer
 from metalgen.calls.options import Keys
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
+from metalgen.families import APPEND, Schedule, append_schedule
+from metalgen.families.append import inputs, outputs
 from metalgen.features.conversions import as_int32
 from metalgen.features.triple import Part, part_of
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.rope import Rope
 
-_SCHEDULE = AppendSchedule()
+_SCHEDULE = append_schedule()
 
 
 def append_kv(
@@ -42,7 +43,7 @@ def append_kv(
     rope: Rope | None = None,
     check: bool = False,
     device: str | None = None,
-    schedule: AppendSchedule | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[Part, Part]:
     """The cache with new keys and values behind those that it holds; keys turned on the way.
 
@@ -69,7 +70,7 @@ def append_kv(
         check: look at the contents of `offset`, `block_table` and `cu_seqlens` first, and refuse
             what would be dropped. It waits for the GPU.
         device: as in `metalgen.attention`.
-        schedule: threads and elements of the kernel.
+        schedule: threads and elements of the kernel (`metalgen.families.append_schedule`).
 
     Returns:
         Keys and values in the form of `cache`.
@@ -81,8 +82,8 @@ def append_kv(
     key, value = parts_of(cache)
     if (slot := as_integer(offset)) is not None:
         offset = slot
-    if schedule is not None and not isinstance(schedule, AppendSchedule):
-        raise ArgumentError("schedule", "an AppendSchedule, or None", schedule)
+    if schedule is not None and getattr(schedule, "family", None) != APPEND.name:
+        raise ArgumentError("schedule", "a schedule of the append family, or None", schedule)
     try:
         form = _form((*key, *value, k, v), (offset, block_table, cu_seqlens), rope)
         plan = _known.get(form)

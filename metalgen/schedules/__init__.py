@@ -7,6 +7,7 @@ from metalgen.schedules.schedule import (
     Schedule,
     all_knobs,
     define_schedule,
+    forget_schedules,
     kinds_of,
     schedule_type,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "all_knobs",
     "always",
     "define_schedule",
+    "forget_schedules",
     "kinds_of",
     "schedule_type",
 ]

@@ -27,18 +27,19 @@ class _Typed(type):
         if cls is not Schedule:
             return super().__call__(**values)
         family, kind = values.pop("family", "forward"), values.pop("kind", "simdgroup")
-        return schedule_type(family, kind)(**values)
+        return schedule_type(family, values.pop("language", kind))(**values)
 
 
 class Schedule(metaclass=_Typed):
     """The values of all knobs of a family with a kind; keyword arguments only.
 
     ``Schedule(bq=64, bk=32, bd=64, simdgroups=4, row_blocks=2)`` is a forward schedule for
-    simdgroup matrices; ``family="decode"`` and ``kind="mma"`` name others. Values are checked
-    against a config by `metalgen.families.check_schedule`, not here.
+    simdgroup matrices; ``family="decode"`` and ``kind="mma"`` name others. Families without matrix
+    products have a language instead of a kind. Values are checked against a config by
+    `metalgen.families.check_schedule`, not here.
 
     Attributes:
-        family, kind: what it is a schedule of.
+        family, kind, language: what it is a schedule of; the kind is empty where there is none.
         knobs: the declarations of its attributes, by name, in the order in which a search
             enumerates them.
         required_kind: whether stored keys state the kind: they leave out the first of a language.
@@ -46,6 +47,7 @@ class Schedule(metaclass=_Typed):
 
     family: ClassVar[str]
     kind: ClassVar[str]
+    language: ClassVar[str]
     knobs: ClassVar[dict[str, Knob]] = {}
     required_kind: ClassVar[bool] = False
     words: ClassVar[Callable[[Any], list[str]]]
@@ -117,11 +119,12 @@ class Schedule(metaclass=_Typed):
 
     def __repr__(self) -> str:
         values = [f"{name}={value!r}" for name, value in self.to_dict().items() if name != "kind"]
-        return f"Schedule({', '.join([*values, f'family={self.family!r}', f'kind={self.kind!r}'])})"
+        own = f"kind={self.kind!r}" if self.kind else f"language={self.language!r}"
+        return f"Schedule({', '.join([*values, f'family={self.family!r}', own])})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {name: getattr(self, name) for name in self.knobs}
-        return _unpickled, (self.family, self.kind, values)
+        return _unpickled, (self.family, self.kind or self.language, values)
 
 
 def _unpickled(family: str, kind: str, values: dict[str, Any]) -> Schedule:
@@ -137,14 +140,16 @@ def define_schedule(
     knobs: tuple[Knob, ...],
     words: Callable[[Any], list[str]],
     *,
+    language: str,
     required_kind: bool = False,
 ) -> type[Schedule]:
     """Make and register the type of a family's schedules with a kind.
 
     Args:
-        family, kind: names of both.
+        family, kind: names of both; an empty kind for a family without matrix products.
         knobs: in the order in which a search enumerates them.
         words: what ``str()`` of a schedule says.
+        language: name of the language of its kernels.
         required_kind: whether stored keys state the kind.
     """
     fields = [
@@ -154,12 +159,13 @@ def define_schedule(
         for k in knobs
     ]
     made = dataclasses.make_dataclass(
-        f"{family.title()}{kind.title()}Schedule",
+        f"{family.title()}{(kind or language).title()}Schedule",
         fields,
         bases=(Schedule,),
         namespace={
             "family": family,
             "kind": kind,
+            "language": language,
             "knobs": {knob.name: knob for knob in knobs},
             "words": staticmethod(words),
             "required_kind": required_kind,
@@ -169,12 +175,19 @@ def define_schedule(
         kw_only=True,
         repr=False,
     )
-    _types[family, kind] = made
+    _types[family, kind or language] = made
     return made
 
 
+def forget_schedules(family: str, kind: str = "") -> None:
+    """Take back the types of a family's schedules: all of them, or those with a kind."""
+    for known, own in [*_types]:
+        if known == family and own == (kind or own):
+            del _types[known, own]
+
+
 def schedule_type(family: str, kind: str) -> type[Schedule]:
-    """The type of a family's schedules with a kind.
+    """The type of a family's schedules with a kind, or in a language where it has no kinds.
 
     Raises:
         ArgumentError: a pair that has no kernels.
@@ -188,9 +201,9 @@ def schedule_type(family: str, kind: str) -> type[Schedule]:
 
 
 def all_knobs() -> dict[str, Knob]:
-    """Every knob that some schedule has, by name; choices are those of all of them together."""
+    """Every knob of schedules with a kind, by name; choices are those of all of them together."""
     found: dict[str, Knob] = {}
-    for made in _types.values():
+    for made in (made for made in _types.values() if made.kind):
         for name, knob in made.knobs.items():
             known = found.setdefault(name, knob)
             if known.choices != knob.choices:
@@ -201,4 +214,4 @@ def all_knobs() -> dict[str, Knob]:
 
 def kinds_of(family: str) -> list[str]:
     """Names of the kinds that a family has schedules with."""
-    return [kind for known, kind in _types if known == family]
+    return [made.kind for (known, _), made in _types.items() if known == family and made.kind]

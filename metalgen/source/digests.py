@@ -44,7 +44,7 @@ class Present:
         if target not in self._templates:
             from metalgen.source.hashes import template_hash
 
-            self._templates[target] = template_hash("forward", target)
+            self._templates[target] = template_hash(language=target)
         return self._templates[target]
 
     def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:

@@ -6,20 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from metalgen.families import get_family
-from metalgen.families.launch import split_keys
 from metalgen.features import FEATURES
 from metalgen.features.base import HALF_UNIT, Macros, Site
 from metalgen.problem.config import AttentionConfig
-from metalgen.schedules import Schedule
 
 Render = Callable[..., Any]
 """``feature(name, **variables)``: the macros of a feature file."""
 
 
-def hooks(
-    config: AttentionConfig, schedule: Schedule, target: str, family: str, feature: Render
-) -> dict[str, Any]:
+def hooks(config: AttentionConfig, site: Site, feature: Render) -> dict[str, Any]:
     """The template's variables of all features.
 
     ``places``, ``pages``, ``lists``, ``maps``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
@@ -30,7 +25,6 @@ def hooks(
     are where something is added to them; ``base_unit``: what makes them so. ``unbounded``: whether
     they may be of any size; ``large``: from which exponent on rounding must not show.
     """
-    site = _site(config, schedule, target, family)
     found = [each.hooks(config, site) for each in config.features]
     variables = _unused(config)
     for own in found:
@@ -70,15 +64,6 @@ def hooks(
     }
 
 
-def _site(config: AttentionConfig, schedule: Schedule, target: str, family: str) -> Site:
-    return Site(
-        language=target,
-        bk=schedule.bk,
-        head_rows=get_family(family).few_rows,
-        share=split_keys(schedule) if getattr(schedule, "splits", 1) > 1 else None,
-    )
-
-
 def _unused(config: AttentionConfig) -> dict[str, Any]:
     """What templates substitute of features that a config does not use."""
     variables: dict[str, Any] = {
@@ -95,9 +80,3 @@ def _unused(config: AttentionConfig) -> dict[str, Any]:
     for each in FEATURES.values():
         variables |= each.variables
     return variables
-
-
-def extra_inputs(config: AttentionConfig) -> list[str]:
-    """A kernel's inputs in addition to q, k, v and the scale, in order."""
-    names = [name for each in config.features for name in each.kernel_inputs(config)]
-    return names + [name for each in config.features for name in each.launch_inputs(config)]

@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
-from metalgen.families.operands import attention_operands
-from metalgen.kinds import Kind, get_kind, value_width
-from metalgen.languages import LANGUAGES
+from metalgen.kinds import get_kind
+from metalgen.languages import Language, get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.resources import templates_dir
 
 if TYPE_CHECKING:
     import jinja2
-
-COMBINE_THREADS = 128
-_LARGEST = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
-"""The largest limits of any chip by language: for CUDA those of compute capability 9.0."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +25,17 @@ class KernelSource:
     Args:
         name: the kernel's name; it ends in a hash of the source, so one name is one kernel.
         header, source: text before the kernel's function, and its body.
-        inputs: ``q``, ``k``, ``v`` (for Metal viewed as bytes), and ``scale``, which comes times
-            log2(e); then ``block_mask`` where the config has one, the captured arrays of score and
-            mask, what `metalgen.problem.inputs.Inputs` names, and ``chunk`` with `max_work`: batch
-            entry, head (or KV head) and block of rows where a dispatch begins.
-        outputs: ``out``; then ``sums`` where a combine step follows (for each row, half of an
-            exponent of 2, and the sum of exponentials in units of that power), else ``lse`` where
-            the config asks for it.
+        inputs: names, as the family's step declares them. Of attention: ``q``, ``k``, ``v`` (for
+            Metal viewed as bytes), and ``scale``, which comes times log2(e); then ``block_mask``
+            where the config has one, the captured arrays of score and mask, what
+            `metalgen.problem.inputs.Inputs` names, and ``chunk`` with `max_work`: batch entry, head
+            (or KV head) and block of rows where a dispatch begins.
+        outputs: names. Of attention: ``out``; then ``sums`` where a combine step follows (for each
+            row, half of an exponent of 2, and the sum of exponentials in units of that power), else
+            ``lse`` where the config asks for it.
         math_mode: Metal's ``"safe"``, ``"relaxed"`` or ``"fast"``.
-        threads: threads a threadgroup.
-        bq: query rows a threadgroup.
+        threads: threads per threadgroup.
+        bq: rows per threadgroup.
         shared_memory: bytes of dynamic shared memory (CUDA).
     """
 
@@ -69,91 +65,67 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
 
     Args:
         config: what to compute.
-        schedule: how; it names the family, and by its matrix kind the language.
+        schedule: how; it names the family, the matrix kind if there is one, and the language.
         step: one of the family's steps; None: its main one.
 
     Raises:
         InvalidSchedule: the schedule breaks a rule (of the largest limits; a chip's are checked
             when a schedule is chosen).
     """
-    from metalgen.source.hooks import extra_inputs
-
-    kind = get_kind(schedule.kind)
-    step = step or get_family(schedule.family).main
-    check_schedule(config, schedule, _LARGEST[kind.language])
-    context = _context(config, schedule, kind, step)
-    env = _environment()
-    header = env.get_template(f"kinds/{kind.name}/header.jinja").render(context)
+    family, language = get_family(schedule.family), get_language(schedule.language)
+    step = step or family.main
+    limits = Limits(language.threadgroup_bytes, language.threads, language.name)
+    check_schedule(config, schedule, limits)
+    context, env = _context(config, schedule, language, step), _environment()
+    room = f"kinds/{get_kind(schedule.kind).templates}" if schedule.kind else _room(language)
+    header = env.get_template(f"{room}/header.jinja").render(context)
     body = _tidy(env.get_template(f"families/{step.template}.jinja").render(context))
-    math_mode = "safe" if step.merges else getattr(schedule, "math_mode", "safe")
-    digest = hashlib.sha256(f"{header}\0{body}\0{math_mode}".encode()).hexdigest()[:10]
+    # The first kernels' names were digests with their math mode; those without products had none.
+    mode = step.math_mode(schedule)
+    digest = hashlib.sha256("\0".join((header, body, *([mode] if schedule.kind else []))).encode())
     dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}[config.dtype]
     return KernelSource(
-        name=f"metalgen_{step.name}_{dtype}_d{config.head_dim}_{digest}",
+        name=f"metalgen_{step.name}_{dtype}_d{config.head_dim}_{digest.hexdigest()[:10]}",
         header=header,
         source=body,
-        inputs=("parts", "sums")
-        if step.merges
-        else ("q", "k", "v", "scale", *extra_inputs(config)),
-        outputs=("out", *(["sums"] if context["partial"] else ["lse"] if context["lse"] else [])),
-        math_mode=math_mode,
-        threads=COMBINE_THREADS if step.merges else schedule.threads,
-        bq=schedule.bq,
-        shared_memory=0 if step.merges else kind.dynamic_bytes(config, schedule),
+        inputs=step.inputs(config, schedule),
+        outputs=step.outputs(config, schedule),
+        math_mode=mode,
+        threads=step.threads(schedule),
+        bq=step.rows(config, schedule),
+        shared_memory=step.dynamic_bytes(config, schedule),
     )
 
 
-def _context(config: AttentionConfig, schedule: Schedule, kind: Kind, step: Step) -> dict[str, Any]:
+def _context(
+    config: AttentionConfig, schedule: Schedule, language: Language, step: Step
+) -> dict[str, Any]:
     from metalgen.source.hooks import hooks
 
-    few_rows = get_family(schedule.family).few_rows
-    sharing = getattr(schedule, "key_simdgroups", 1)
-    splits = getattr(schedule, "splits", 1)
-    width = config.v_dim if step.merges else value_width(config, schedule)
-    constants = {
-        "D": config.head_dim,
-        "DV": width,
-        "BQ": schedule.bq,
-        "BK": schedule.bk,
-        "SIMDGROUPS": schedule.simdgroups,
-        "ROW_BLOCKS": schedule.row_blocks,
-        "ROWS": kind.row_block * schedule.row_blocks,
-        "K_FRAGMENTS": schedule.bk // sharing // 8,
-        "V_FRAGMENTS": kind.padded(width) // 8,
-        "HEADS_PER_KV": config.heads_per_kv,
-    }
-    partial = schedule.partials > 1 and not step.merges
-    if schedule.partials > 1:
-        constants["SPLITS"] = schedule.partials if step.merges else splits
-    if sharing > 1:
-        constants["KEY_SIMDGROUPS"] = sharing
-        constants["OWN_KEYS"] = schedule.bk // sharing
-    if schedule.value_parts > 1:
-        constants["VALUE_PARTS"] = schedule.value_parts
-    for name in ("window_left", "window_right"):
-        if (bound := getattr(config, name)) is not None:
-            constants[name.upper()] = bound
-
-    plan = kind.plan(attention_operands(config, schedule, head_rows=few_rows), schedule)
-    element = LANGUAGES[kind.language].elements[config.dtype]
-    wide = getattr(schedule, "fragment", "input") == "float32"
-    hooked = hooks(config, schedule, kind.language, schedule.family, _feature)
-    return hooked | {
-        "plan": plan,
-        "T": element,
-        "F": "float" if wide else element,
-        "language_library": f"languages/{kind.language}/language.jinja",
-        "tile_library": f"kinds/{kind.name}/tile.jinja",
-        "constants": constants | plan.constants | hooked["hook_constants"],
+    element = language.elements[config.dtype]
+    context = step.variables(config, schedule)
+    constants = context["constants"]
+    context |= {
         "schedule": schedule,
-        "key_simdgroups": sharing,
-        "splits": splits,
-        "longest_first": config.causal,
-        "packed": few_rows,
-        "lse": config.return_lse,
-        "partial": partial,
-        "Out": "float" if partial else element,
+        "T": element,
+        "F": "float" if getattr(schedule, "fragment", "input") == "float32" else element,
+        "Out": "float" if context.get("partial") else element,
+        "language_library": f"{_room(language)}/language.jinja",
     }
+    if (operands := step.operands(config, schedule)) is not None:
+        kind = get_kind(schedule.kind)
+        plan = kind.plan(operands, schedule)
+        constants |= plan.constants
+        context |= {"plan": plan, "tile_library": f"kinds/{kind.templates}/tile.jinja"}
+    if (site := step.site(config, schedule)) is not None:
+        hooked = hooks(config, site, _feature)
+        constants |= hooked["hook_constants"]
+        context = hooked | context
+    return context | {"constants": constants}
+
+
+def _room(language: Language) -> str:
+    return f"languages/{language.name}"
 
 
 @functools.cache

@@ -24,14 +24,13 @@ from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families import Limits, Schedule, default_schedule, space
+from metalgen.families import DECODE_QUERIES, Limits, Schedule, default_schedule, space
 from metalgen.features.max_work import MIN_WORK
 from metalgen.features.quantized import KV_BITS, KV_GROUPS
 from metalgen.kinds import kinds_in
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs, check_call
 from metalgen.problem.samples import sample_call
-from metalgen.problem.sizes import DECODE_QUERIES
 from metalgen.reference import attention_float64, attention_mlx, config_features
 
 DIMS = (8, 16, 20, 32, 40, 64, 72, 96, 128, 136)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from metalgen.chips.counts import forward_counts
 from metalgen.database import exchange
 from metalgen.database.errors import DatabaseError, ReadOnlyDatabase
 from metalgen.database.hit import Hit
@@ -31,9 +30,9 @@ from metalgen.database.measurement import (
 )
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families import Limits, Schedule, check_schedule
+from metalgen.families import Limits, Schedule, check_schedule, get_attention
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 Kernel = tuple[str, str, str, str]
 """Family, key of the config, key of the schedule, template hash."""
@@ -348,10 +347,8 @@ class PlainStore:
 
 
 def _bytes_read(problem: Problem, schedule: Schedule) -> int:
-    if problem.family != "forward":
-        return 0
     sizes = {"batch_heads": problem.batch_heads, "q_len": problem.q_len, "kv_len": problem.kv_len}
-    return forward_counts(problem.config, schedule, **sizes).device_read
+    return get_attention(problem.family).bytes_read(problem.config, schedule, **sizes)
 
 
 def _replaces(new: Measurement, old: Measurement) -> bool:

@@ -10,15 +10,15 @@ import mlx.core as mx
 import pytest
 
 from metalgen import simulator
-from metalgen.chips.counts import (
+from metalgen.devices import get_device
+from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.families.counts import (
     CombineCounts,
     Counts,
     combine_counts,
     decode_counts,
     forward_counts,
 )
-from metalgen.devices import get_device
-from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.problem.config import AttentionConfig
 
 HEAD_DIMS = ((64, None), (128, None), (80, None), (20, 9), (33, 64), (8, 8), (48, 72), (256, None))

@@ -8,15 +8,16 @@ import mlx.core as mx
 import pytest
 
 from metalgen.chips import get_chip
-from metalgen.chips.counts import covers, forward_counts
+from metalgen.chips.counts import covers
 from metalgen.chips.functions import GUESSED, MEASURED, NOTHING, FunctionCost, function_cost
 from metalgen.chips.model import predict
 from metalgen.chips.work import forward_work
 from metalgen.dsl.operations import ARITY
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
+from metalgen.families.counts import CallCounts, forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 PLAIN = AttentionConfig(64)
 SLOPES = mx.ones((8,))
@@ -67,7 +68,7 @@ def test_a_launch_pays_a_function_for_each_score_of_a_lane() -> None:
     def arithmetic(of: AttentionConfig) -> float:
         schedule = default_schedule(PLAIN)
         counts = forward_counts(of, schedule, batch_heads=8, q_len=512, kv_len=512)
-        return forward_work(of, schedule, counts, 8, 512, 512).arithmetic
+        return forward_work(of, schedule, CallCounts(counts, 8, 512), 512).arithmetic
 
     scores = 8 * 512 * 512 / 32
     assert arithmetic(config(biased)) - arithmetic(PLAIN) == pytest.approx(8 * scores)

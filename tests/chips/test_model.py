@@ -10,12 +10,12 @@ import pytest
 
 from metalgen.chips import Chip, IncompleteChip, all_chips, get_chip
 from metalgen.chips.coefficients import Coefficients
-from metalgen.chips.counts import combine_counts, forward_counts, pass_sums
 from metalgen.chips.model import estimate, predict, predict_sizes, resident_groups
 from metalgen.chips.work import Work, combine_work
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.families.counts import combine_counts, forward_counts, pass_sums
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]
@@ -203,7 +203,7 @@ def test_decode_reads_its_keys_once_from_memory_and_joins_its_splits() -> None:
     # A launch of its own, which reads the float32 outputs, exponents and sums of all splits.
     counts = combine_counts(config, schedule, batch_heads=32, q_len=1)
     assert counts.parts_read == 32 * schedule.splits * 128 * 4
-    work = combine_work(config, schedule, 32, 1)
+    work = combine_work(config, schedule, counts)
     assert work.distinct_bytes == 32 * (schedule.splits * (128 + 2) * 4 + 128 * 2)
     assert work.groups * work.simdgroups * 32 == 32 * 128
     assert got.parts["combine"] == estimate(work, M3_MAX).seconds > got.parts["launch"]

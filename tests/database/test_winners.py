@@ -14,7 +14,6 @@ import pytest
 from metalgen.calls.resolve import forget_kernels, get_kernel
 from metalgen.calls.verify import Verification
 from metalgen.chips import get_chip
-from metalgen.chips.counts import forward_counts
 from metalgen.cli.app import run
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement
@@ -23,8 +22,9 @@ from metalgen.database.store import Store
 from metalgen.database.winners import GRAIN, ordered, winner
 from metalgen.devices import get_device
 from metalgen.families import Schedule, decode_schedule
+from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.report.results import results
 from metalgen.report.sources import read_sources
 from metalgen.source.hashes import template_hash

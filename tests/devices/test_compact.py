@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from metalgen.append.render import render_append
 from metalgen.devices.compact import compact
 from metalgen.families import Limits, default_schedule, get_family
+from metalgen.families.append import append_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
 from metalgen.source.render import KernelSource, render
@@ -59,7 +59,7 @@ def test_every_helper_that_is_called_is_there_and_no_other(
 
 
 def test_the_append_kernel_keeps_all_of_its_code() -> None:
-    source = render_append(AttentionConfig(64, kv_bits=8, rope="half"), target="cuda")
+    source = render(AttentionConfig(64, kv_bits=8, rope="half"), append_schedule(language="cuda"))
     short = compact(source)
     assert len(short.source) < len(source.source)
     assert code_of(short.source) == code_of(source.source)

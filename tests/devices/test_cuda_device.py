@@ -15,7 +15,6 @@ from cuda_machine import CudaMachine, use_cuda
 import metalgen
 from metalgen import chips
 from metalgen.append.launch import row_maker
-from metalgen.append.render import AppendSchedule
 from metalgen.calls import resolve
 from metalgen.calls.verify import verify
 from metalgen.devices import cuda, default_device, get_device
@@ -23,6 +22,7 @@ from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.marking import is_unwritten, marked_outputs
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Limits, default_schedule, space
+from metalgen.families.append import append_schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_float64
 from metalgen.source.render import render
@@ -221,11 +221,11 @@ def test_an_append_that_is_never_launched_is_not_used(monkeypatch: pytest.Monkey
         AttentionConfig(64, rope="half"),
     ):
         use_cuda(monkeypatch, CudaMachine(config))
-        assert unmarked(lambda c=config: row_maker(c, "cuda", AppendSchedule())) is not None
+        assert unmarked(lambda c=config: row_maker(c, "cuda", append_schedule())) is not None
         row_maker.cache_clear()
         use_cuda(monkeypatch, CudaMachine(config, unlaunched=("append",)))
         with pytest.warns(RuntimeWarning, match="append runs in plain MLX operations: no kernel"):
-            unmarked(lambda c=config: row_maker(c, "cuda", AppendSchedule()))
+            unmarked(lambda c=config: row_maker(c, "cuda", append_schedule()))
         row_maker.cache_clear()
 
 

@@ -15,7 +15,6 @@ from tuning_fakes import Clock, FakeGpu, FakeVerify, cost
 
 from metalgen.calls.check import CannotCheck, failure_status
 from metalgen.chips import get_chip
-from metalgen.chips.counts import forward_counts
 from metalgen.chips.model import predict
 from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
@@ -23,8 +22,9 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import Progress, Report

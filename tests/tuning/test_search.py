@@ -11,8 +11,8 @@ from metalgen.chips import get_chip
 from metalgen.chips.model import predict
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, default_schedule, enumerate_valid, space
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.search.search import Search, rank
 
 CONFIG = AttentionConfig(head_dim=64)

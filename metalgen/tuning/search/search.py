@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from metalgen.errors import ArgumentError
 from metalgen.families import Parameter, Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 if TYPE_CHECKING:
     import numpy as np

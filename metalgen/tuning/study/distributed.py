@@ -29,7 +29,7 @@ from metalgen.database.rows import FAULTS, check, row_of_measurement, short
 from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, Space, decode_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.tuning.search.search import FAILED, Search
 from metalgen.tuning.study.heart import BEAT, Heart
 from metalgen.tuning.study.storage import StorageError, explained, masked

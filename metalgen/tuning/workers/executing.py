@@ -19,9 +19,9 @@ from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import needs_inputs
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.timing.measure import Bench, Clock, Policy, Timing, arrays
 from metalgen.tuning.timing.racing import Race, race
 

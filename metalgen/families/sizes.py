@@ -7,12 +7,10 @@ import json
 from dataclasses import dataclass
 
 from metalgen.arguments import check_integer
-from metalgen.errors import ArgumentError
+from metalgen.families import DECODE_QUERIES as DECODE_QUERIES
+from metalgen.families import choose_family, get_attention
 from metalgen.problem.config import AttentionConfig
 
-FAMILIES = ("forward", "decode")
-DECODE_QUERIES = 64
-"""Up to as many queries the decode family computes: few rows, and keys shared out."""
 MAX_LENGTH = 1 << 24
 MAX_BATCH_HEADS = 1 << 20
 
@@ -30,10 +28,10 @@ class Problem:
         config: the attention to compute.
         batch_heads: batch entries times query heads.
         q_len, kv_len: number of queries and of keys.
-        family: ``"forward"`` or ``"decode"``; left empty, it is chosen by the number of queries
-            (with a block mask it is always forward, whose rows are those of one head).
+        family: name of a family of attention; left empty, it is the one that takes so many queries
+            of the config (`metalgen.families.choose_family`).
 
-    A deterministic config has one problem a family, whatever the sizes.
+    A deterministic config has one problem per family, whatever the sizes.
 
     Sizes are rounded up to their bucket. Raises `ArgumentError` for sizes below 1.
     """
@@ -52,15 +50,12 @@ class Problem:
         ):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, most))
         if not self.family:
-            few = self.q_len <= DECODE_QUERIES and not self.config.one_head
-            family = "decode" if few else "forward"
-            object.__setattr__(self, "family", family)
-        if self.family not in FAMILIES:
-            raise ArgumentError("family", f"one of {', '.join(FAMILIES)}", self.family)
+            object.__setattr__(self, "family", choose_family(self.config, self.q_len).name)
+        family = get_attention(self.family)
         if self.config.deterministic:  # one schedule, whatever else is in the call
             for name, size in (("batch_heads", 32), ("kv_len", 4096)):
                 object.__setattr__(self, name, size)
-            object.__setattr__(self, "q_len", 1 if self.family == "decode" else 4096)
+            object.__setattr__(self, "q_len", family.deterministic_q_len)
         for name in ("batch_heads", "q_len", "kv_len"):
             object.__setattr__(self, name, bucket(getattr(self, name)))
 
