@@ -21,6 +21,27 @@ def templates_dir() -> Path:
     return _find("templates")
 
 
+_added: list[Path] = []
+
+
+def add_templates(root: Path) -> None:
+    """Look for templates in a folder of another package too, after metalgen's own.
+
+    It is laid out as metalgen's: a kind from outside has its files in ``kinds/NAME/``.
+    """
+    _added.append(root)
+
+
+def remove_templates(root: Path) -> None:
+    """Take back a folder that `add_templates` added."""
+    _added.remove(root)
+
+
+def added_templates() -> tuple[Path, ...]:
+    """The folders of other packages in which templates are looked for, in this order."""
+    return tuple(_added)
+
+
 def tuning_db_dir() -> Path:
     """The folder of the shipped tuning records; raises `MissingResource` likewise."""
     return _find("tuning_db")

@@ -114,8 +114,12 @@ class Schedule(metaclass=_Typed):
         return cls(**fields)
 
     def __str__(self) -> str:
-        """A short name, such as ``64x32x64 sg4x2 q:reg k:tg v:tg buf1 w8``."""
-        return " ".join(type(self).words(self))
+        """A short name, such as ``64x32x64 sg4x2 q:reg k:tg v:tg buf1 w8``.
+
+        The name of a kind that is not its language's first follows.
+        """
+        words = type(self).words(self)
+        return " ".join([*words, self.kind] if self.required_kind else words)
 
     def __repr__(self) -> str:
         values = [f"{name}={value!r}" for name, value in self.to_dict().items() if name != "kind"]

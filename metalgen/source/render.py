@@ -6,13 +6,14 @@ import functools
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
 from metalgen.kinds import get_kind
 from metalgen.languages import Language, get_language
 from metalgen.problem.config import AttentionConfig
-from metalgen.resources import templates_dir
+from metalgen.resources import added_templates, templates_dir
 
 if TYPE_CHECKING:
     import jinja2
@@ -128,12 +129,16 @@ def _room(language: Language) -> str:
     return f"languages/{language.name}"
 
 
-@functools.cache
 def _environment() -> jinja2.Environment:
+    return _environment_of((templates_dir(), *added_templates()))
+
+
+@functools.cache
+def _environment_of(roots: tuple[Path, ...]) -> jinja2.Environment:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(os.fspath(templates_dir())),
+        loader=jinja2.FileSystemLoader([os.fspath(root) for root in roots]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -62,7 +62,7 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
     def forget() -> None:
         template_hash.cache_clear()
-        metalgen.source.render._environment.cache_clear()
+        metalgen.source.render._environment_of.cache_clear()
 
     for module in (metalgen.source.render, metalgen.source.hashes):
         monkeypatch.setattr(module, "templates_dir", lambda: copy)
@@ -81,7 +81,7 @@ def edit(templates: Path, name: str, old_text: str, new_text: str) -> None:
     stamp = path.stat().st_mtime + 10
     os.utime(path, (stamp, stamp))
     template_hash.cache_clear()
-    metalgen.source.render._environment.cache_clear()
+    metalgen.source.render._environment_of.cache_clear()
 
 
 # The source hash
