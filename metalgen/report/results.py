@@ -130,7 +130,7 @@ class Result:
 
     def _predicted(self) -> dict[Schedule, float] | None:
         from metalgen.chips import get_chip
-        from metalgen.tuning.search.search import rank
+        from metalgen.tuning.search.ranking import rank
         from metalgen.tuning.search.space import enumerate_valid
         from metalgen.tuning.sessions.modelled import model_version
 

@@ -54,6 +54,7 @@ def race_on(
         policy=policy,
         clock=gpu.clock,
         verify=FakeVerify(),
+        prune=False,
     )
     return report.outcomes[0]
 

@@ -24,6 +24,7 @@ from metalgen.schedule import (
     widest_row,
 )
 from metalgen.targets import TARGETS
+from metalgen.tuning.search.finite import FiniteSpace
 
 Point = Mapping[str, Any]
 """Values of the parameters declared so far, by name."""
@@ -81,14 +82,6 @@ class Space:
         """The default schedule, which is in every space."""
         return default_schedule(self.config, self.limits, self.family)
 
-    def item(self, point: Point) -> Schedule:
-        """The same as `schedule`, by the name that a search knows."""
-        return self.schedule(point)
-
-    def value(self, schedule: Schedule, name: str) -> Any:
-        """A schedule's value of a parameter."""
-        return getattr(schedule, name)
-
     def point(self, schedule: Schedule) -> dict[str, Any] | None:
         """The values of the parameters that give a schedule, or None if no point does."""
         point: dict[str, Any] = {}
@@ -98,6 +91,13 @@ class Space:
                 return None
             point[parameter.name] = value
         return point if self.schedule(point) == schedule else None
+
+    def free(self, schedule: Schedule) -> dict[str, Any] | None:
+        """The values of the parameters that have a choice in a schedule; None as of `point`."""
+        point = self.point(schedule)
+        if point is None:
+            return None
+        return {p.name: point[p.name] for p in self.parameters if len(p.values(point)) > 1}
 
     def valid(self, schedule: Schedule) -> bool:
         """Whether a schedule keeps every rule."""
@@ -196,3 +196,45 @@ def enumerate_valid(
     schedules = map(declared.schedule, declared.points())
     found += [s for s in schedules if s != found[0] and declared.valid(s)]
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The valid schedules of a space, and the same as points for a sampler.
+
+    This is all that a search knows of a space: named parameters with their choices, and every
+    valid point.
+
+    Args:
+        schedules: all of them, the default one first.
+        finite: their points, in the same order.
+    """
+
+    schedules: tuple[Schedule, ...]
+    finite: FiniteSpace
+
+    @property
+    def default(self) -> Schedule:
+        """The schedule that is tried first, and that every other one must beat."""
+        return self.schedules[0]
+
+    @functools.cached_property
+    def index(self) -> dict[Schedule, int]:
+        """The number of each schedule."""
+        return {schedule: n for n, schedule in enumerate(self.schedules)}
+
+
+@functools.lru_cache(maxsize=16)
+def candidates(
+    config: AttentionConfig,
+    limits: Limits = APPLE,
+    family: str = "forward",
+    math_modes: tuple[str, ...] = ("safe",),
+) -> Candidates:
+    """Every valid schedule of a space (see `space`), and its points."""
+    declared = space(config, limits, family, math_modes=math_modes)
+    valid = enumerate_valid(config, limits, family, math_modes)
+    points = [declared.free(schedule) or {} for schedule in valid]
+    choices = {p.name: p.choices for p in declared.parameters if len(p.choices) > 1}
+    inactive = {p.name: p.inactive for p in declared.parameters}
+    return Candidates(valid, FiniteSpace(choices, points, inactive))

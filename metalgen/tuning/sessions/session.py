@@ -14,7 +14,7 @@ from metalgen.kernel_check import NoRoom, first_line
 from metalgen.problem import Problem
 from metalgen.schedule import Limits, Schedule, default_schedule
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
-from metalgen.tuning.search.space import Space, enumerate_valid, space
+from metalgen.tuning.search.space import enumerate_valid
 from metalgen.tuning.timing.measure import Clock
 from metalgen.tuning.workers.checker import Checker
 
@@ -57,7 +57,6 @@ class Session(abc.ABC):
 
     problem: Problem = field(init=False)
     progress: Progress = field(init=False)
-    space: Space = field(init=False)
     valid: tuple[Schedule, ...] = field(init=False)
     default: Schedule = field(init=False)
 
@@ -87,7 +86,6 @@ class Session(abc.ABC):
             self.default = default_schedule(config, limits, family)
         except InvalidSchedule as error:
             return self._too_large(error)
-        self.space = space(config, limits, family, math_modes=self.math_modes)
         self.valid = enumerate_valid(config, limits, family, self.math_modes)
         self.show(valid=len(self.valid), goal=self.goal())
         try:
