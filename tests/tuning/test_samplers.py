@@ -273,6 +273,19 @@ def test_a_class_of_ones_own_is_imported_restricted_and_given_the_seed(
     sys.modules.pop("my_samplers")
 
 
+def test_the_samplers_of_the_documentation_do_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
+    alone, own = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    exec(alone, {})  # it asserts what it finds
+    (tmp_path / "annealing.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = run(BOWL, make_sampler("annealing:Annealing", BOWL, 0), 40)
+    assert len(set(asked)) == 40
+    sys.modules.pop("annealing")
+
+
 def test_a_sampler_that_needs_a_missing_package_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(named, "NEEDS", {"tpe": ("no_such_package",)})
     with pytest.raises(ArgumentError, match="the package no_such_package, which 'tpe' needs"):
