@@ -13,9 +13,9 @@ from metalgen.chips import get_chip
 from metalgen.chips.model import predict
 from metalgen.families import Schedule, default_schedule, is_valid
 from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.kinds import SIMDGROUP
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 
 def space(config: AttentionConfig) -> Iterator[Schedule]:

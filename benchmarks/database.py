@@ -22,8 +22,8 @@ from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.families import Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 HASH = "0123456789abcdef"
 CHIPS = ("M1Max", "M3Max", "M3Max-30", "M4Max")

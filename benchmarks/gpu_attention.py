@@ -30,8 +30,8 @@ from metalgen.chips import detect
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.families import Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_mlx, config_features
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.timing.measure import chain

@@ -27,10 +27,10 @@ from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.problem.samples import sample_call
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 
 FORWARD = AttentionConfig(128, "bfloat16", causal=True)

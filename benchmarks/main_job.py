@@ -26,7 +26,7 @@ from metalgen import AttentionConfig, simulator
 from metalgen.calls.verify import TOLERANCE, relative_error
 from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.source.hashes import template_hash
 from metalgen.testing.mlx_kernels import run_attention

@@ -26,8 +26,8 @@ from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.families import enumerate_valid
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 CONFIGS = [
     AttentionConfig(64, dtype, heads_per_kv=heads, causal=causal)

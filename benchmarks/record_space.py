@@ -26,8 +26,8 @@ import dataclasses
 import time
 from pathlib import Path
 
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 PLAIN = AttentionConfig(128, "bfloat16", causal=True)
 GROUPED = dataclasses.replace(PLAIN, heads_per_kv=4)

@@ -76,8 +76,10 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
             buffers = default.buffers
             if device.language == "cuda":
                 buffers = 3 if config.head_dim <= 256 else 2
-            rows = default.bq * default.key_simdgroups
-            other = dataclasses.replace(default, bk=16, buffers=buffers, bq=rows, key_simdgroups=1)
+            values = {"bk": 16, "buffers": buffers}
+            if hasattr(default, "key_simdgroups"):
+                values |= {"bq": default.bq * default.key_simdgroups, "key_simdgroups": 1}
+            other = dataclasses.replace(default, **values)
             for schedule in dict.fromkeys([default, other]):
                 yield (
                     f"{config} {family} {schedule}",

@@ -30,12 +30,16 @@ if TYPE_CHECKING:
     from metalgen.caches.paged import CacheFull, PagedKVCache
     from metalgen.calls.kernel import Kernel
     from metalgen.calls.resolve import get_kernel
+    from metalgen.counters import Stats, reset_stats, stats
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
     from metalgen.families import Schedule
     from metalgen.ops.alibi import alibi_slopes
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
+    from metalgen.ops.installing import install, is_installed, uninstall
+    from metalgen.ops.preparing import Prepared, prepare
+    from metalgen.ops.sdpa import explain_sdpa, scaled_dot_product_attention
     from metalgen.problem.block_mask import BlockMask, create_block_mask
     from metalgen.problem.config import AttentionConfig
     from metalgen.problem.rope import Rope
@@ -51,17 +55,27 @@ _WHERE = {
     "Kernel": "metalgen.calls.kernel",
     "MetalgenError": "metalgen.errors",
     "PagedKVCache": "metalgen.caches.paged",
+    "Prepared": "metalgen.ops.preparing",
     "Rope": "metalgen.problem.rope",
     "Schedule": "metalgen.families",
+    "Stats": "metalgen.counters",
     "alibi_slopes": "metalgen.ops.alibi",
     "and_masks": "metalgen.ops.flex_attention",
     "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
     "create_block_mask": "metalgen.problem.block_mask",
     "explain": "metalgen.ops.attention",
+    "explain_sdpa": "metalgen.ops.sdpa",
     "flex_attention": "metalgen.ops.flex_attention",
     "get_kernel": "metalgen.calls.resolve",
+    "install": "metalgen.ops.installing",
+    "is_installed": "metalgen.ops.installing",
     "or_masks": "metalgen.ops.flex_attention",
+    "prepare": "metalgen.ops.preparing",
+    "reset_stats": "metalgen.counters",
+    "scaled_dot_product_attention": "metalgen.ops.sdpa",
+    "stats": "metalgen.counters",
+    "uninstall": "metalgen.ops.installing",
     "varlen_attention": "metalgen.ops.attention",
 }
 
@@ -76,8 +90,10 @@ __all__ = [
     "Kernel",
     "MetalgenError",
     "PagedKVCache",
+    "Prepared",
     "Rope",
     "Schedule",
+    "Stats",
     "__version__",
     "alibi_slopes",
     "and_masks",
@@ -85,14 +101,28 @@ __all__ = [
     "attention",
     "create_block_mask",
     "explain",
+    "explain_sdpa",
     "flex_attention",
     "get_kernel",
+    "install",
+    "is_installed",
     "or_masks",
+    "prepare",
+    "reset_stats",
+    "scaled_dot_product_attention",
+    "stats",
+    "uninstall",
     "varlen_attention",
 ]
 
 
+_ROOMS = ("flash_attn", "nn")
+"""Subpackages that stand for themselves, so that ``metalgen.flash_attn`` needs no import."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"metalgen.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
@@ -101,4 +131,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_WHERE, *_ROOMS})

@@ -19,7 +19,7 @@ from metalgen.arguments import as_integer, as_number, check_integer, check_posit
 from metalgen.calls.kernel import check_scale
 from metalgen.families import check_schedule, decode_schedule
 from metalgen.families.append import append_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 
 class Seven:

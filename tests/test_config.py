@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalgen import ArgumentError, AttentionConfig, Rope
+from metalgen.families.sizes import Problem, bucket
 from metalgen.problem.config import field_names
-from metalgen.problem.sizes import Problem, bucket
 
 configs = st.builds(
     AttentionConfig,

@@ -14,6 +14,7 @@ from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
 from metalgen.families import default_schedule
 from metalgen.families.attention import extra_inputs
+from metalgen.families.sizes import Problem
 from metalgen.features import FEATURES, FIELDS, INPUTS, register, unregister
 from metalgen.features.arrays import per_head, vector
 from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site
@@ -23,7 +24,6 @@ from metalgen.features.sampler import Sampler
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import Inputs, check_call
 from metalgen.problem.samples import sample_call
-from metalgen.problem.sizes import Problem
 from metalgen.source.render import render
 
 

@@ -7,11 +7,11 @@ import mlx.core as mx
 from metalgen.arguments import check_integer
 from metalgen.caches.parts import check_quantization, empty, rows_of, slots_of, wider
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import MAX_LENGTH
 from metalgen.features.triple import Part
 from metalgen.ops.append import append_kv
 from metalgen.plurals import counted
 from metalgen.problem.rope import Rope
-from metalgen.problem.sizes import MAX_LENGTH
 
 
 class KVCache:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from metalgen.calls.verify import Verification, of_compiler, verify
+from metalgen.calls import verify as verification
+from metalgen.calls.verify import Verification, of_compiler
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
@@ -110,7 +111,7 @@ def run_check(
     config: AttentionConfig,
     schedule: Schedule,
     template_hash: str,
-    verify: Verify = verify,
+    verify: Verify | None = None,
 ) -> Check:
     """Run a kernel against the reference, and classify what comes of it.
 
@@ -118,7 +119,7 @@ def run_check(
         device: what executes it.
         config, schedule: the kernel.
         template_hash: of the present templates.
-        verify: the check; another one for tests.
+        verify: the check; None: `metalgen.calls.verify.verify`.
 
     Raises:
         CannotCheck: the device failed, not the kernel.
@@ -128,7 +129,7 @@ def run_check(
         Check, config, schedule, template_hash, device.name, family=schedule.family
     )
     try:
-        result = verify(device, config, schedule)
+        result = (verify or verification.verify)(device, config, schedule)
     except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
         status, detail = failure_status(error), first_line(error)
         if no_memory(error):  # a check is small: something else took it all

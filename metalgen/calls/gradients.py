@@ -37,11 +37,12 @@ def differentiable(
 ) -> tuple[mx.array, mx.array | None]:
     """Run a kernel whose gradients are those of `backward_of`; nothing but its inputs is kept.
 
-    They reach the arrays that score functions capture, too. (``mx.jvp`` and ``mx.vmap`` see the
-    kernel as well, and refuse it where it is lazy: MLX has no rules for custom kernels.)
+    They reach the arrays that score functions capture, too. ``mx.vmap`` runs the plain operations,
+    since MLX has no rule for custom kernels; ``mx.jvp`` sees the kernel, and refuses it where it is
+    lazy.
     """
     if inputs is NOTHING:
-        outputs = _function_of(run, config, scale, inputs)(q, k, v)
+        outputs = function_of(run, config, scale, inputs)(q, k, v)
     else:
         outputs = _function(run, config, scale, inputs)(q, k, v, *inputs.arrays)
     return outputs[0], outputs[1] if config.return_lse else None
@@ -71,6 +72,11 @@ def _function(
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         return tuple(mx.vjp(differentiated, list(primals), list(cotangents))[1])
 
+    @attention.vmap
+    def mapped(primals: Any, axes: Any) -> Any:
+        many = mx.vmap(plain, in_axes=tuple(axes))(*primals)
+        return tuple(many), tuple(0 for _ in many)
+
     @attention.jvp
     def forward(primals: Any, tangents: Any) -> Any:
         moved = [n for n, tangent in enumerate(tangents) if tangent is not None]
@@ -85,5 +91,5 @@ def _function(
     return cast(Callable[..., tuple[mx.array, ...]], attention)
 
 
-_function_of = functools.lru_cache(maxsize=256)(_function)
+function_of = functools.lru_cache(maxsize=256)(_function)
 """The same one when asked again: where a call brings nothing of its own."""

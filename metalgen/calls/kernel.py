@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from metalgen.arguments import as_number
-from metalgen.calls.gradients import BACKWARDS, backward_of, differentiable
+from metalgen.calls.gradients import BACKWARDS, backward_of, differentiable, function_of
+from metalgen.counters import Tally, tally
 from metalgen.database.hit import brief
 from metalgen.devices import Runner
 from metalgen.errors import ArgumentError
@@ -45,6 +47,12 @@ class Kernel:
     def __repr__(self) -> str:
         """Short, for a prompt; `explain` says more."""
         return f"<Kernel {self.config}: {self.backend} on {self.device}, {self.schedule}>"
+
+    @functools.cached_property
+    def _tally(self) -> Tally:
+        """Where calls of this kernel are counted."""
+        ours = self.backend == "metalgen" or not self.path
+        return tally(self.backend, "" if ours else self.path[-1])
 
     @functools.cached_property
     def _asks(self) -> bool:
@@ -108,11 +116,22 @@ class Kernel:
         if self._asks or inputs is not NOTHING:
             check_inputs(self.config, q, k, v, inputs)
         scale = check_scale(self.config.head_dim, scale)
+        self._tally.calls += 1
         if self._has_own_gradient:
             out, lse = differentiable(self._run, self.config, q, k, v, scale, inputs)
         else:
             out, lse = self._run(q, k, v, scale, inputs)
         return out if lse is None else (out, lse)
+
+    def _with_scale(self, scale: float) -> Callable[..., tuple[mx.array, ...]]:
+        """The kernel as a function of q, k and v that checks and counts nothing.
+
+        For one of ours whose config asks for no other input. It returns the output and, where the
+        config asks for it, the log-sum-exp.
+        """
+        return function_of(
+            self._run, self.config, check_scale(self.config.head_dim, scale), NOTHING
+        )
 
 
 def check_scale(head_dim: int, scale: float | None) -> float:

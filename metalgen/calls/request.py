@@ -18,12 +18,12 @@ from metalgen.calls.mlx_call import MlxCall, mlx_call
 from metalgen.calls.options import KNOWN_OPTIONS, Keys, Options, unexpected
 from metalgen.calls.resolve import get_kernel
 from metalgen.errors import ArgumentError, MissingArgument
+from metalgen.families.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 from metalgen.features import FIELDS, INPUTS
 from metalgen.features.conversions import brief, integers
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
 from metalgen.problem.rope import Rope
-from metalgen.problem.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced

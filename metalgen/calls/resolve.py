@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from metalgen import switches
 from metalgen.arguments import check_positive
 from metalgen.calls.kernel import Kernel
 from metalgen.database.hit import Hit
@@ -15,8 +17,8 @@ from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 
 if TYPE_CHECKING:
@@ -79,29 +81,92 @@ def get_kernel(
     if any(type(size) is not int for size in sizes.values()):
         plain = {argument: int(size) for argument, size in sizes.items()}
         return get_kernel(config, **plain, device=device, chip=chip)
-    kernel = _resolve(problem, get_device(name), chip)
+    if _recording is not None:
+        _recording.append((problem, batch, name, chip))
+        kernel = Kernel(
+            *(config, "reference", "plain", problem.family, default_schedule(config)),
+            ("plain MLX operations: metalgen.prepare looks at what is called",),
+            _plain(config),
+        )
+    else:
+        kernel = _resolve(problem, get_device(name), chip)
     if len(_known) >= MOST_KNOWN:
         _known.clear()
     _known[key] = kernel
     return kernel
 
 
+def pinned_kernel(
+    config: AttentionConfig, schedule: Schedule, *, device: str | None = None
+) -> Kernel:
+    """The forward kernel of a config with a schedule of the caller's own, checked as any other.
+
+    It is not looked up, and a new one each time; plain MLX stands in where no kernel runs, or where
+    this one is wrong, and `Kernel.explain` says so.
+
+    Raises:
+        InvalidSchedule: the schedule cannot run the config on that device.
+        DeviceError, ArgumentError: as `get_kernel`.
+    """
+    where = get_device(device)
+    path = ["schedule: pinned by the caller"]
+    if where.language is None or switches.forced_reference():
+        path.append("plain MLX operations: no kernel runs on this device")
+        run, backend, name = _plain(config), "plain", "reference"
+    elif _passes(where, config, schedule, template_hash("forward", where.language), path):
+        run, backend, name = where.build(config, schedule), "metalgen", where.name
+    else:
+        path.append("FALLBACK to plain MLX operations: the pinned kernel failed its check")
+        run, backend, name = _plain(config), "plain", where.name
+    return Kernel(config, name, backend, "forward", schedule, tuple(path), run)
+
+
 _known: dict[Any, Kernel] = {}
+kept_with_kernels: list[dict[Any, Any]] = []
+"""What others decided from kernels and keep: forgotten with them."""
 MOST_KNOWN = 4096
 """Kernels that are kept: functions with numbers that change make a new one each time."""
 
 
+Request = tuple[Problem, int, str, str | None]
+"""What a call asks `get_kernel` for: problem, batch, device, chip."""
+_recording: list[Request] | None = None
+
+
+@contextlib.contextmanager
+def recorded_requests() -> Iterator[list[Request]]:
+    """What is asked for meanwhile, each once; plain MLX operations stand in for every kernel."""
+    global _recording
+    forget_kernels()
+    found: list[Request] = []
+    _recording = found
+    try:
+        yield found
+    finally:
+        _recording = None
+        forget_kernels()
+
+
 def forget_kernels() -> None:
-    """Forget every kernel that `get_kernel` has handed out, so that databases are read again."""
+    """Forget every kernel that `get_kernel` has handed out.
+
+    Databases and environment variables are then read again.
+    """
     _known.clear()
+    for kept in kept_with_kernels:
+        kept.clear()
+    switches.read_again()
 
 
 def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
     config, family = problem.config, problem.family
     path: list[str] = []
     chip = _chip(chip_name, device, path)
-    if device.language is None:
-        path.append("plain MLX operations: no kernel runs on this device")
+    forced = switches.forced_reference()
+    if device.language is None or forced:
+        why = f"{forced} forces them" if forced else "no kernel runs on this device"
+        path.append(f"plain MLX operations: {why}")
+        device = get_device("reference")
         return Kernel(
             config,
             device.name,

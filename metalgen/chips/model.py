@@ -18,8 +18,8 @@ from metalgen.chips.coefficients import DEFAULT, Coefficients
 from metalgen.chips.counts import covers
 from metalgen.chips.work import Work, combine_work, forward_work
 from metalgen.families import SIMD_WIDTH, Schedule, get_attention
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 HALF_REGISTER_BYTES = 2 * SIMD_WIDTH
 """Bytes that a 16-bit register takes for a whole simdgroup."""

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import click
 
+from metalgen.families.sizes import Problem
 from metalgen.features.fields import DTYPES
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -197,8 +197,8 @@ def _require_model(chip: Chip) -> None:
     """Raise `IncompleteChip` where the chip model cannot predict for a chip."""
     from metalgen.chips.model import predict
     from metalgen.families import default_schedule
+    from metalgen.families.sizes import Problem
     from metalgen.problem.config import AttentionConfig
-    from metalgen.problem.sizes import Problem
 
     config = AttentionConfig(head_dim=64)
     predict(Problem(config, 1, 1, 1), default_schedule(config), chip)

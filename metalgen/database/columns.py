@@ -8,8 +8,8 @@ from typing import Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError, MetalgenError
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 
 def row_of(problem: Problem) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from metalgen.database.records import shipped_buckets
 from metalgen.database.winners import Rank, Standing, ranks
 from metalgen.errors import MetalgenError
 from metalgen.families import APPLE, Limits, Schedule, check_schedule, decode_schedule
+from metalgen.families.sizes import MAX_BATCH_HEADS, MAX_LENGTH, Problem
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import MAX_BATCH_HEADS, MAX_LENGTH, Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -17,8 +17,8 @@ from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES
 from metalgen.database.schedules import schedule_on
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, attention_families
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 
 def now() -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 if TYPE_CHECKING:
     from metalgen.database.measurement import Measurement
     from metalgen.families import Schedule
+    from metalgen.families.sizes import Problem
     from metalgen.problem.config import AttentionConfig
-    from metalgen.problem.sizes import Problem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.resources import MissingResource, tuning_db_dir
 
 

@@ -27,8 +27,8 @@ from metalgen.database.rows import COLUMNS, FAULTS, GRAVITY, IDENTITY, Reader, T
 from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
+from metalgen.families.sizes import Problem
 from metalgen.languages import LANGUAGES
-from metalgen.problem.sizes import Problem
 
 
 @dataclass

@@ -34,8 +34,8 @@ from metalgen.database.untrusted import (
 )
 from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, check_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 IDENTITY = (
     *("problem", "schedule", "template_hash", "chip", "cores", "device"),

@@ -17,7 +17,7 @@ from metalgen.database.rows import IDENTITY
 from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 
 class Store(KeepsChecks):

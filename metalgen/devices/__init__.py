@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from metalgen import switches
 from metalgen.devices.base import Device, Runner
 from metalgen.devices.cuda import CudaDevice
 from metalgen.devices.metal import MetalDevice
@@ -25,7 +26,21 @@ def all_devices() -> tuple[Device, ...]:
 
 
 def default_device() -> Device:
-    """This machine's GPU where MLX computes on it, else plain MLX."""
+    """What computes calls that name no device.
+
+    The device of ``METALGEN_DEVICE``; where it is unset this machine's GPU, if MLX computes on it,
+    and else plain MLX. ``METALGEN_REFERENCE=1`` forces plain MLX.
+
+    Raises:
+        ArgumentError: a variable with a value that means nothing.
+        DeviceError: the device that it names cannot be used here, with the reason.
+    """
+    if switches.forced_reference():
+        return _DEVICES["reference"]
+    if (name := switches.asked_device()) is not None:
+        if name not in _DEVICES:
+            raise ArgumentError("METALGEN_DEVICE", f"one of {', '.join(_DEVICES)}", name)
+        return _DEVICES[name].require()
     if mx.default_device().type == mx.DeviceType.gpu:
         for name in ("metal", "cuda"):
             if _DEVICES[name].unavailable() is None:

@@ -10,6 +10,9 @@ from metalgen.devices.base import Runner
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 
+mlx_sdpa = mx.fast.scaled_dot_product_attention
+"""MLX's own function, also while `metalgen.install` has put ours in its place."""
+
 MLX_FUSED_DIMS = frozenset({(64, 64), (72, 72), (80, 80), (96, 96), (128, 128)})
 """Query and value widths for which MLX's own fused attention kernel exists, for any lengths."""
 
@@ -89,16 +92,15 @@ def mlx_attention(
     if 0 in q.shape or 0 in k.shape:
         return mx.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     sinks = None if sinks is None else sinks.astype(q.dtype)
-    attend = mx.fast.scaled_dot_product_attention
     if not isinstance(seen, mx.array):
-        return attend(q, k, v, scale=scale, mask=seen, sinks=sinks)
+        return mlx_sdpa(q, k, v, scale=scale, mask=seen, sinks=sinks)
     if seen.dtype == mx.bool_:
         some = seen.any(axis=-1, keepdims=True)
         mask = seen | ~some
     else:
         some = (seen > -mx.inf).any(axis=-1, keepdims=True)
         mask = mx.where(some, seen, 0.0).astype(q.dtype)
-    out = attend(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    out = mlx_sdpa(q, k, v, scale=scale, mask=mask, sinks=sinks)
     return mx.where(some, out, mx.zeros((), out.dtype))
 
 

@@ -43,6 +43,11 @@ def attention_plain(
     q: mx.array, k: mx.array, v: mx.array, scale: float | mx.array, features: dict[str, Any]
 ) -> tuple[mx.array, mx.array]:
     """What `metalgen.reference.attention_mlx` describes."""
+    if 0 in q.shape[:3]:
+        # MLX 0.32.4 on a CPU frees what an empty product of strided keys has yet to copy.
+        bits = features.get("kv_bits")
+        width = v.shape[3] if bits is None else v.shape[3] * 32 // bits
+        return mx.zeros((*q.shape[:3], width), q.dtype), mx.full(q.shape[:3], -mx.inf)
     inputs = _constant_places(features.get("inputs") or NOTHING)
     paged = features.get("page_size") is not None
     on_page = None

@@ -14,7 +14,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, default_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
 from metalgen.schedules import all_knobs
 from metalgen.source.hashes import present_templates

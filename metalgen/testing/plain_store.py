@@ -31,8 +31,8 @@ from metalgen.database.measurement import (
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
 from metalgen.families import Limits, Schedule, check_schedule, get_attention
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 Kernel = tuple[str, str, str, str]
 """Family, key of the config, key of the schedule, template hash."""

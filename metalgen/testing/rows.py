@@ -7,8 +7,8 @@ from typing import Any
 
 from metalgen.database.measurement import Measurement, host
 from metalgen.families import APPLE, Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 HASH = "0123456789abcdef"
 OTHER_HASH = "f" * 16

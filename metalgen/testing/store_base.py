@@ -16,7 +16,7 @@ from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.families import Limits, Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.testing.rows import CHIP, CONFIG, HASH, NEIGHBOURS, PROBLEM, SECOND
 
 NEAR = replace(PROBLEM, kv_len=2048)

@@ -27,8 +27,8 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.protocol import TuningStore
 from metalgen.devices import get_device
 from metalgen.families import Limits, Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import (

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 PREFILL = (512, 2048, 8192)
 """Lengths of prompts: as many queries as keys."""

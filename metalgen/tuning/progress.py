@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from metalgen.database.measurement import Measurement
 from metalgen.families import Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 
 @dataclass

@@ -16,7 +16,7 @@ from metalgen.database.refresh import refresh_store
 from metalgen.database.store import Store
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.source.digests import Present
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import BudgetSpent, Observer, Report

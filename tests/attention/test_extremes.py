@@ -25,7 +25,9 @@ from metalgen.testing.devices import normal
 
 LOWEST = float(np.finfo(np.float32).min)
 WIDTH, KEYS = 32, 139
-DTYPES = ("float32", "float16", "bfloat16")
+slow = pytest.mark.slow
+DTYPES = ("bfloat16", *(pytest.param(name, marks=slow) for name in ("float32", "float16")))
+"""The arithmetic of scores is the same for all; the others are read and written differently."""
 WAYS = {"forward": 35, "decode": 3}
 """Families, and queries that they get."""
 
@@ -121,8 +123,10 @@ def test_one_score_of_all_keys_gives_the_mean_of_the_values(
 
 @pytest.mark.parametrize("family", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("factor", [1448, 2000, 4096, 65504])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "factor", [1448, pytest.param(2000, marks=slow), 4096, pytest.param(65504, marks=slow)]
+)
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=slow)])
 def test_scores_apart_by_what_float32_tells_apart(
     gpu: KernelDevice, family: str, dtype: str, factor: int, sign: int
 ) -> None:
@@ -144,7 +148,7 @@ def test_scores_apart_by_what_float32_tells_apart(
 
 
 @pytest.mark.parametrize("family", WAYS)
-@pytest.mark.parametrize("scale", [1e3, 1e10, 1e20])
+@pytest.mark.parametrize("scale", [1e3, pytest.param(1e10, marks=slow), 1e20])
 def test_random_scores_of_any_size(gpu: KernelDevice, family: str, scale: float) -> None:
     """Each row has the value of its largest score: the others are far away."""
     q, k, v = arrays(family, "float32")
@@ -155,7 +159,7 @@ def test_random_scores_of_any_size(gpu: KernelDevice, family: str, scale: float)
 
 @pytest.mark.parametrize("family", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("filler", [LOWEST, -3.4e38, -2e38, -65504.0])
+@pytest.mark.parametrize("filler", [LOWEST, pytest.param(-3.4e38, marks=slow), -2e38, -65504.0])
 def test_a_bias_near_the_lowest_float_for_all_keys_gives_the_mean_of_the_values(
     gpu: KernelDevice, family: str, dtype: str, filler: float
 ) -> None:
@@ -213,7 +217,7 @@ def test_a_sink_next_to_large_scores(gpu: KernelDevice, family: str, score: floa
 
 
 @pytest.mark.parametrize("family", WAYS)
-@pytest.mark.parametrize("slope", [1e6, 1e30, 2e36])
+@pytest.mark.parametrize("slope", [1e6, pytest.param(1e30, marks=slow), 2e36])
 def test_steep_slopes_of_alibi_leave_the_nearest_key(
     gpu: KernelDevice, family: str, slope: float
 ) -> None:

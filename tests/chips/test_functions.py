@@ -16,8 +16,8 @@ from metalgen.dsl.operations import ARITY
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
 from metalgen.families.counts import CallCounts, forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 PLAIN = AttentionConfig(64)
 SLOPES = mx.ones((8,))

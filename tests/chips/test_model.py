@@ -14,8 +14,8 @@ from metalgen.chips.model import estimate, predict, predict_sizes, resident_grou
 from metalgen.chips.work import Work, combine_work
 from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.families.counts import combine_counts, forward_counts, pass_sums
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 M1_MAX, M3_MAX = get_chip("M1Max"), get_chip("M3Max")
 APPLE = [chip for chip in all_chips() if chip.kind == "apple"]

@@ -14,7 +14,7 @@ from metalgen.chips import get_chip
 from metalgen.cli.app import run
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.presets import preset, preset_names
 

@@ -16,8 +16,8 @@ from metalgen.database.lookup import lookup
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.store import Store
 from metalgen.families import Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.digests import source_hash
 from metalgen.source.hashes import template_hash
 

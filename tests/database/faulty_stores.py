@@ -21,7 +21,7 @@ from metalgen.database.measurement import Measurement, check_fields
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.testing.rows import CHIP, NEIGHBOURS, PROBLEM
 from metalgen.testing.stores import StoreConformance
 

@@ -30,8 +30,8 @@ from metalgen.database.errors import UnreadableDatabase
 from metalgen.database.lookup import checked, last_chip, lookup
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.source.hashes import template_hash
 from metalgen.testing.rows import FIRST, SECOND, THIRD, modelled, row

@@ -17,7 +17,7 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.testing.rows import (
     CHIP,
     CONFIG,

@@ -22,8 +22,8 @@ from metalgen.database.merging import merge_rows
 from metalgen.database.rows import row_of_measurement
 from metalgen.database.store import Store
 from metalgen.devices import get_device
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.testing.rows import CONFIG, FIRST, HASH, PROBLEM, SECOND, THIRD, row
 from metalgen.tuning.runner import tune
 

@@ -28,7 +28,7 @@ from metalgen.database.refresh import (
 )
 from metalgen.database.store import Store
 from metalgen.families import APPLE, Limits, Schedule, default_schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.resources import templates_dir, tuning_db_dir
 from metalgen.source.digests import Present, _source_hash, code_of, source_hash
 from metalgen.source.hashes import template_hash

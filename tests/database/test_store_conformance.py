@@ -20,7 +20,7 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
 from metalgen.families import Limits
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.testing.plain_store import Contents, PlainStore
 from metalgen.testing.rows import CHIP, HASH, NEIGHBOURS, PROBLEM
 from metalgen.testing.stores import StoreConformance

@@ -23,8 +23,8 @@ from metalgen.database.winners import GRAIN, ordered, winner
 from metalgen.devices import get_device
 from metalgen.families import Schedule, decode_schedule
 from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.report.results import results
 from metalgen.report.sources import read_sources
 from metalgen.source.hashes import template_hash
@@ -190,6 +190,25 @@ def test_winners_stay_whatever_is_tuned_checked_and_pinned_afterwards(
                 store.record_check(*kernel, "simulator", "ok", family=m.problem.family)
     for (chip, problem), schedule in found.items():
         assert agreed(problem, chip, path, capsys) == schedule
+
+
+def test_a_pruned_row_never_wins_however_quick_it_was_and_whatever_its_check_says(
+    path: Path,
+) -> None:
+    """Its few samples are no time that counts; the kernel itself is right, so its check passes."""
+    pruned = row(SECOND, 1e-5, status="pruned", detail="ended after 2 samples")
+    with Store.open(path) as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurements([row(FIRST, 1e-3, run=run), dataclasses.replace(pruned, run=run)])
+        for schedule in (FIRST, SECOND):
+            store.record_check(PROBLEM.config, schedule, HASH, "simulator", "ok")
+        rows = store.measurements(PROBLEM)
+    assert {m.schedule: m.verified for m in rows} == {FIRST: True, SECOND: False}
+    won = winner(rows)
+    assert won is not None and won.schedule == FIRST
+    hit = lookup(PROBLEM, CHIP, HASH, shipped=path.parent / "none")
+    assert hit is not None and hit.schedule == FIRST
+    assert winner([dataclasses.replace(pruned, verified=True)]) is None
 
 
 def order(m: Measurement, least: float) -> tuple[Any, ...]:

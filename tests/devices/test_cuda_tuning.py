@@ -15,8 +15,8 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.render import render
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune

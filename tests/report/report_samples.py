@@ -11,8 +11,8 @@ from typing import Any
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.report.results import Result, results
 from metalgen.report.sources import read_sources
 from metalgen.source.hashes import template_hash

@@ -10,7 +10,7 @@ from tuning_fakes import Clock, FakeGpu
 from metalgen.chips import get_chip
 from metalgen.database.measurement import Measurement
 from metalgen.families import Limits, Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.tuning.timing.measure import Policy
 
 SPACE = Path(__file__).parents[2] / "benchmarks" / "spaces" / "h200" / "forward-d64.jsonl"

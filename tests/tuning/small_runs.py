@@ -9,8 +9,8 @@ from tuning_fakes import FakeGpu, FakeVerify
 from metalgen.chips import get_chip
 from metalgen.database.store import Store
 from metalgen.families import default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.progress import Report
 from metalgen.tuning.runner import tune
 from metalgen.tuning.timing.measure import Policy

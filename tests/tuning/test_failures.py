@@ -18,8 +18,8 @@ from metalgen.database.errors import DatabaseError
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.runner import tune
 from metalgen.tuning.sessions.measured import MeasuredSession

@@ -18,8 +18,8 @@ from metalgen.database.lookup import lookup
 from metalgen.database.records import write_records
 from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import Outcome
 from metalgen.tuning.runner import tune

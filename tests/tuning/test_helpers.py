@@ -20,8 +20,8 @@ from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule, default_schedule, enumerate_valid
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.runner import tune
 from metalgen.tuning.timing.measure import Policy

@@ -12,8 +12,8 @@ from metalgen.calls import resolve
 from metalgen.chips import get_chip
 from metalgen.database.store import Store
 from metalgen.devices import get_device
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.source.digests import source_hash
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.runner import tune

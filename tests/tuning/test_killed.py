@@ -29,7 +29,7 @@ WORKER = textwrap.dedent(
     from metalgen.chips import get_chip
     from metalgen.problem.config import AttentionConfig
     from metalgen.database.store import Store
-    from metalgen.problem.sizes import Problem
+    from metalgen.families.sizes import Problem
     from metalgen.tuning.timing.measure import Policy
     from metalgen.tuning.runner import tune
 
@@ -59,7 +59,7 @@ READER = textwrap.dedent(
     from metalgen.chips import get_chip
     from metalgen.problem.config import AttentionConfig
     from metalgen.database.lookup import lookup
-    from metalgen.problem.sizes import Problem
+    from metalgen.families.sizes import Problem
     from metalgen.source.hashes import template_hash
 
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -15,8 +15,8 @@ from metalgen.devices import Runner, get_device
 from metalgen.devices.marking import marking
 from metalgen.errors import ArgumentError
 from metalgen.families import default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.reference import attention_float64
 from metalgen.tuning.timing.measure import (
     Bench,

@@ -16,8 +16,8 @@ from metalgen.cli.measuring import Measuring
 from metalgen.database.store import Store
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning import presets
 
 SMALL = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.presets import MODELS, preset, preset_names
 
 

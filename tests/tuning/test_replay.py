@@ -16,8 +16,8 @@ from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.families import APPLE, Schedule, enumerate_valid
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.search.replay import read_recordings
 from metalgen.tuning.search.starts import borrow, borrowed_schedules, related, translated
 

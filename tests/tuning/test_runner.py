@@ -23,8 +23,8 @@ from metalgen.devices import get_device
 from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule
 from metalgen.families import Schedule, default_schedule, enumerate_valid
 from metalgen.families.counts import forward_counts
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.simulator import errors as simulator
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import Progress, Report

@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 from metalgen.database.measurement import Measurement
 from metalgen.families import default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.search.finite import FiniteSpace
 from metalgen.tuning.search.named import make_sampler
 from metalgen.tuning.study.sampling import Sampling

@@ -21,8 +21,8 @@ from metalgen.cli import tune as command
 from metalgen.cli.app import run as main
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning import presets
 from metalgen.tuning.runner import tune
 from metalgen.tuning.study.storage import FileLock, StorageError, masked, open_storage

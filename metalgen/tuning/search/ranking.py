@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from metalgen.families import Schedule
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

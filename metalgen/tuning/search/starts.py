@@ -8,9 +8,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from metalgen.families import Limits, Schedule
+from metalgen.families.sizes import Problem
 from metalgen.kinds import get_kind
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip

@@ -12,7 +12,7 @@ from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid
-from metalgen.problem.sizes import Problem
+from metalgen.families.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.timing.measure import Clock
 from metalgen.tuning.workers.checker import Checker

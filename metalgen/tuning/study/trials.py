@@ -25,8 +25,8 @@ from metalgen.database.rows import FAULTS, check, row_of_measurement, short
 from metalgen.database.untrusted import parse_object
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, decode_schedule
+from metalgen.families.sizes import Problem
 from metalgen.kinds import get_kind
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.search.candidates import Candidates
 from metalgen.tuning.study.heart import BEAT
 from metalgen.tuning.study.storage import StorageError, explained, masked

@@ -21,9 +21,9 @@ from metalgen.devices import Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import Problem
 from metalgen.problem.inputs import Inputs, needs_inputs
 from metalgen.problem.samples import Call, sample_call
-from metalgen.problem.sizes import Problem
 
 Clock = Callable[[], float]
 """Seconds, from any start."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from metalgen.calls.check import CannotCheck, Verify, record_check, run_check, source_hash_of
-from metalgen.calls.verify import verify
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.families import Schedule
@@ -62,7 +61,7 @@ class Checker:
         if self.device is None:
             raise CannotCheck("no device here executes kernels")
         kernel = (config, schedule, self.template_hash)
-        found = run_check(self.device, *kernel, self._verify or verify)
+        found = run_check(self.device, *kernel, self._verify)
         self.checked += 1
         record_check(self.store, found)
         kept = self.store.find_check(*kernel, self.device.name, family=schedule.family)

@@ -19,9 +19,9 @@ from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import needs_inputs
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.timing.measure import Bench, Clock, Policy, Stop, Timing, arrays
 from metalgen.tuning.timing.racing import Race, race
 
@@ -125,7 +125,9 @@ class Here(Executor):
         key = (problem.config.key, schedule)
         if key in self._built:
             return
-        if any(other[:2] != key[:2] for other in self._built):
+        if any(
+            (config, other.family) != (key[0], schedule.family) for config, other in self._built
+        ):
             self._built.clear()
         with self._watched():
             runner = self.device.build(problem.config, schedule)

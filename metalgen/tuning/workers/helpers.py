@@ -28,8 +28,8 @@ from metalgen.calls.verify import Verification
 from metalgen.devices import Device
 from metalgen.errors import ArgumentError, DeviceError
 from metalgen.families import Schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent
 from metalgen.tuning.timing.measure import Policy, Stop, Timing
 from metalgen.tuning.timing.racing import Race

@@ -1,0 +1,120 @@
+"""What all functions of flash-attn's interface come down to: one call of metalgen's attention.
+
+Two things that metalgen's kernels do not take yet are said by functions of scores and masks, which
+is exact: slopes of each batch entry, and the key at which a sequence begins. Each is one function
+here, so that a feature of the kernels replaces that function alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from metalgen.ops.attention import attention
+from metalgen.ops.flex_attention import flex_attention
+from metalgen.problem.config import MIN_HEAD_DIM
+
+PROBABILITY_COLUMNS = 512
+"""Keys whose probabilities one call returns: as many as a row of values may be wide."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Attention with heads first, and what flash-attn's arguments ask of it.
+
+    Args:
+        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``; packed sequences:
+            B is 1; pages: k and v are ``(pages, Hkv, page_size, D)``.
+        options: of `metalgen.attention`.
+        scale: None means ``1 / sqrt(D)``.
+        slopes: of ALiBi, ``(H,)`` or ``(N, H)``.
+        starts: ``(N,)``, the first key of each sequence that is there.
+        own: ``(N,)``, or an integer for all: key at the position of each sequence's first query.
+    """
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    options: dict[str, Any]
+    scale: float | None = None
+    slopes: mx.array | None = None
+    starts: mx.array | None = None
+    own: mx.array | int = 0
+
+    def run(self) -> tuple[mx.array, mx.array]:
+        """Output ``(B, H, Lq, Dv)`` and log-sum-exp ``(B, H, Lq)``."""
+        width, v_width = self.q.shape[3], self.v.shape[3]
+        scale = width**-0.5 if self.scale is None and width else self.scale
+        q, k, v = (_wide_enough(x) for x in (self.q, self.k, self.v))
+        options = dict(self.options)
+        score = mask = None
+        if self.slopes is not None and self.slopes.ndim == 1:
+            options["alibi_slopes"] = self.slopes
+        elif self.slopes is not None:
+            score = slopes_of_entries(self.slopes, self.own, options.pop("softcap", None))
+        if self.starts is not None:
+            mask = keys_from(self.starts)
+        if score is None and mask is None:
+            out, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
+        else:
+            out, lse = flex_attention(q, k, v, score, mask, scale=scale, return_lse=True, **options)
+        return (out[..., :v_width] if out.shape[3] > v_width else out), lse
+
+    def probabilities(self, keys: int) -> mx.array:
+        """The weights of the keys, ``(B, H, Lq, keys)``; negative where dropout drops them.
+
+        Each call computes those of some keys as its output, with rows of the identity as values:
+        so they are those of the very same computation.
+        """
+        heads, dtype = self.v.shape[1], self.v.dtype
+        rate = self.options.get("dropout", 0.0)
+        found = []
+        for first in range(0, keys, PROBABILITY_COLUMNS):
+            columns = mx.arange(first, min(first + PROBABILITY_COLUMNS, keys))
+            unit = (mx.arange(keys)[:, None] == columns).astype(dtype)
+            v = mx.broadcast_to(unit, (self.k.shape[0], heads, *unit.shape))
+            kept = replace(self, v=v).run()[0]
+            if rate:
+                options = {name: x for name, x in self.options.items() if "dropout" not in name}
+                whole = replace(self, v=v, options=options).run()[0]
+                kept = mx.where(kept > 0, whole, -whole)
+            found.append(kept)
+        return mx.concatenate(found, axis=-1) if found else mx.zeros((*self.q.shape[:3], 0), dtype)
+
+
+def _wide_enough(x: mx.array) -> mx.array:
+    """Rows of zeros behind, where they are narrower than metalgen's kernels take; as flash-attn."""
+    missing = MIN_HEAD_DIM - x.shape[3]
+    return mx.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing > 0 else x
+
+
+def slopes_of_entries(
+    slopes: mx.array, own: mx.array | int, softcap: float | None
+) -> Callable[..., Any]:
+    """The score function of slopes ``(N, H)``: ``-slope * |own + i - j|``, after the cap.
+
+    A kernel with slopes for each entry will replace it.
+    """
+    starts = mx.full((slopes.shape[0],), own, mx.int32) if isinstance(own, int) else own
+
+    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if softcap is not None:
+            score = softcap * mx.tanh(score / softcap)
+        return score - slopes[b, h] * mx.abs(starts[b] + q_idx - kv_idx)
+
+    return score_mod
+
+
+def keys_from(starts: mx.array) -> Callable[..., Any]:
+    """The mask function of keys that begin at ``starts[n]``; a kernel's own starts will replace it.
+
+    It computes the tiles in front of them, too.
+    """
+
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return kv_idx >= starts[b]
+
+    return mask_mod

@@ -1,0 +1,1 @@
+"""Layers by flash-attn's names."""
