@@ -1,11 +1,22 @@
 """Measure schedules of the GPU table's problems on this machine, and keep the rows.
 
-    python -m benchmarks.record_space DATABASE [--only NAME]... [--trials N] [--budget SECONDS]
+    python -m benchmarks.record_space DATABASE [--only NAME]... [--whole] [--budget SECONDS]
 
-Of the problems in `WHOLE` every valid schedule is measured, unless there are --trials; of the
-others as many as a search tries. `metalgen.tuning.runner.tune` does it, with helpers that compile
-ahead: rows are committed when they are measured, and the same command goes on after a cut. The best
-are raced against the default and MLX's own attention, and checked against float64.
+Of each problem as many schedules are measured as a search tries, or --trials; with --whole every
+valid one, each to its end (nothing is pruned), in a random order: a space that searches can be
+replayed on. `metalgen.tuning.runner.tune` does it, with helpers that compile ahead: rows are
+committed when they are measured, and the same command goes on after a cut. The best are raced
+against the default and MLX's own attention, and checked against float64.
+
+A forward space has 574 or 576 schedules, a decode space some 3,136: on an H200 with 14 helpers a
+forward space is meant to fit into 240 seconds, and a decode space into several runs of 240. To
+record three spaces, one of them with a feature, and to write the files that
+`benchmarks.search` and `benchmarks.pruning` read:
+
+    for name in forward 64 128-causal-softcap; do
+      python -m benchmarks.record_space spaces.db --whole --only $name --jobs 14 --budget 240
+    done
+    METALGEN_DB=spaces.db metalgen db export benchmarks/spaces/h200/DATE.jsonl --measured
 """
 
 from __future__ import annotations
@@ -40,16 +51,14 @@ PROBLEMS = {
     for cap in (None, 50.0)
     if (dim, causal, cap) != (128, True, None)
 }
-WHOLE = ("forward", "decode")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("database", type=Path)
     parser.add_argument("--only", choices=PROBLEMS, action="append")
-    parser.add_argument(
-        "--trials", type=int, help="schedules of each problem; default: 100, or all"
-    )
+    parser.add_argument("--trials", type=int, help="schedules of each problem; default: 100")
+    parser.add_argument("--whole", action="store_true", help="every valid schedule, to its end")
     parser.add_argument("--jobs", type=int, help="helper processes; default: as metalgen tune")
     parser.add_argument("--budget", type=float, default=400.0, help="seconds for all together")
     options = parser.parse_args()
@@ -70,7 +79,7 @@ def main() -> None:
     for name in options.only or list(PROBLEMS):
         problem = PROBLEMS[name]
         valid = len(enumerate_valid(problem.config, device.limits, problem.family))
-        trials = options.trials or (valid if name in WHOLE else None)
+        trials = valid if options.whole else options.trials
         begin = time.perf_counter()
         if begin >= deadline:
             print(f"{name}: the time is over", flush=True)
@@ -82,6 +91,7 @@ def main() -> None:
                 trials=trials,
                 jobs=jobs,
                 budget=deadline - begin,
+                prune=not options.whole,
             )
             rows = store.measurements(problem, chip=chip.name, provenance="measured")
         failed = sum(m.status != "ok" for m in rows)

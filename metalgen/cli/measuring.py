@@ -21,22 +21,27 @@ class Measuring:
     jobs: int | None
     time_limit: float | None
     cache: str | None
+    sampler: str | None = None
+    prune: bool | None = None
 
     def check(self, device: Device | None) -> None:
         """Raise `ArgumentError` where one was given and nothing is measured."""
-        for name in ("jobs", "time_limit", "cache"):
+        for name in ("jobs", "time_limit", "cache", "sampler", "prune"):
             if device is None and getattr(self, name) is not None:
                 expected = "none where times are predicted, not measured"
                 raise ArgumentError(name, expected, getattr(self, name))
         if device:
+            from metalgen.tuning.search.named import DEFAULT_SAMPLER, check_sampler
             from metalgen.tuning.workers.helpers import check_jobs
 
             check_jobs(self.jobs or 0, 1.0 if self.time_limit is None else self.time_limit)
+            check_sampler(self.sampler or DEFAULT_SAMPLER)
 
     def arguments(self, device: Device | None) -> dict[str, Any]:
         """What `metalgen.tuning.runner.tune` takes of them."""
         if device is None:
             return {}
+        from metalgen.tuning.search.named import DEFAULT_SAMPLER
         from metalgen.tuning.timing.measure import Policy
         from metalgen.tuning.workers.helpers import TIME_LIMIT, usual_jobs
 
@@ -44,6 +49,8 @@ class Measuring:
             "jobs": usual_jobs(device) if self.jobs is None else self.jobs,
             "time_limit": TIME_LIMIT if self.time_limit is None else self.time_limit,
             "policy": Policy(cache=self.cache or "cold"),
+            "sampler": self.sampler or DEFAULT_SAMPLER,
+            "prune": self.prune is not False,
         }
 
 
@@ -67,10 +74,28 @@ def measuring_options(function: Any) -> Any:
         type=click.Choice(["cold", "warm"]),
         help="Measuring: other arrays for each launch, or the same. Default: cold.",
     )
+    @click.option(
+        "--sampler",
+        metavar="NAME",
+        help="Measuring: what suggests schedules: finite-gp (default), tpe, gp, cmaes, random, "
+        "brute-force, or module:Class.",
+    )
+    @click.option(
+        "--prune/--no-prune",
+        default=None,
+        help="Measuring: end a measurement as soon as it cannot win. Default: --prune.",
+    )
     @functools.wraps(function)
     def wrapper(
-        *args: Any, jobs: int | None, time_limit: float | None, cache: str | None, **kwargs: Any
+        *args: Any,
+        jobs: int | None,
+        time_limit: float | None,
+        cache: str | None,
+        sampler: str | None,
+        prune: bool | None,
+        **kwargs: Any,
     ) -> Any:
-        return function(*args, measuring=Measuring(jobs, time_limit, cache), **kwargs)
+        measuring = Measuring(jobs, time_limit, cache, sampler, prune)
+        return function(*args, measuring=measuring, **kwargs)
 
     return wrapper

@@ -38,8 +38,8 @@ class Sharing:
             if self.study is not None:
                 raise ArgumentError("study", "none without --storage", self.study)
             return {}
-        from metalgen.tuning.study.distributed import Share
         from metalgen.tuning.study.storage import check_url, masked
+        from metalgen.tuning.study.trials import Share
 
         check_url(self.storage)
         if device is None and not self.asked:

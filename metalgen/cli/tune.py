@@ -339,7 +339,8 @@ def _again(ctx: click.Context) -> list[str]:
         value: Any = ctx.params.get(parameter.name or "")
         if source == click.core.ParameterSource.COMMANDLINE:
             for one in value if parameter.multiple else (value,):
-                words.append(parameter.opts[0])
+                names = parameter.secondary_opts if one is False else parameter.opts
+                words.append(names[0])
                 if not getattr(parameter, "is_flag", False):
                     words.append(shown(str(one)) if parameter.name == "storage" else str(one))
     return words

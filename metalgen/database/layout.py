@@ -11,17 +11,18 @@ from metalgen.database.errors import UnreadableDatabase
 APPLICATION_ID = 0x6D67656E
 """``mgen`` in SQLite's header: tells our databases from others."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Kept in SQLite's ``user_version``: the number of migrations that were applied."""
 
 OLDEST_READ = 1
 """The earliest schema that is read as it is; a writer brings it up to date.
 
-Schema 1 lacks ``source_hash``.
+Schema 1 lacks ``source_hash``, and neither 1 nor 2 has rows that were pruned.
 """
 
-STATUSES = ("ok", "invalid", "compile", "runtime", "timeout", "wrong")
-"""How a measurement or a check ended. Only ``ok`` rows have a time that counts."""
+STATUSES = ("ok", "pruned", "invalid", "compile", "runtime", "timeout", "wrong")
+"""How a measurement or a check ended. Only ``ok`` rows have a time that counts; a ``pruned`` one
+was ended early, because by what had been seen of it it could not win."""
 
 PROVENANCES = ("measured", "modelled")
 """Where a time comes from: a device's clock, or the chip model. In order of rank."""

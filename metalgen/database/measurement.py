@@ -55,7 +55,8 @@ class Measurement:
         provenance: ``"measured"`` or ``"modelled"``.
         policy: how times were taken (canonical JSON), or the version of the chip model.
         phase: ``"search"``, or ``"final"`` (interleaved with the default and MLX).
-        status: ``"ok"``, ``"invalid"``, ``"compile"``, ``"runtime"``, ``"timeout"``, ``"wrong"``.
+        status: ``"ok"``, ``"pruned"`` (ended early: it could not win), ``"invalid"``,
+            ``"compile"``, ``"runtime"``, ``"timeout"``, ``"wrong"``.
         seconds: the median of ``samples``, or the predicted time; None where there is none.
         spread: the samples' interquartile range in seconds.
         samples: every sample, in seconds, in the order they were taken.

@@ -41,7 +41,7 @@ IDENTITY = (
     *("problem", "schedule", "template_hash", "chip", "cores", "device"),
     *("provenance", "policy", "phase"),
 )
-GRAVITY = ("ok", "timeout", "runtime", "compile", "invalid", "wrong")
+GRAVITY = ("pruned", "ok", "timeout", "runtime", "compile", "invalid", "wrong")
 assert sorted(GRAVITY) == sorted(STATUSES)
 Key = tuple[Any, ...]
 FAULTS = (MetalgenError, ValueError, TypeError, KeyError, OverflowError, RecursionError)

@@ -14,6 +14,9 @@ from metalgen.database.layout import (
 
 migrations = Migrations("metalgen")
 
+FIRST_STATUSES = ("ok", "invalid", "compile", "runtime", "timeout", "wrong")
+"""Those of schemas 1 and 2."""
+
 
 def _one_of(names: tuple[str, ...]) -> str:
     return "(" + ", ".join(f"'{name}'" for name in names) + ")"
@@ -63,7 +66,7 @@ def m001_problems_schedules_measurements_checks_runs_pins(db: Database) -> None:
         provenance TEXT NOT NULL CHECK (provenance IN {_one_of(PROVENANCES)}),
         policy TEXT NOT NULL,
         phase TEXT NOT NULL CHECK (phase IN {_one_of(PHASES)}),
-        status TEXT NOT NULL CHECK (status IN {_one_of(STATUSES)}),
+        status TEXT NOT NULL CHECK (status IN {_one_of(FIRST_STATUSES)}),
         verified INTEGER NOT NULL DEFAULT 0,
         seconds REAL,
         spread REAL,
@@ -91,7 +94,7 @@ def m001_problems_schedules_measurements_checks_runs_pins(db: Database) -> None:
         schedule TEXT NOT NULL,
         template_hash TEXT NOT NULL,
         device TEXT NOT NULL,
-        status TEXT NOT NULL CHECK (status IN {_one_of(STATUSES)}),
+        status TEXT NOT NULL CHECK (status IN {_one_of(FIRST_STATUSES)}),
         error REAL,
         tolerance REAL,
         shape TEXT NOT NULL DEFAULT '',
@@ -122,7 +125,27 @@ def m002_source_hash(db: Database) -> None:
         db.execute(f"ALTER TABLE {table} ADD COLUMN source_hash TEXT NOT NULL DEFAULT ''")
 
 
-_LATER = {1: "m002_source_hash"}
+@migrations()
+def m003_pruned(db: Database) -> None:
+    """Rows may be pruned. SQLite changes a table's conditions only by making it anew."""
+    for table in ("measurements", "checks"):
+        declared = [
+            sql
+            for (sql,) in db.execute(
+                "SELECT sql FROM sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL "
+                "ORDER BY type = 'index'",
+                [table],
+            )
+        ]
+        db.execute(f"ALTER TABLE {table} RENAME TO earlier")
+        db.execute(declared[0].replace(_one_of(FIRST_STATUSES), _one_of(STATUSES)))
+        db.execute(f"INSERT INTO {table} SELECT * FROM earlier")
+        db.execute("DROP TABLE earlier")
+        for sql in declared[1:]:
+            db.execute(sql)
+
+
+_LATER = {1: "m002_source_hash", 2: "m003_pruned"}
 """The migration that follows each earlier schema."""
 
 

@@ -113,8 +113,11 @@ def ordered(rows: Iterable[Measurement]) -> list[Measurement]:
 
 
 def winner(rows: Iterable[Measurement]) -> Measurement | None:
-    """The row that wins among rows of one problem and chip; None if none passed its check."""
-    return next((m for m in ordered(rows) if m.verified), None)
+    """The row that wins among rows of one problem and chip; None if none passed its check.
+
+    A row whose measurement did not end, such as a pruned one, never wins.
+    """
+    return next((m for m in ordered(rows) if m.verified and m.status == "ok"), None)
 
 
 def winners(rows: Iterable[Measurement]) -> list[Measurement]:

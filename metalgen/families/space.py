@@ -70,23 +70,22 @@ class Space:
         """The default schedule, which is in every space."""
         return default_schedule(self.config, self.limits, self.family)
 
-    def item(self, point: Point) -> Schedule:
-        """The same as `schedule`, by the name that a search knows."""
-        return self.schedule(point)
-
-    def value(self, schedule: Schedule, name: str) -> Any:
-        """A schedule's value of a parameter; None where its kind has no such knob."""
-        return getattr(schedule, name, None)
-
     def point(self, schedule: Schedule) -> dict[str, Any] | None:
         """The values of the parameters that give a schedule, or None if no point does."""
         point: dict[str, Any] = {}
         for parameter in self.parameters:
-            value = self.value(schedule, parameter.name)
+            value = getattr(schedule, parameter.name, None)  # None: its kind has no such knob
             if value not in parameter.values(point):
                 return None
             point[parameter.name] = value
         return point if self.schedule(point) == schedule else None
+
+    def free(self, schedule: Schedule) -> dict[str, Any] | None:
+        """The values of the parameters that have a choice in a schedule; None as of `point`."""
+        point = self.point(schedule)
+        if point is None:
+            return None
+        return {p.name: point[p.name] for p in self.parameters if len(p.values(point)) > 1}
 
     def valid(self, schedule: Schedule) -> bool:
         """Whether a schedule keeps every rule."""

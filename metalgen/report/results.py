@@ -133,7 +133,7 @@ class Result:
     def _predicted(self) -> dict[Schedule, float] | None:
         from metalgen.chips import get_chip
         from metalgen.families import enumerate_valid
-        from metalgen.tuning.search.search import rank
+        from metalgen.tuning.search.ranking import rank
         from metalgen.tuning.sessions.modelled import model_version
 
         try:

@@ -160,25 +160,22 @@ def _space(r: Result) -> Space | None:
 
 
 def _trials(rows: Sequence[Measurement], declared: Space | None) -> Iterator[FrozenTrial]:
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 
+    from metalgen.tuning.search.finite import distribution
+
+    states = {"ok": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    choices = {p.name: p.choices for p in declared.parameters} if declared else {}
     for m in rows:
-        point = declared.point(m.schedule) if declared else None
-        free: dict[str, Any] = {}
-        choices: dict[str, BaseDistribution] = {}
-        for parameter in declared.parameters if declared and point else ():
-            values = parameter.values(point or {})
-            if len(values) > 1:  # the others follow from those before
-                free[parameter.name] = (point or {})[parameter.name]
-                choices[parameter.name] = CategoricalDistribution(values)
-        ok = m.status == "ok"
+        free = declared.free(m.schedule) if declared else None
+        samples = m.samples if m.status in states and m.phase == "search" else ()
         trial = create_trial(
-            state=TrialState.COMPLETE if ok else TrialState.FAIL,
-            value=_milliseconds(m.seconds) if ok else None,
-            params=free,
-            distributions=choices,
-            user_attrs=_attributes(m) | ({} if point else {"outside_space": True}),
+            state=states.get(m.status, TrialState.FAIL),
+            value=_milliseconds(m.seconds) if m.status == "ok" else None,
+            params=free or {},
+            distributions={name: distribution(choices[name]) for name in free or {}},
+            user_attrs=_attributes(m) | ({"outside_space": True} if free is None else {}),
+            intermediate_values={n: 1e3 * sample for n, sample in enumerate(samples)},
         )
         # Optuna's times have no zone; these are UTC, and a row knows only when it was committed.
         trial.datetime_start = trial.datetime_complete = _date(m.created)

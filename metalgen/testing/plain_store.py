@@ -37,7 +37,7 @@ from metalgen.problem.config import AttentionConfig
 Kernel = tuple[str, str, str, str]
 """Family, key of the config, key of the schedule, template hash."""
 
-GRAVITY = ("timeout", "runtime", "compile", "invalid", "wrong")
+GRAVITY = ("pruned", "timeout", "runtime", "compile", "invalid", "wrong")
 """Of two ways to fail the later one here counts."""
 
 

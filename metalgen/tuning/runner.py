@@ -20,6 +20,7 @@ from metalgen.families.sizes import Problem
 from metalgen.source.digests import Present
 from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import BudgetSpent, Observer, Report
+from metalgen.tuning.search.named import DEFAULT_SAMPLER, check_sampler
 from metalgen.tuning.sessions.measured import MeasuredSession
 from metalgen.tuning.sessions.modelled import ModelledSession
 from metalgen.tuning.sessions.session import Session
@@ -30,7 +31,7 @@ from metalgen.tuning.workers.helpers import TIME_LIMIT, Helpers, check_jobs
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
-    from metalgen.tuning.study.distributed import Share
+    from metalgen.tuning.study.trials import Share
 
 
 def tune(
@@ -50,6 +51,8 @@ def tune(
     clock: Clock = time.perf_counter,
     verify: Verify | None = None,
     share: Share | None = None,
+    sampler: str = DEFAULT_SAMPLER,
+    prune: bool = True,
 ) -> Report:
     """Tune problems for a chip, and keep every result as soon as it is there.
 
@@ -74,12 +77,14 @@ def tune(
         clock: seconds, for the budget and for measurements in this process.
         verify: the check; another one for tests.
         share: where to meet other workers of the same chip, who share the schedules out.
+        sampler: what suggests schedules to measure (`metalgen.tuning.search.named.make_sampler`).
+        prune: whether a measurement ends as soon as its schedule cannot win.
 
     A `KeyboardInterrupt` ends the run early: what was done is in the report and in the store.
 
     Raises:
-        ArgumentError: `trials`, `budget`, `seed`, `jobs` or `time_limit` that cannot be; a
-            `share` without a device, or with a store that is no database.
+        ArgumentError: `trials`, `budget`, `seed`, `jobs`, `time_limit` or `sampler` that cannot
+            be; a `share` without a device, or with a store that is no database.
         DeviceError: the device fails whatever the kernel, or processes cannot be started.
         StorageError: the shared storage fails, or is of workers unlike this one.
         IncompleteChip: the chip model does not know this chip, and there is no device.
@@ -93,6 +98,8 @@ def tune(
         raise ArgumentError(
             "store", "an SQLite database, into which others' rows are merged", store
         )
+    if device:
+        check_sampler(sampler)
     executing = checker or device
     versions = template_hash("forward", (executing.language if executing else None) or "metal")
     start = clock()
@@ -127,15 +134,17 @@ def tune(
     session: Session
     if device and executor:
         common |= {"device": device, "policy": policy, "executor": executor}
-        if share:
-            from metalgen.tuning.sessions.shared import SharedSession
-
-            session = SharedSession(**common, share=share)
-        else:
-            session = MeasuredSession(**common)
+        common |= {"share": share, "sampler": sampler, "prune": prune}
+        session = MeasuredSession(**common)
     else:
         session = ModelledSession(**common)
-    notes = {"trials": trials, "budget": budget, "problems": [p.key for p in problems]}
+    notes: dict[str, Any] = {
+        "trials": trials,
+        "budget": budget,
+        "problems": [p.key for p in problems],
+    }
+    if device:
+        notes["sampler"] = sampler
     with contextlib.ExitStack() as ending:  # each of them, whatever the others raise
         if executor:
             ending.callback(executor.close)

@@ -453,7 +453,7 @@ def test_a_database_of_the_first_schema_is_read_as_it_is_and_brought_up_to_date_
         assert exchange.merge(store, [path]) == exchange.Summary(new=2)
     assert path.read_bytes() == before
     with Store.open(path) as store:
-        assert store.db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert store.db.execute("PRAGMA user_version").fetchone() == (3,)
         assert [dataclasses.replace(m, run="") for m in store.measurements()] == rows
     found = exchange.diff(path, tmp_path / "mine.db", exchange.Summary())
     assert (found.same, found.changed) == (2, [])

@@ -31,6 +31,7 @@ def test_the_file_says_that_it_is_ours_and_which_schema_it_has(tmp_path: Path) -
     assert names == [
         ("m001_problems_schedules_measurements_checks_runs_pins",),
         ("m002_source_hash",),
+        ("m003_pruned",),
     ]
 
 

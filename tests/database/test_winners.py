@@ -192,6 +192,25 @@ def test_winners_stay_whatever_is_tuned_checked_and_pinned_afterwards(
         assert agreed(problem, chip, path, capsys) == schedule
 
 
+def test_a_pruned_row_never_wins_however_quick_it_was_and_whatever_its_check_says(
+    path: Path,
+) -> None:
+    """Its few samples are no time that counts; the kernel itself is right, so its check passes."""
+    pruned = row(SECOND, 1e-5, status="pruned", detail="ended after 2 samples")
+    with Store.open(path) as store:
+        run = store.begin_run("M3Max", 0)
+        store.add_measurements([row(FIRST, 1e-3, run=run), dataclasses.replace(pruned, run=run)])
+        for schedule in (FIRST, SECOND):
+            store.record_check(PROBLEM.config, schedule, HASH, "simulator", "ok")
+        rows = store.measurements(PROBLEM)
+    assert {m.schedule: m.verified for m in rows} == {FIRST: True, SECOND: False}
+    won = winner(rows)
+    assert won is not None and won.schedule == FIRST
+    hit = lookup(PROBLEM, CHIP, HASH, shipped=path.parent / "none")
+    assert hit is not None and hit.schedule == FIRST
+    assert winner([dataclasses.replace(pruned, verified=True)]) is None
+
+
 def order(m: Measurement, least: float) -> tuple[Any, ...]:
     """By the rule's words, for rows of one problem on one chip: by hand, for these tests."""
     p, seconds = m.problem, m.seconds or 0.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -109,8 +109,12 @@ def test_the_parameters_are_those_of_the_declared_space(tmp_path: Path):
         schedule = by_name[trial.user_attrs["schedule"]]
         assert "outside_space" not in trial.user_attrs
         for name, distribution in trial.distributions.items():
-            assert isinstance(distribution, CategoricalDistribution)
-            assert distribution.choices == choices[name]
+            if isinstance(distribution, CategoricalDistribution):
+                assert distribution.choices == choices[name]
+            else:
+                assert isinstance(distribution, IntDistribution)
+                ends = choices[name][0], choices[name][-1]
+                assert (distribution.low, distribution.high) == ends
             assert trial.params[name] == getattr(schedule, name)
         # Conditional: where nothing is staged there is nothing to choose of slices and buffers.
         staged = "threadgroup" in (schedule.k_source, schedule.v_source)
@@ -119,6 +123,16 @@ def test_the_parameters_are_those_of_the_declared_space(tmp_path: Path):
     assert study.best_trial.user_attrs["schedule"] == str(valid[0])
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     assert optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def test_a_pruned_row_is_a_pruned_trial_with_what_was_seen(tmp_path: Path):
+    first, second = enumerate_valid(CONFIG)[:2]
+    rows = [row(first, 1e-3), row(second, 2e-3, status="pruned", samples=(1.9e-3, 2e-3, 2.1e-3))]
+    write_studies(tmp_path / "s.log", read_sources([records(tmp_path / "r.jsonl", rows)]))
+    states = {t.user_attrs["schedule"]: t for t in studies(tmp_path / "s.log")[NAME].trials}
+    assert states[str(first)].state == optuna.trial.TrialState.COMPLETE
+    assert states[str(second)].state == optuna.trial.TrialState.PRUNED
+    assert states[str(second)].intermediate_values == pytest.approx({0: 1.9, 1: 2.0, 2: 2.1})
 
 
 def test_a_schedule_outside_the_declared_space_keeps_its_time(tmp_path: Path):

@@ -29,13 +29,17 @@ from metalgen.chips import get_chip
 from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
-from metalgen.families import Schedule, decode_schedule, enumerate_valid, space
+from metalgen.families import Schedule, decode_schedule, enumerate_valid
 from metalgen.tuning.progress import BudgetSpent, Progress
 from metalgen.tuning.runner import tune
-from metalgen.tuning.search.search import Search
-from metalgen.tuning.study import distributed
-from metalgen.tuning.study.distributed import LOSSES, Share, SharedStudy
+from metalgen.tuning.search.candidates import Candidates, candidates
+from metalgen.tuning.search.finite import FiniteSpace
+from metalgen.tuning.search.samplers import FiniteGPSampler
+from metalgen.tuning.study import claims, trials
+from metalgen.tuning.study.claims import LOSSES, Extent, TuningStudy
+from metalgen.tuning.study.sampling import Sampling
 from metalgen.tuning.study.storage import StorageError, close_storage, open_storage
+from metalgen.tuning.study.trials import Share, Trials
 
 TRIALS = 20
 WORKERS = 4
@@ -49,7 +53,7 @@ WORKER = textwrap.dedent(
     from tuning_fakes import FakeVerify
     from metalgen.chips import get_chip
     from metalgen.database.store import Store
-    from metalgen.tuning.study.distributed import Share
+    from metalgen.tuning.study.trials import Share
     from metalgen.tuning.runner import tune
 
     class Worker(Replayed):
@@ -171,7 +175,7 @@ def test_four_workers_share_a_study_and_one_of_them_is_killed(url: str, tmp_path
     states = {t.user_attrs["item"]: t.state for t in search if "rows" in t.user_attrs}
     for key, state in states.items():
         ran = recorded(decode_schedule(json.loads(key), "forward")) < math.inf
-        assert state == (TrialState.COMPLETE if ran else TrialState.FAIL)
+        assert state in ((TrialState.COMPLETE, TrialState.PRUNED) if ran else (TrialState.FAIL,))
     assert not any(t.state == TrialState.RUNNING for t in trials)
     # What each says that it measured is what there is.
     shares = Counter(t.user_attrs["worker"] for t in search if "rows" in t.user_attrs)
@@ -275,29 +279,26 @@ class Team:
         self.share = Share(f"journal:{path}", beat=1000.0, grace=2000.0)
         self.goal = goal
         self.gpu = Replayed()
-        self.declared = space(SMALL.config, self.gpu.limits, "forward")
+        modes = ("safe",)
+        self.candidates = candidates(SMALL.config, self.gpu.limits, "forward", modes)
         self.now = 0.0
         self.received: dict[str, list[Measurement]] = {}
-        self._open: list[SharedStudy] = []
-        monkeypatch.setattr(distributed.time, "monotonic", lambda: self.now)
+        self._open: list[TuningStudy] = []
+        monkeypatch.setattr(trials.time, "monotonic", lambda: self.now)
 
-    def join(self, ahead: int = 1, **facts: Any) -> SharedStudy:
+    def join(self, ahead: int = 1, **facts: Any) -> TuningStudy:
         """A new worker."""
-        declared = self.declared
-        valid = enumerate_valid(SMALL.config, self.gpu.limits, "forward", ("safe",))
+        finite = self.candidates.finite
         rows: list[Measurement] = []
-        worker = SharedStudy(
-            self.share,
-            open_storage(self.share.url),
-            SMALL,
-            FACTS | facts,
-            declared,
-            lambda: Search(declared, valid, 0),
-            self.goal,
-            ahead,
+        storage = open_storage(self.share.url)
+        worker = TuningStudy(
+            Trials(storage, SMALL, FACTS | facts, self.candidates, self.share),
+            Sampling(finite, FiniteGPSampler(finite, seed=0), {0}, late=None),
+            Extent(self.goal, ahead),
             rows.extend,
         )
-        self.received[worker.worker] = rows
+        worker.enqueue([self.candidates.default])
+        self.received[worker.trials.worker] = rows
         self._open.append(worker)
         return worker
 
@@ -310,6 +311,12 @@ class Team:
         """Everyone goes home."""
         for worker in self._open:
             worker.close()
+
+
+def stop(worker: TuningStudy) -> None:
+    """Let a worker show no sign of life any more."""
+    assert worker._heart is not None
+    worker._heart.stop()
 
 
 FACTS = {"chip": "H200", "cores": 132, "device": "cuda", "template_hash": "0" * 16, "policy": "p"}
@@ -345,14 +352,14 @@ def test_whatever_the_order_of_events_each_schedule_is_measured_once(team: Team,
             worker.publish(measured(schedule, 1e-3 if ran else None, status=("runtime", "ok")[ran]))
         elif event > 0.97 and deaths < LOSSES - 1:
             deaths += 1
-            worker._heart.stop()  # it is not heard of again
+            stop(worker)  # it is not heard of again
             workers.remove(worker)
             workers.append(team.join())
         elif event > 0.95:
             team.now += 3000.0  # more than the grace: but the living count on
             for living in workers:
                 for trial in living._own.values():
-                    living.storage.set_trial_user_attr(trial, "beat", team.now)
+                    living.trials.storage.set_trial_user_attr(trial, "beat", team.now)
         counts = Counter(team.outcomes())
         assert len(counts) == counts.total() <= team.goal
         if len(counts) == team.goal:
@@ -361,9 +368,9 @@ def test_whatever_the_order_of_events_each_schedule_is_measured_once(team: Team,
     for worker in workers:
         worker.refresh()
         assert not worker.unfinished and worker.ask() is None
-        assert len(worker.times) == team.goal
+        assert len(worker.rows) == team.goal
         # Everyone heard of what the others measured, once.
-        heard = [m.schedule for m in team.received[worker.worker]]
+        heard = [m.schedule for m in team.received[worker.trials.worker]]
         assert len(heard) == len(set(heard)) == team.goal - worker.published
 
 
@@ -400,17 +407,17 @@ def test_a_worker_that_was_taken_for_dead_and_wakes_up_loses_nothing(team: Team)
     assert not sleeper.pending
     other.publish(measured(schedule, 2e-3))
     sleeper.refresh()
-    assert sorted(m.seconds or 0 for m in team.received[other.worker]) == [1e-3]
-    assert sorted(m.seconds or 0 for m in team.received[sleeper.worker]) == [2e-3]
+    assert sorted(m.seconds or 0 for m in team.received[other.trials.worker]) == [1e-3]
+    assert sorted(m.seconds or 0 for m in team.received[sleeper.trials.worker]) == [2e-3]
 
 
 def test_a_schedule_of_which_workers_die_is_given_up(team: Team) -> None:
     team.goal = 3
-    deadly = team.join().space.default
+    deadly = team.candidates.default
     for _ in range(LOSSES):
         worker = team.join()
         assert worker.ask() == deadly
-        worker._heart.stop()
+        stop(worker)
         team.join().refresh()
         watcher = team.join()
         watcher.refresh()
@@ -423,7 +430,7 @@ def test_a_schedule_of_which_workers_die_is_given_up(team: Team) -> None:
     survivor.publish(measured(taken[0]))
     taken.append(survivor.ask())
     assert taken[1] not in (None, deadly)
-    assert deadly in survivor.asked and deadly not in survivor.times
+    assert deadly in survivor.asked and deadly not in survivor.rows
 
 
 def test_a_worker_that_leaves_gives_back_what_it_took(team: Team) -> None:
@@ -435,7 +442,7 @@ def test_a_worker_that_leaves_gives_back_what_it_took(team: Team) -> None:
         assert schedule is not None
         staying.publish(measured(schedule))
     reasons = [t.user_attrs.get("lost") for t in trials_of(team.share.url)]
-    assert Counter(reasons) == {distributed.RELEASED: 2, None: 2}
+    assert Counter(reasons) == {claims.RELEASED: 2, None: 2}
 
 
 def test_rows_of_an_earlier_run_are_brought_along_and_not_measured_again(team: Team) -> None:
@@ -443,7 +450,7 @@ def test_rows_of_an_earlier_run_are_brought_along_and_not_measured_again(team: T
     valid = enumerate_valid(SMALL.config, team.gpu.limits, "forward", ("safe",))
     worker.contribute([measured(s, 1e-3 * n) for n, s in enumerate(valid[:4], 1)])
     other = team.join()
-    assert {m.schedule for m in team.received[other.worker]} == set(valid[:4])
+    assert {m.schedule for m in team.received[other.trials.worker]} == set(valid[:4])
     other.contribute([measured(valid[0], 5.0)])
     assert len(team.outcomes()) == 4
     asked = [other.ask()]
@@ -461,8 +468,8 @@ def test_the_best_are_raced_once_and_again_after_more_was_measured(team: Team) -
     assert not second.raced()
     first.publish_finals([measured(s, phase="final", verified=True) for s in first.asked])
     assert not second.claim_finals() and second.raced()
-    assert {m.phase for m in team.received[second.worker]} == {"search", "final"}
-    second.goal = 3
+    assert {m.phase for m in team.received[second.trials.worker]} == {"search", "final"}
+    second.extent = Extent(3)
     schedule = second.ask()
     assert schedule is not None
     second.publish(measured(schedule))
@@ -491,11 +498,10 @@ def test_a_worker_of_a_metalgen_with_other_schedules_is_refused(
     team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     team.join()
-    first, *others = team.declared.parameters
-    fewer = dataclasses.replace(first, choices=first.choices[:-1])
-    monkeypatch.setattr(
-        team, "declared", dataclasses.replace(team.declared, parameters=(fewer, *others))
-    )
+    finite = team.candidates.finite
+    choices = finite.choices | {"bk": (8, *finite.choices["bk"])}
+    other = Candidates(team.candidates.schedules, FiniteSpace(choices, finite.points))
+    monkeypatch.setattr(team, "candidates", other)
     with pytest.raises(StorageError, match="of workers with space [0-9a-f]{12}, and this one has"):
         team.join()
 
@@ -510,10 +516,12 @@ def test_trials_that_no_worker_made_are_refused(team: Team) -> None:
         measured(next(s for s in SECONDS if s != schedule)),
         measured(dataclasses.replace(schedule, bk=24)),
     ):
-        worker.storage.set_trial_user_attr(worker._own[schedule.key], "rows", [bad.to_line()])
+        worker.trials.storage.set_trial_user_attr(
+            worker._own[schedule.key], "rows", [bad.to_line()]
+        )
         with pytest.raises(StorageError, match="holds what is not a worker's"):
             team.join()
-    worker.storage.set_trial_user_attr(worker._own[schedule.key], "rows", "{}")
+    worker.trials.storage.set_trial_user_attr(worker._own[schedule.key], "rows", "{}")
     with pytest.raises(StorageError, match="a trial without its row"):
         team.join()
 
@@ -523,11 +531,13 @@ def test_a_study_that_no_worker_made_is_refused_and_nothing_is_left_running(
     team: Team, text: str
 ) -> None:
     worker = team.join()
-    worker.storage.set_study_user_attr(worker._study, "metalgen", text)
+    worker.trials.storage.set_study_user_attr(worker.trials.study, "metalgen", text)
     threads = threading.active_count()
     with pytest.raises(StorageError, match="study 'metalgen' holds what is not a worker's"):
         team.join()
-    worker.storage.set_study_user_attr(worker._study, "metalgen", json.dumps({"chip": "M1"}))
+    worker.trials.storage.set_study_user_attr(
+        worker.trials.study, "metalgen", json.dumps({"chip": "M1"})
+    )
     with pytest.raises(StorageError, match="is of workers with problem None, and this one has"):
         team.join()
     assert threading.active_count() == threads

@@ -55,6 +55,7 @@ def race_on(
         policy=policy,
         clock=gpu.clock,
         verify=FakeVerify(),
+        prune=False,
     )
     return report.outcomes[0]
 

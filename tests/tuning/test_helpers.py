@@ -377,7 +377,7 @@ def test_a_tuning_run_with_helpers_keeps_every_failure_as_a_row_and_finds_a_winn
     assert len(rows) == 16
     for row in rows:
         kind = trouble.get(row.schedule.key)
-        assert row.status == ("runtime" if kind else "ok")
+        assert row.status in (("runtime",) if kind else ("ok", "pruned"))
         if kind == "crash build":
             assert row.detail == "its process ended by SIGSEGV: the driver gave up"
     assert {row.status for row in rows} == {"ok", "runtime"}

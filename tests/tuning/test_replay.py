@@ -18,8 +18,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families import APPLE, Schedule, enumerate_valid
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.tuning.search.replay import Recording, read_recordings
-from metalgen.tuning.search.search import STRATEGIES, Search
+from metalgen.tuning.search.replay import read_recordings
 from metalgen.tuning.search.starts import borrow, borrowed_schedules, related, translated
 
 CACHE = {
@@ -43,18 +42,6 @@ def measured(number: int, chip: str = "M1", seconds: float | None = None) -> Mea
     )  # fmt: skip
 
 
-def bowl(folder: Path) -> Recording:
-    """A space of 400 points whose time is a smooth bowl with its optimum at (13, 6)."""
-    cache = {
-        f"{x},{y}": {"x": x, "y": y, "time": 1 + 0.01 * (x - 13) ** 2 + 0.02 * (y - 6) ** 2}
-        for x in range(20)
-        for y in range(20)
-    }
-    text = json.dumps({"tune_params_keys": ["x", "y"], "cache": cache})
-    (folder / "gpu.json").write_text(text)
-    return read_recordings(folder)[0]
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cache_file_of_kernel_tuner_is_a_space(tmp_path: Path, packed: bool) -> None:
     (tmp_path / "gemm").mkdir()
@@ -65,10 +52,10 @@ def test_a_cache_file_of_kernel_tuner_is_a_space(tmp_path: Path, packed: bool) -
     assert (space.group, space.device, space.best) == ("gemm", "A100", 0.002)
     assert space.times == {(1, 2): 0.004, (1, 4): 0.002, (8, 2): None}
     assert [(p.name, p.choices) for p in space.parameters] == [("x", (1, 8)), ("y", (2, 4))]
-    assert space.default == (1, 4)
-    assert space.item({"x": 8, "y": 2}) == (8, 2)
+    assert space.start == (1, 4)
     assert space.point((8, 2)) == {"x": 8, "y": 2}
-    assert space.value((8, 2), "y") == 2
+    assert [space.entries[n] for n in range(3)] == list(space.times)
+    assert space.finite.points == [space.point(entry) for entry in space.entries]
 
 
 def test_our_records_make_a_space_for_each_chip_and_problem(tmp_path: Path) -> None:
@@ -97,51 +84,6 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, name: str, text: str) -
     (tmp_path / name).write_text(text)
     with pytest.raises(ArgumentError, match="spaces: expected"):
         read_recordings(tmp_path)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_tries_each_point_once_and_goes_on_after_an_interruption(
-    tmp_path: Path, strategy: str
-) -> None:
-    space = bowl(tmp_path)
-
-    def search(known: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-        found = Search(space, list(space.times), 3, strategy=strategy)
-        for entry in known:
-            found.tell(entry, space.times[entry])
-        while len(found.times) < count and (entry := found.ask()) is not None:
-            found.tell(entry, space.times[entry])
-        return list(found.times)
-
-    whole = search([], 45)
-    assert len(set(whole)) == 45
-    assert whole[0] == space.default
-    for stop in (1, 9, 17, 30):
-        assert search(whole[:stop], 45) == whole
-
-
-def test_the_surrogate_finds_the_bottom_of_a_bowl_in_forty_measurements(tmp_path: Path) -> None:
-    space = bowl(tmp_path)
-    for seed in range(3):
-        search = Search(space, list(space.times), seed)
-        while len(search.times) < 40:
-            entry = search.ask()
-            assert entry is not None
-            search.tell(entry, space.times[entry])
-        assert min(search.times, key=lambda e: search.times[e]) == (13, 6)
-
-
-def test_a_climb_moves_to_what_is_better_and_tries_its_neighbours(tmp_path: Path) -> None:
-    space = bowl(tmp_path)
-    search = Search(space, list(space.times), strategy="climb")
-    place = space.default
-    search.tell(search.ask() or place, space.times[place])
-    for _ in range(40):
-        entry = search.ask()
-        assert entry is not None
-        assert (entry[0] == place[0]) != (entry[1] == place[1])
-        search.tell(entry, space.times[entry])
-        place = min(place, entry, key=lambda e: space.times[e])
 
 
 def test_winners_come_first_and_then_what_is_best_on_all_together() -> None:

@@ -26,7 +26,7 @@ def mean(results: list[list[float]], count: int) -> float:
 def test_a_cold_search_of_recorded_gpu_spaces_reaches_what_is_promised_and_more_than_chance() -> (
     None
 ):
-    cold = [replay(space, "guided", seed) for space in SPACES for seed in SEEDS]
+    cold = [replay(space, "finite-gp", seed) for space in SPACES for seed in SEEDS]
     chance = [replay(space, "random", seed) for space in SPACES for seed in SEEDS]
     assert mean(cold, 50) >= 0.92
     assert mean(cold, 200) >= 0.98
@@ -39,7 +39,7 @@ def test_a_search_that_starts_from_neighbouring_problems_reaches_what_is_promise
     for space in SPACES:
         near = [(SPACES[n], SPACES[n].times) for n in neighbours(space, SPACES)]
         for seed in SEEDS if near else ():
-            seen = measure(space, "guided", seed, 25, starts(space, near))
+            seen = measure(space, "finite-gp", seed, 25, starts(space, near))
             assert len(seen) == 25
             reached.append(space.best / min(t for t in seen.values() if t is not None))
     assert len(reached) == 6  # three forward problems; the one of decode has no neighbour
@@ -70,14 +70,14 @@ def test_a_parameter_that_is_fixed_in_both_spaces_takes_the_value_it_has_there()
     assert starts(wide, [(narrow, {(16, 64): 1.0, (8, 64): None})]) == ((16, 128),)
 
 
-@pytest.mark.parametrize("strategy", ["random", "guided"])
-def test_a_point_that_failed_costs_a_measurement(strategy: str) -> None:
+@pytest.mark.parametrize("sampler", ["random", "finite-gp"])
+def test_a_point_that_failed_costs_a_measurement(sampler: str) -> None:
     space = recording("D64", "H")
     failing = dataclasses.replace(space, times={(8, 64): None, (16, 64): 2.0})
-    assert replay(failing, strategy, 0) == [1.0] * len(AT)
+    assert replay(failing, sampler, 0) == [1.0] * len(AT)
     more = {(8 + n, 64): None for n in range(16)} | {(64, 64): 2.0}
     parameters = (Parameter("bk", (*range(8, 24), 64)), Parameter("bd", (64,)))
     late = dataclasses.replace(space, parameters=parameters, times=more)
-    reached = [replay(late, strategy, seed) for seed in range(8)]
+    reached = [replay(late, sampler, seed) for seed in range(8)]
     assert {row[1] for row in reached} == {1.0}
     assert {row[0] for row in reached} == {0.0, 1.0}  # after 15 of 17 some have met the one

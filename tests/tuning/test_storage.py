@@ -25,8 +25,8 @@ from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.tuning import presets
 from metalgen.tuning.runner import tune
-from metalgen.tuning.study.distributed import Share
 from metalgen.tuning.study.storage import FileLock, StorageError, masked, open_storage
+from metalgen.tuning.study.trials import Share
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_replay import bowl
 
-from metalgen.tuning.search import search as searching
-from metalgen.tuning.search.search import Search
+from metalgen.tuning.search.finite import CATEGORY
 from metalgen.tuning.search.surrogate import (
-    CATEGORY,
     LENGTH,
     LONGEST,
     MARGIN,
@@ -108,40 +103,11 @@ def test_outcomes_keep_the_order_flatten_the_slow_and_count_failures_as_the_slow
     assert found[1] - found[0] > 4 * (found[3] - found[2])
 
 
-@pytest.mark.parametrize(("large", "rows"), [(120, 400), (400, 24), (120, 24)])
-def test_in_a_large_space_and_with_many_rows_a_search_still_goes_on_as_it_would_and_finds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int, rows: int
-) -> None:
-    monkeypatch.setattr(searching, "LARGE", large)
-    monkeypatch.setattr(searching, "ROWS", rows)
-    space = bowl(tmp_path)
-
-    def run(known: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-        search = Search(space, list(space.times), 1)
-        for entry in known:
-            search.tell(entry, space.times[entry])
-        while len(search.times) < count and (entry := search.ask()) is not None:
-            search.tell(entry, space.times[entry])
-        return list(search.times)
-
-    whole = run([], 70)
-    assert len(set(whole)) == 70
-    assert (13, 6) in whole
-    for stop in (9, 23, 41, 69):
-        assert run(whole[:stop], 70) == whole
-
-
-def test_rows_that_were_never_asked_for_are_learnt_from(tmp_path: Path) -> None:
-    space = bowl(tmp_path)
-    told = random.Random(0).sample(list(space.times), 30)
-    search = Search(space, list(space.times), 2)
-    for entry in told:
-        search.tell(entry, space.times[entry])
-    asked = []
-    for _ in range(20):
-        entry = search.ask()
-        assert entry is not None
-        search.tell(entry, space.times[entry])
-        asked.append(entry)
-    assert not set(asked) & set(told)
-    assert (13, 6) in {*asked, *told}
+def test_a_copy_with_more_room_knows_the_same_and_learns_by_itself() -> None:
+    surrogate = Surrogate(POINTS[:9], ASKED, LENGTHS, 9)
+    copy = surrogate.with_room(5)
+    for point in POINTS[9:]:
+        copy.add(point)
+    values, before = VALUES[:9], Surrogate(POINTS[:9], ASKED, LENGTHS, 9)
+    assert np.array_equal(surrogate.expected(values), before.expected(values))
+    assert np.array_equal(copy.expected(VALUES), grown(9).expected(VALUES))

@@ -8,6 +8,7 @@ nothing in them is executed.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any
 from metalgen.database.measurement import Measurement
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.families import Parameter
+from metalgen.tuning.search.finite import FiniteSpace
 
 MAX_BYTES = 1 << 28
 """Bytes of the largest recording that is read, unpacked."""
@@ -49,27 +51,25 @@ class Recording:
     family: str = ""
 
     @property
-    def default(self) -> Entry:
-        """The entry that a search tries first."""
-        return self.start
-
-    @property
     def best(self) -> float:
         """Seconds of the optimum."""
         return min(t for t in self.times.values() if t is not None)
 
-    def item(self, point: dict[str, Any]) -> Entry:
-        """The entry of a point."""
-        return tuple(point[parameter.name] for parameter in self.parameters)
+    @functools.cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries; the points of `finite` are in the same order."""
+        return tuple(self.times)
 
-    def point(self, item: Entry) -> dict[str, Any] | None:
-        """The point of an entry."""
-        names = [parameter.name for parameter in self.parameters]
-        return dict(zip(names, item, strict=True)) if len(item) == len(names) else None
+    @functools.cached_property
+    def finite(self) -> FiniteSpace:
+        """The space as samplers see it."""
+        free = {p.name: p.choices for p in self.parameters if len(p.choices) > 1}
+        return FiniteSpace(free, map(self.point, self.entries))
 
-    def value(self, item: Entry, name: str) -> Any:
-        """An entry's value of a parameter."""
-        return item[[parameter.name for parameter in self.parameters].index(name)]
+    def point(self, entry: Entry) -> dict[str, Any]:
+        """The values of an entry that have a choice."""
+        pairs = zip(self.parameters, entry, strict=True)
+        return {p.name: value for p, value in pairs if len(p.choices) > 1}
 
 
 def read_recordings(folder: Path) -> list[Recording]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from metalgen.chips import Chip
     from metalgen.database.protocol import TuningStore
 
-BORROWED = 12
+BORROWED = 6
 """Points that are borrowed from other devices and buckets."""
 TABLES = 8
 """Devices and buckets to borrow from, nearest first."""

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metalgen.tuning.search.finite import CATEGORY
+
 Array = NDArray[np.floating[Any]]
 
 NOISE = 1e-2
 """Variance of a measurement, of the variance of all. It also covers what the kernel cannot say."""
-CATEGORY = 0.05
-"""Squared distance of two values of a parameter, however near they are."""
 LENGTH = 1.5
 """Length scale of a parameter before anything is known."""
 PRIOR = 0.5
@@ -67,6 +67,17 @@ class Surrogate:
         self._explained = np.zeros(len(candidates))
         for point in points:
             self.add(point)
+
+    def with_room(self, more: int) -> Surrogate:
+        """A copy that can take so many more points, whatever this one will be told."""
+        n = self.size
+        copy = Surrogate(self._points[:0], self.candidates, self.lengths, n + more)
+        copy.size = n
+        copy._points[:n] = self._points[:n]
+        copy._inverse[:n, :n] = self._inverse[:n, :n]
+        copy._solved[:n] = self._solved[:n]
+        copy._explained += self._explained
+        return copy
 
     def add(self, point: Array) -> None:
         """One more point, of ``(d,)`` parameters, was measured."""

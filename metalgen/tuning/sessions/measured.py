@@ -6,26 +6,39 @@ tests.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalgen.calls.check import failure_status, first_line
 from metalgen.database.measurement import Measurement, host
+from metalgen.database.merging import merge_rows
+from metalgen.database.rows import row_of_measurement
+from metalgen.database.store import Store
 from metalgen.database.winners import Standing, ordered, winner
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.families import Limits, Schedule
+from metalgen.plurals import counted
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.search.ahead import Ahead, Asks
-from metalgen.tuning.search.search import FAILED, Search, rank
+from metalgen.tuning.search.candidates import candidates
+from metalgen.tuning.search.named import BRUTE_FORCE, DEFAULT_SAMPLER, make_sampler
+from metalgen.tuning.search.ranking import rank
 from metalgen.tuning.search.starts import borrowed_schedules
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session, by_time
 from metalgen.tuning.timing.measure import Policy
 from metalgen.tuning.timing.racing import MLX
 from metalgen.tuning.workers.executing import Executor
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from metalgen.tuning.study.claims import TuningStudy
+    from metalgen.tuning.study.trials import Share
 
 MODEL_STARTS = 8
 """The chip model's best schedules, with which a search starts after the default."""
@@ -43,17 +56,35 @@ HOPELESS = 10.0
 
 @dataclass
 class MeasuredSession(Session):
-    """Searches, measures, checks, and races the best against the default and MLX."""
+    """Searches, measures, checks, and races the best against the default and MLX.
+
+    The search is an Optuna study: in memory, or where others work on it too (`share`). Then one of
+    the workers races the best; the others wait for it, take its rows, and check its finalists on
+    their own device.
+    """
 
     device: Device
     policy: Policy
     executor: Executor
+    share: Share | None = None
+    sampler: str = DEFAULT_SAMPLER
+    prune: bool = True
 
+    storage: BaseStorage = field(init=False)
+    study: TuningStudy | None = field(init=False, default=None)
     notes: dict[str, Any] = field(default_factory=dict)
     """What the run's record says of the present problem: drift, outliers, noise floor."""
+    warm: bool = field(init=False, default=False)
 
     provenance = "measured"
     math_modes = ("safe", "fast")
+
+    def __post_init__(self) -> None:
+        from optuna.storages import InMemoryStorage
+
+        from metalgen.tuning.study.storage import open_storage
+
+        self.storage = open_storage(self.share.url) if self.share else InMemoryStorage()
 
     @property
     def limits(self) -> Limits:
@@ -61,67 +92,113 @@ class MeasuredSession(Session):
         return self.device.limits
 
     def goal(self) -> int:
-        """As many as were asked for, or 100; all where there are fewer."""
-        return min(len(self.valid), self.trials or DEFAULT_TRIALS)
+        """As many as were asked for, or 100; all where there are fewer, or by brute force."""
+        usual = len(self.valid) if self.sampler == BRUTE_FORCE else DEFAULT_TRIALS
+        return min(len(self.valid), self.trials or usual)
+
+    def close(self) -> None:
+        """Give back what is claimed, and the connection."""
+        from metalgen.tuning.study.storage import close_storage
+
+        self._leave()
+        close_storage(self.storage)
 
     def work(self) -> Outcome:
         """Search until the goal, then the finals."""
         self.notes = {}
-        starts = self._starts()
+        self.warm = False
+        try:
+            return self._tune(self._join())
+        finally:
+            self._leave()
 
-        def make() -> Search[Schedule]:
-            return Search(self.space, self.valid, self.seed, first=starts, small=self.goal())
-
-        search = self._asks(make, self.rows(self.policy_key))
-        known = len(search.times)
-        self._show_search(search)
-        while schedule := self._next(search):
-            row = self._measure(schedule, search, cold=len(search.times) == known)
-            self._keep(row, search)
-            self._show_search(search)
-            if len(search.times) % DRIFT_EVERY == 0:
-                self._watch_drift(search)
+    def _tune(self, study: TuningStudy) -> Outcome:
+        self._show_search(study)
+        while schedule := self._next(study):
+            row = self._measure(schedule, study)
+            self.store.add_measurement(row)
+            study.publish(row)
+            self._show_search(study)
+            if len(study.rows) % DRIFT_EVERY == 0:
+                self._watch_drift(study)
         self._note_search()
-        winner, rejected, note = self._finals()
-        if winner:  # what is shown at last; the budget has no say any more
-            self.progress.best, self.progress.best_seconds = winner.schedule, winner.seconds
-            self.progress.default_seconds = winner.default_seconds
-        default = search.times.get(self.default, math.inf)
+        won, rejected, note = self._finals(study)
+        if won:  # what is shown at last; the budget has no say any more
+            self.progress.best, self.progress.best_seconds = won.schedule, won.seconds
+            self.progress.default_seconds = won.default_seconds
         return Outcome(
             self.problem,
-            winner,
-            winner.default_seconds if winner else default if default < math.inf else None,
+            won,
+            won.default_seconds if won else study.seconds.get(self.default),
             len(self.valid),
-            len(search.times),
-            len(search.times) - known,
+            len(study.rows),
+            study.published,
             tuple(rejected),
             note,
         )
 
-    def _asks(
-        self, make: Callable[[], Search[Schedule]], rows: Sequence[Measurement]
-    ) -> Asks[Schedule]:
-        """The search of the present problem, which knows the rows that are there."""
-        return Ahead(make, [(m.schedule, _seconds(m)) for m in rows], self.executor.ahead)
+    # The study
 
-    def _keep(self, row: Measurement, search: Asks[Schedule]) -> None:
-        """Commit a row, then let the search know."""
-        self.store.add_measurement(row)
-        search.tell(row.schedule, _seconds(row))
+    def _join(self) -> TuningStudy:
+        """The study of the present problem, which knows the rows that are there."""
+        from metalgen.tuning.study.claims import Extent, TuningStudy
+        from metalgen.tuning.study.sampling import Sampling
+        from metalgen.tuning.study.trials import Trials
 
-    def _next(self, search: Asks[Schedule]) -> Schedule | None:
+        config, family = self.problem.config, self.problem.family
+        points = candidates(config, self.limits, family, self.math_modes)
+        starts = (self.default, *self._starts())
+        # Where all will be tried, it does not matter what a sampler would say.
+        whole = self.goal() == len(self.valid)
+        sampling = Sampling(
+            points.finite,
+            make_sampler(BRUTE_FORCE if whole else self.sampler, points.finite, self.seed),
+            {points.index[s] for s in starts},
+            None if self.share else self.executor.ahead,
+        )
+        facts = {
+            "chip": self.chip.name,
+            "cores": self.chip.cores,
+            "device": self.device.name,
+            "template_hash": self.report.template_hash,
+            "policy": self.policy_key,
+        }
+        trials = Trials(self.storage, self.problem, facts, points, self.share)
+        extent = Extent(self.goal(), self.executor.ahead)
+        self.study = study = TuningStudy(trials, sampling, extent, self._receive)
+        study.contribute(self.rows(self.policy_key))
+        study.enqueue(starts)
+        return study
+
+    def _leave(self) -> None:
+        if self.study is not None:
+            self.study.close()
+            self.study = None
+
+    def _receive(self, rows: list[Measurement]) -> None:
+        assert isinstance(self.store, Store)  # of a run that shares its work
+        merge_rows(self.store, map(row_of_measurement, rows))
+
+    def _next(self, study: TuningStudy) -> Schedule | None:
         """What to measure now, after asking for what to compile meanwhile; None at the goal."""
-        # The default is asked for first: it races even where earlier rows are as many as wanted.
-        while self.default not in search.asked or len(search.asked) < self.goal():
-            if search.ask() is None:
-                break
-        pending = search.pending
-        self.executor.prepare(self.problem, pending)
-        if pending and len(search.asked) >= self.goal():  # less and less to compile from now on
-            times = {s: t for s, t in search.times.items() if t < FAILED}
-            best = sorted(times, key=lambda s: times[s])[:FINALISTS]
-            self.executor.prepare_race(self.problem, self._with_default(best))
-        return pending[0] if pending else None
+        while True:
+            while study.ask() is not None:
+                pass
+            pending = study.pending
+            self.executor.prepare(self.problem, pending)
+            if pending:
+                if len(study.asked) >= self.goal():  # less and less to compile from now on
+                    best = sorted(study.seconds, key=study.seconds.__getitem__)[:FINALISTS]
+                    self.executor.prepare_race(self.problem, self._with_default(best))
+                return pending[0]
+            if not study.unfinished:
+                return None
+            self._wait(study)
+
+    def _wait(self, study: TuningStudy) -> None:
+        assert self.share is not None, "nobody else has what is missing"
+        self._show_search(study)  # also ends the run when its budget is spent
+        time.sleep(self.share.poll)
 
     def _with_default(self, schedules: Sequence[Schedule]) -> list[Schedule]:
         return list(dict.fromkeys([*schedules, self.default]))
@@ -158,51 +235,59 @@ class MeasuredSession(Session):
         valid = set(self.valid)
         return tuple(dict.fromkeys(s for s in starts if s in valid))
 
-    def _show_search(self, search: Asks[Schedule]) -> None:
-        times = {s: t for s, t in search.times.items() if t < math.inf}
-        best = min(times, key=lambda s: times[s], default=None)
+    def _show_search(self, study: TuningStudy) -> None:
+        times = study.seconds
+        best = min(times, key=times.__getitem__, default=None)
         self.show(
             phase="measuring",
-            tried=len(search.times),
+            tried=len(study.rows),
             best=best,
             best_seconds=times[best] if best else None,
             default_seconds=times.get(self.default),
         )
 
-    def _measure(self, schedule: Schedule, search: Asks[Schedule], *, cold: bool) -> Measurement:
+    def _measure(self, schedule: Schedule, study: TuningStudy) -> Measurement:
         """Build and time one schedule, whatever comes of it."""
         name, policy = self.device.name, self.policy_key
-        best = min(search.times.values(), default=math.inf)
+        best = min(study.seconds.values(), default=math.inf)
+        stop = functools.partial(study.report, schedule) if self.prune else None
         try:
-            if cold:
+            if not self.warm:  # whatever others measured, this device is cold
                 self.executor.warm_up(self.problem, schedule)
-            timing = self.executor.measure(self.problem, schedule, HOPELESS * best)
+            timing = self.executor.measure(self.problem, schedule, HOPELESS * best, stop)
         except (MetalgenError, RuntimeError, ValueError) as error:
             status, detail = failure_status(error), first_line(error)
             return self.row(schedule, name, policy, status=status, detail=detail)
+        finally:
+            self.warm = True
         if timing.outliers:
             self.notes["outliers"] = self.notes.get("outliers", 0) + timing.outliers
-        default = search.times.get(self.default, math.inf)
+        default = study.seconds.get(self.default)
         if schedule == self.default:
             default = timing.median
+        taken = len(timing.samples)
+        seen = f"ended after {counted(taken, 'sample')}, by which it could not win"
         return self.row(
             schedule,
             name,
             policy,
+            status="pruned" if timing.stopped else "ok",
+            detail=seen if timing.stopped else "",
             seconds=timing.median,
             spread=timing.spread,
             samples=timing.samples,
-            default_seconds=default if default < math.inf else None,
+            default_seconds=default,
         )
 
-    def _watch_drift(self, search: Asks[Schedule]) -> None:
+    def _watch_drift(self, study: TuningStudy) -> None:
         """Measure the best so far once more; where its time has changed, warm up."""
-        best = min(search.times, key=lambda s: search.times[s])
-        if search.times[best] == FAILED:
+        times = study.seconds
+        if not times:
             return
+        best = min(times, key=times.__getitem__)
         try:
             again = self.executor.measure(self.problem, best)
-            change = again.median / search.times[best] - 1.0
+            change = again.median / times[best] - 1.0
             self.notes.setdefault("drift", []).append(round(change, 4))
             if abs(change) > DRIFT:
                 self.executor.warm_up(self.problem, best)
@@ -214,7 +299,21 @@ class MeasuredSession(Session):
         if self.notes:
             self.store.note_run(self.report.run, self.problem.key, self.notes)
 
-    def _finals(self) -> tuple[Measurement | None, list[Rejected], str]:
+    def _finals(self, study: TuningStudy) -> tuple[Measurement | None, list[Rejected], str]:
+        """Race the best, or wait for the worker that does."""
+        while not study.claim_finals():
+            if study.raced():
+                return self._race_best()  # the rows are there: nothing is raced again
+            self._wait(study)
+        found = self._race_best()
+        # What was checked goes along, and so does what failed its check.
+        rows = self.rows(self.policy_key) + self.rows(self.policy_key, "final")
+        study.publish_finals(
+            [m for m in rows if m.phase == "final" or m.verified or m.status == "wrong"]
+        )
+        return found
+
+    def _race_best(self) -> tuple[Measurement | None, list[Rejected], str]:
         """Race the best that pass their check; the quickest beyond doubt wins, or the default."""
         policy = self.policy_key
         self.show(phase="checking")
@@ -317,7 +416,3 @@ class MeasuredSession(Session):
             for schedule in schedules
         )
         return ""
-
-
-def _seconds(row: Measurement) -> float | None:
-    return row.seconds if row.status == "ok" else None

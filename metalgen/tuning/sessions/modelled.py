@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 
 from metalgen.calls.check import CannotCheck, first_line
 from metalgen.chips.counts import covers
@@ -16,7 +17,7 @@ from metalgen.database.winners import ordered, winner
 from metalgen.families import Limits, Schedule
 from metalgen.imports import code_digest
 from metalgen.tuning.progress import Outcome, Rejected
-from metalgen.tuning.search.search import Search, rank
+from metalgen.tuning.search.ranking import rank
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session
 
 KEPT = 64
@@ -83,12 +84,8 @@ class ModelledSession(Session):
         """All valid schedules, or the default and a seeded choice of others."""
         if self.goal() == len(self.valid):
             return self.valid
-        search = Search(self.space, self.valid, self.seed, small=len(self.valid))
-        while len(search.times) < self.goal():
-            schedule = search.ask()
-            assert schedule is not None  # there are more than the goal
-            search.tell(schedule, None)
-        return tuple(search.times)
+        chosen = random.Random(self.seed).sample(self.valid[1:], self.goal() - 1)
+        return (self.default, *chosen)
 
     def _rank(self, candidates: tuple[Schedule, ...], policy: str) -> list[Measurement]:
         def tick(tried: int, seconds: float, schedule: Schedule) -> None:

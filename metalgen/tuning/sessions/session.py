@@ -11,7 +11,7 @@ from metalgen.calls.check import NoRoom, first_line
 from metalgen.database.measurement import Measurement, host
 from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
-from metalgen.families import Limits, Schedule, Space, default_schedule, enumerate_valid, space
+from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid
 from metalgen.families.sizes import Problem
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.timing.measure import Clock
@@ -56,7 +56,6 @@ class Session(abc.ABC):
 
     problem: Problem = field(init=False)
     progress: Progress = field(init=False)
-    space: Space = field(init=False)
     valid: tuple[Schedule, ...] = field(init=False)
     default: Schedule = field(init=False)
 
@@ -86,7 +85,6 @@ class Session(abc.ABC):
             self.default = default_schedule(config, limits, family)
         except InvalidSchedule as error:
             return self._too_large(error)
-        self.space = space(config, limits, family, math_modes=self.math_modes)
         self.valid = enumerate_valid(config, limits, family, self.math_modes)
         self.show(valid=len(self.valid), goal=self.goal())
         try:

@@ -27,6 +27,8 @@ from metalgen.problem.samples import Call, sample_call
 
 Clock = Callable[[], float]
 """Seconds, from any start."""
+Stop = Callable[[int, float], bool]
+"""Told of each sample, by its number from 0 and in seconds; whether to take no more."""
 
 MAX_LAUNCHES = 256
 """Launches of one sample."""
@@ -93,9 +95,13 @@ class Policy:
 
 @dataclass(frozen=True)
 class Timing:
-    """The samples of one measurement, in seconds a launch, in the order they were taken."""
+    """The samples of one measurement, in seconds a launch, in the order they were taken.
+
+    ``stopped``: it was ended early, by what it had shown.
+    """
 
     samples: tuple[float, ...]
+    stopped: bool = False
 
     @property
     def median(self) -> float:
@@ -208,10 +214,12 @@ class Bench:
         wanted = math.ceil(self.policy.sample_seconds / max(seconds, 1e-9))
         return max(1, min(wanted, MAX_LAUNCHES, MAX_OUTPUT_BYTES // output))
 
-    def measure(self, runner: Runner, *, give_up: float = math.inf) -> Timing:
+    def measure(
+        self, runner: Runner, *, give_up: float = math.inf, stop: Stop | None = None
+    ) -> Timing:
         """Samples until the median is certain, after `try_out` and one that warms.
 
-        One only, if that takes longer than `give_up`.
+        One only, if that takes longer than `give_up`; and no more after `stop` says so.
         """
         self.try_out(runner)
         first = self.run(runner)
@@ -219,13 +227,18 @@ class Bench:
             return Timing((first,))
         launches = self.launches(first)
         policy = self.policy
-        timing = Timing(tuple(self.run(runner, launches) for _ in range(policy.repetitions)))
-        while timing.uncertainty > policy.precision and len(timing.samples) + 1 < max(
-            policy.most_repetitions, policy.repetitions
-        ):  # by two, so that the median is a sample
-            more = (self.run(runner, launches), self.run(runner, launches))
-            timing = Timing(timing.samples + more)
-        return timing
+        samples: list[float] = []
+        while True:
+            samples.append(self.run(runner, launches))
+            if stop is not None and stop(len(samples) - 1, samples[-1]):
+                return Timing(tuple(samples), stopped=True)
+            taken = len(samples)
+            if taken < policy.repetitions or (taken - policy.repetitions) % 2:
+                continue  # two more at a time, so that the median is a sample
+            timing = Timing(tuple(samples))
+            most = max(policy.most_repetitions, policy.repetitions)
+            if timing.uncertainty <= policy.precision or taken + 1 >= most:
+                return timing
 
     def compare(
         self,

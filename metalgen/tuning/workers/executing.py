@@ -22,7 +22,7 @@ from metalgen.families import Schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import needs_inputs
-from metalgen.tuning.timing.measure import Bench, Clock, Policy, Timing, arrays
+from metalgen.tuning.timing.measure import Bench, Clock, Policy, Stop, Timing, arrays
 from metalgen.tuning.timing.racing import Race, race
 
 
@@ -49,8 +49,17 @@ class Executor(abc.ABC):
         """Keep the device at work until its clock rate is up."""
 
     @abc.abstractmethod
-    def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
-        """Time one schedule; a single sample of one that takes longer than `give_up` seconds."""
+    def measure(
+        self,
+        problem: Problem,
+        schedule: Schedule,
+        give_up: float = math.inf,
+        stop: Stop | None = None,
+    ) -> Timing:
+        """Time one schedule; a single sample of one that takes longer than `give_up` seconds.
+
+        No more samples after `stop`, which is told of each, says so.
+        """
 
     @abc.abstractmethod
     def race(
@@ -116,7 +125,9 @@ class Here(Executor):
         key = (problem.config.key, schedule)
         if key in self._built:
             return
-        if any(other[:2] != key[:2] for other in self._built):
+        if any(
+            (config, other.family) != (key[0], schedule.family) for config, other in self._built
+        ):
             self._built.clear()
         with self._watched():
             runner = self.device.build(problem.config, schedule)
@@ -134,10 +145,16 @@ class Here(Executor):
         with self._alone(problem) as bench:
             bench.warm_up(runner)
 
-    def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
+    def measure(
+        self,
+        problem: Problem,
+        schedule: Schedule,
+        give_up: float = math.inf,
+        stop: Stop | None = None,
+    ) -> Timing:
         runner = self._runner(problem, schedule)
         with self._alone(problem) as bench:
-            return bench.measure(runner, give_up=give_up)
+            return bench.measure(runner, give_up=give_up, stop=stop)
 
     def race(
         self,

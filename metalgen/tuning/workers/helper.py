@@ -2,6 +2,7 @@
 
 The parent sends ``(operation, *arguments)``; answers are tuples whose first member says what they
 are: ``ready``; ``waiting`` (for the device, so that no limit runs) and ``beat`` (a sign of life);
+``sample`` with its number and time, after which the helper waits to hear whether it is the last;
 at the end of an operation ``done`` with its value, ``failed`` with a status and a detail,
 ``no room`` with the reason, where the problem is too large, or ``cannot`` with the reason, where
 the failure says nothing about the kernel either.
@@ -49,6 +50,10 @@ def serve(
         channel.send(("waiting",))
         last = 0.0
 
+    def stop(number: int, seconds: float) -> bool:
+        channel.send(("sample", number, seconds))
+        return bool(channel.recv())
+
     try:
         _begin(device)
         here = Here(device, policy, lock=lock, waiting=waiting, beat=beat, keep=False)
@@ -56,6 +61,9 @@ def serve(
         while True:
             operation, *arguments = channel.recv()
             last = 0.0
+            if operation == "measure":
+                *arguments, stoppable = arguments
+                arguments.append(stop if stoppable else None)
             channel.send(_answer(here, operation, arguments))
     except (EOFError, OSError):  # the parent is done
         return

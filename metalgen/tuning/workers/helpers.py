@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -32,10 +31,11 @@ from metalgen.families import Schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.tuning.progress import BudgetSpent
-from metalgen.tuning.timing.measure import Policy, Timing
+from metalgen.tuning.timing.measure import Policy, Stop, Timing
 from metalgen.tuning.timing.racing import Race
 from metalgen.tuning.workers.executing import Executor
 from metalgen.tuning.workers.helper import BEAT, serve
+from metalgen.tuning.workers.jobs import Helper, Job, Kernel
 
 AHEAD = 8
 """Schedules that are asked for before the first of them has a time.
@@ -54,45 +54,6 @@ END_SECONDS = 10.0
 """Seconds that a killed helper is waited for."""
 LIMITED = {"compile": "compiling it", "check": "its check"}
 """What took too long, in words."""
-
-Kernel = tuple[str, Schedule]
-"""What a helper compiles once: the key of a config, and a schedule."""
-
-
-@dataclass
-class Job:
-    """An operation of one helper, and its answer; ``ahead`` where nobody waits for it yet."""
-
-    operation: str
-    arguments: tuple[Any, ...]
-    kernel: Kernel | None = None
-    ahead: bool = False
-    answer: tuple[Any, ...] | None = None
-
-
-@dataclass(eq=False)
-class Helper:
-    """A process, the channel to it, and what it is doing.
-
-    ``holds`` is what it compiled ahead: until that is measured it compiles nothing else.
-    """
-
-    process: mp.process.BaseProcess
-    channel: connection.Connection[Any, Any]
-    log: Path
-    due: float
-    ready: bool = False
-    job: Job | None = None
-    holds: Kernel | None = None
-    compiled: set[Kernel] = field(default_factory=set)
-
-    def last_words(self) -> str:
-        """The last line that the process wrote; empty where there is none."""
-        try:
-            lines = self.log.read_bytes()[-4096:].decode("utf-8", errors="replace").split("\n")
-        except OSError:
-            return ""
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def check_jobs(jobs: int, time_limit: float) -> tuple[int, float]:
@@ -176,10 +137,17 @@ class Helpers(Executor):
         helper = self._with(problem, schedule)
         self._do(helper, "warm_up", (problem, schedule), _kernel(problem, schedule))
 
-    def measure(self, problem: Problem, schedule: Schedule, give_up: float = math.inf) -> Timing:
+    def measure(
+        self,
+        problem: Problem,
+        schedule: Schedule,
+        give_up: float = math.inf,
+        stop: Stop | None = None,
+    ) -> Timing:
         """Time one schedule, in the helper that compiled it."""
         helper, kernel = self._with(problem, schedule), _kernel(problem, schedule)
-        timing: Timing = self._do(helper, "measure", (problem, schedule, give_up), kernel)
+        arguments = (problem, schedule, give_up, stop is not None)
+        timing: Timing = self._do(helper, "measure", arguments, kernel, stop)
         if helper.holds == kernel:
             helper.holds = None
         return timing
@@ -304,10 +272,15 @@ class Helpers(Executor):
             self._do(helper, "compile", (problem, schedule), kernel)
 
     def _do(
-        self, helper: Helper, operation: str, arguments: tuple[Any, ...], kernel: Kernel | None
+        self,
+        helper: Helper,
+        operation: str,
+        arguments: tuple[Any, ...],
+        kernel: Kernel | None,
+        stop: Stop | None = None,
     ) -> Any:
         """The value of an operation on a helper; raises how it failed."""
-        job = Job(operation, arguments, kernel)
+        job = Job(operation, arguments, kernel, stop=stop)
         assert helper in self._helpers and helper.job is None, "one answer is for one question"
         self._send(helper, job)
         self._serve_until(lambda: job.answer is not None)
@@ -379,7 +352,7 @@ class Helpers(Executor):
                 while helper in self._helpers and helper.channel.poll():
                     self._take(helper, helper.channel.recv())
             except (EOFError, OSError):
-                self._lost(helper, "runtime", _how_it_ended(helper))
+                self._lost(helper, "runtime", helper.how_it_ended())
         now = time.perf_counter()
         for helper in list(self._helpers):
             if now >= helper.due and helper.job:
@@ -397,6 +370,9 @@ class Helpers(Executor):
             helper.due = math.inf
         elif message[0] == "cannot":
             raise DeviceError(message[1])
+        elif message[0] == "sample":
+            assert helper.job and helper.job.stop
+            helper.channel.send(helper.job.stop(*message[1:]))
         elif message[0] in ("done", "failed", "no room"):
             self._answered(helper, message)
             if message[:2] == ("failed", "runtime"):
@@ -430,15 +406,3 @@ class Helpers(Executor):
 
 def _kernel(problem: Problem, schedule: Schedule) -> Kernel:
     return problem.config.key, schedule
-
-
-def _how_it_ended(helper: Helper) -> str:
-    helper.process.join(5.0)
-    code = helper.process.exitcode
-    how = "its process ended"
-    if code is not None and code < 0:
-        how += f" by {signal.Signals(-code).name}"
-    elif code is not None:
-        how += f" with exit code {code}"
-    words = helper.last_words()
-    return f"{how}: {words}" if words else how
