@@ -206,7 +206,7 @@ def test_a_pruned_row_never_wins_however_quick_it_was_and_whatever_its_check_say
     assert {m.schedule: m.verified for m in rows} == {FIRST: True, SECOND: False}
     won = winner(rows)
     assert won is not None and won.schedule == FIRST
-    hit = lookup(PROBLEM, CHIP, HASH, shipped=path.parent / "none")
+    hit = lookup(PROBLEM, get_chip("M3Max"), HASH, shipped=path.parent / "none")
     assert hit is not None and hit.schedule == FIRST
     assert winner([dataclasses.replace(pruned, verified=True)]) is None
 
