@@ -20,6 +20,7 @@ from metalgen import AttentionConfig, create_block_mask, get_kernel
 from metalgen.dsl.graph import parse
 from metalgen.dsl.printer import print_graph
 from metalgen.dsl.trace import trace
+from metalgen.languages import LANGUAGES
 
 _NAMES = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
 TABLE = mx.random.normal((32, 4096))
@@ -53,8 +54,8 @@ def best(function: Callable[[], object], rounds: int = 30) -> float:
 def traced_and_printed(function: Callable[..., Any], argument: str) -> None:
     parse.cache_clear()
     graph = parse(trace(function, argument).graph.text)
-    for target in ("metal", "cuda"):
-        print_graph(graph, target, "score", _NAMES)
+    for language in LANGUAGES.values():
+        print_graph(graph, language, "score", _NAMES)
 
 
 def main() -> None:

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 
 from metalgen.chips import facts
 from metalgen.errors import ArgumentError
-from metalgen.families import Limits
+from metalgen.languages import CUDA, METAL
+from metalgen.schedules import Limits
+
+LANGUAGES = {"apple": METAL, "nvidia": CUDA}
+"""The language of a chip's kernels, by its kind."""
 
 
 class UnknownChip(ArgumentError):
@@ -116,8 +120,7 @@ class Chip:
         """What a threadgroup may use. Raises `IncompleteChip` when that is not on record."""
         self.require("threadgroup_bytes", "threads")
         assert self.threadgroup_bytes is not None and self.threads is not None
-        target = "cuda" if self.kind == "nvidia" else "metal"
-        return Limits(self.threadgroup_bytes, self.threads, target)
+        return Limits(self.threadgroup_bytes, self.threads, LANGUAGES[self.kind].name)
 
     @property
     def fp32_tflops(self) -> float | None:

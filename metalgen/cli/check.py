@@ -189,7 +189,9 @@ def _schedules(
 ) -> tuple[list[Schedule], int]:
     """Return the valid schedules that were asked for, and how many combinations were not valid."""
     start, _, limits = starting_point(config, sizes, chip)
-    if limits.language != "metal":
+    from metalgen.devices.simulator import SimulatorDevice
+
+    if limits.language != SimulatorDevice.language:
         raise click.UsageError(f"--chip: the simulator executes Metal, and {chip} has none")
     family = sizes.problem(config).family
     if every:

@@ -41,13 +41,14 @@ def command(
     from metalgen.calls.resolve import get_kernel
     from metalgen.database.hit import brief
     from metalgen.database.lookup import lookup
+    from metalgen.families import APPLE
     from metalgen.source.hashes import template_hash
 
     problem = sizes.problem(config)
     found, how = _chip(chip)
     path: list[str] = []
-    target = found.limits.language if found else "metal"
-    hit = lookup(problem, found, template_hash("forward", target), trace=path)
+    target = (found.limits if found else APPLE).language
+    hit = lookup(problem, found, template_hash(problem.family, target), trace=path)
     kernel = get_kernel(
         config,
         batch=sizes.batch,

@@ -40,7 +40,7 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.source.hashes import template_hash
 
     name = get_chip(chip).name if chip else None
-    current = {target: template_hash("forward", target) for target in LANGUAGES}
+    current = {target: template_hash(language=target) for target in LANGUAGES}
     try:
         with Store.open(read_only=True) as store:
             rows = store.measurements(chip=name)

@@ -171,7 +171,8 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
             "chip", f"--chip NAME (such as M3Max; `metalgen chips` lists all), because {why}", None
         )
     is_here = here is not None and gpu is not None and here.name == chip.name
-    if device_name in ("metal", "cuda"):
+    devices = {device.name: device for device in all_devices()}
+    if device_name is not None and devices[device_name].is_gpu:
         get_device(device_name)
         if not is_here or gpu is None or gpu.name != device_name:
             where = here.name if here else "unknown"
@@ -185,8 +186,7 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
     _require_model(chip)
     if device_name == "simulator":
         return Plan(chip, None, get_device("simulator"), is_here=is_here)
-    devices = {device.name: device for device in all_devices()}
-    candidates = (devices["metal"], devices["simulator"])
+    candidates = [own for own in devices.values() if own.language == chip.limits.language]
     usable = [device for device in candidates if device.unavailable() is None]
     if usable:
         return Plan(chip, None, usable[0])

@@ -28,7 +28,7 @@ from metalgen.database.store import Store
 from metalgen.database.summary import Summary
 from metalgen.errors import MetalgenError
 from metalgen.families.sizes import Problem
-from metalgen.languages import LANGUAGES
+from metalgen.languages import LANGUAGES, METAL
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _target_of(chip: str) -> str:
     try:
         return get_chip(chip).limits.language
     except MetalgenError:
-        return "metal"
+        return METAL.name
 
 
 def refresh_rows(
@@ -246,7 +246,8 @@ def _checks(store: Store, problems: Collection[Problem] | None) -> Iterator[_Sto
         "ORDER BY id"
     ).fetchall():
         if wanted is None or (family, config) in wanted:
-            target = "cuda" if device == "cuda" else "metal"
+            # A GPU's device has the name of its language; the simulator executes Metal.
+            target = device if device in LANGUAGES else METAL.name
             yield _Stored(number, (templates, source), family, config, schedule, target)
 
 

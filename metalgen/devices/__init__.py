@@ -42,9 +42,9 @@ def default_device() -> Device:
             raise ArgumentError("METALGEN_DEVICE", f"one of {', '.join(_DEVICES)}", name)
         return _DEVICES[name].require()
     if mx.default_device().type == mx.DeviceType.gpu:
-        for name in ("metal", "cuda"):
-            if _DEVICES[name].unavailable() is None:
-                return _DEVICES[name]
+        for device in _DEVICES.values():
+            if device.is_gpu and device.unavailable() is None:
+                return device
     return _DEVICES["reference"]
 
 

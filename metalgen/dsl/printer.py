@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from metalgen.dsl.graph import DTYPES, FLOATS, INPUTS, Graph, Node
 
-TYPES = {
-    "metal": {
-        "bool": "bool",
-        "int8": "char",
-        "uint8": "uchar",
-        "int16": "short",
-        "uint16": "ushort",
-        "int32": "int",
-        "uint32": "uint",
-        "int64": "long",
-        "uint64": "ulong",
-        "float16": "half",
-        "bfloat16": "bfloat",
-        "float32": "float",
-    },
-    "cuda": {
-        "bool": "bool",
-        "int8": "signed char",
-        "uint8": "unsigned char",
-        "int16": "short",
-        "uint16": "unsigned short",
-        "int32": "int",
-        "uint32": "unsigned int",
-        "int64": "long long",
-        "uint64": "unsigned long long",
-        "float16": "__half",
-        "bfloat16": "__nv_bfloat16",
-        "float32": "float",
-    },
-}
+
+class Spelling(Protocol):
+    """What a printer asks of a language; a `metalgen.languages.Language` has it."""
+
+    @property
+    def types(self) -> Mapping[str, str]:
+        """Its names of MLX's types."""
+
+    @property
+    def float_of_bits(self) -> str:
+        """Its function from 32 bits to the float that they represent."""
+
+    @property
+    def scalar(self) -> str:
+        """How the value of an array without axes is written, around its name."""
+
+    @property
+    def function(self) -> Callable[[str], str]:
+        """How a function of floats is called, from its C name."""
+
 
 _INFIX = {
     "add": "+",
@@ -70,11 +61,9 @@ _FUNCTIONS = {
     "power": "pow",
     **{n: n for n in "exp log log2 log10 sin cos tan sinh cosh tanh floor ceil sqrt rsqrt".split()},
 }
-"""Functions of floats that every target has, by its own name."""
-_METAL_PRECISE = frozenset("tanh cosh sinh pow atan2 sin cos tan asinh acosh atanh".split())
-"""Those whose fast forms go wrong for large arguments, and not only in their last bits."""
+"""Functions of floats that every language has, by their C names."""
 _OWN = frozenset("maximum minimum remainder logaddexp sign expm1 log1p sigmoid erf".split())
-"""Functions that the target's header defines, as ``mg_...``."""
+"""Functions that the language's header defines, as ``mg_...``."""
 _OWN_INTEGER = frozenset("maximum minimum remainder floor_divide sign power".split())
 
 
@@ -95,7 +84,7 @@ def array_names(graph: Graph, prefix: str) -> tuple[str, ...]:
 
 def print_graph(
     graph: Graph,
-    target: str,
+    language: Spelling,
     prefix: str,
     inputs: Mapping[str, str],
     of_rows: Sequence[str] = ("q",),
@@ -103,7 +92,7 @@ def print_graph(
     """The statements that compute a graph.
 
     Args:
-        target: ``"metal"`` or ``"cuda"``.
+        language: what the statements are written in.
         prefix: what the names of values and of captured arrays start with.
         inputs: how the names of `metalgen.dsl.graph.INPUTS` are spelled there.
         of_rows: those of the inputs that a row has; ``score`` and ``kv`` are an element's.
@@ -111,22 +100,22 @@ def print_graph(
     Arithmetic of 16-bit floats is done in float and rounded after each operation, as MLX does.
     A shift by the width of its type or more is taken modulo it.
     """
-    return _Printer(graph, target, prefix, inputs, of_rows).printed()
+    return _Printer(graph, language, prefix, inputs, of_rows).printed()
 
 
 class _Printer:
     def __init__(
         self,
         graph: Graph,
-        target: str,
+        language: Spelling,
         prefix: str,
         inputs: Mapping[str, str],
         of_rows: Sequence[str],
     ) -> None:
         self.graph = graph
-        self.target = target
+        self.language = language
         self.prefix = prefix
-        self.types = TYPES[target]
+        self.types = language.types
         self.inputs = inputs
         self.of_rows = of_rows
         self.names: list[str] = []
@@ -171,8 +160,7 @@ class _Printer:
             text += "" if any(c in text for c in ".e") else ".0"
             return f"({text}f)" if value < 0 or text[0] == "-" else f"{text}f"
         bits = "7FC00000" if math.isnan(value) else "7F800000" if value > 0 else "FF800000"
-        reinterpret = "as_type<float>" if self.target == "metal" else "__uint_as_float"
-        return f"{reinterpret}(0x{bits}u)"
+        return f"{self.language.float_of_bits}(0x{bits}u)"
 
     def _value(self, node: Node) -> str:
         if node.op == "load":
@@ -211,13 +199,7 @@ class _Printer:
         arguments = ", ".join(names)
         if op in _OWN:
             return f"mg_{op}({arguments})"
-        return self._function(_FUNCTIONS[op], arguments)
-
-    def _function(self, name: str, arguments: str) -> str:
-        if self.target == "cuda":
-            suffix = "" if name == "fabs" else "f"
-            return f"{name}{suffix}({arguments})"
-        return f"{'precise::' if name in _METAL_PRECISE else ''}{name}({arguments})"
+        return f"{self.language.function(_FUNCTIONS[op])}({arguments})"
 
     def _of_integers(self, node: Node, of: str, names: list[str]) -> str:
         op, kind = node.op, self.types[of]
@@ -260,8 +242,8 @@ class _Printer:
         assert number is not None
         name = array_names(self.graph, self.prefix)[number]
         shape = self.graph.arrays[number].shape
-        if not shape:  # MLX hands scalars over by reference in Metal, by address in CUDA
-            return name if self.target == "metal" else f"*{name}"
+        if not shape:
+            return self.language.scalar.format(name)
         place = ""
         for extent, arg in zip(shape, node.args, strict=True):
             each = self.graph.nodes[arg]

@@ -7,6 +7,7 @@ from metalgen.families.decode import DECODE, DECODE_QUERIES
 from metalgen.families.forward import FORWARD
 from metalgen.families.registry import (
     FAMILIES,
+    ORDINARY,
     attention_families,
     choose_family,
     get_attention,
@@ -32,6 +33,7 @@ __all__ = [
     "DECODE_QUERIES",
     "FAMILIES",
     "FORWARD",
+    "ORDINARY",
     "SIMD_WIDTH",
     "AttentionFamily",
     "Family",

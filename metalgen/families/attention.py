@@ -13,6 +13,7 @@ from metalgen.families.operands import attention_operands
 from metalgen.features.base import Site
 from metalgen.kinds import get_kind, value_width
 from metalgen.kinds.operands import Operands
+from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Schedule
 
@@ -46,7 +47,7 @@ class AttentionStep(Step):
     def site(self, config: AttentionConfig, schedule: Schedule) -> Site:
         kind = get_kind(schedule.kind)
         share = split_keys(schedule) if getattr(schedule, "splits", 1) > 1 else None
-        return Site(kind.language, schedule.bk, head_rows=self.head_rows, share=share)
+        return Site(get_language(kind.language), schedule.bk, head_rows=self.head_rows, share=share)
 
     def rows(self, config: AttentionConfig, schedule: Schedule) -> int:
         return schedule.bq

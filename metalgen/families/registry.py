@@ -80,6 +80,9 @@ def choose_family(config: AttentionConfig, q_len: int) -> AttentionFamily:
     return next(family for family in found if family.takes(config, q_len))
 
 
+ORDINARY = FORWARD.name
+"""Name of the family that takes any call: short names of problems leave it out."""
+
 for _family in (FORWARD, DECODE):
     register(_family, *KINDS.values())
 register(APPEND, *LANGUAGES.values())

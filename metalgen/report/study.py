@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen.database.measurement import Measurement
 from metalgen.errors import MetalgenError
-from metalgen.families import Space, space
+from metalgen.families import ORDINARY, Space, space
 from metalgen.report.results import Result, results
 from metalgen.report.sources import Sources
 from metalgen.report.writing import check_target, replacing
@@ -60,7 +60,7 @@ def study_name(r: Result) -> str:
     p = r.problem
     return (
         f"{r.chip} {r.provenance} {p.config} BH={p.batch_heads} {p.q_len}x{p.kv_len}"
-        + ("" if p.family == "forward" else f" {p.family}")
+        + ("" if p.family == ORDINARY else f" {p.family}")
         + ("" if r.current else f" templates {r.template_hash}")
     )
 

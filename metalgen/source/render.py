@@ -103,7 +103,7 @@ def _context(
 ) -> dict[str, Any]:
     from metalgen.source.hooks import hooks
 
-    element = language.elements[config.dtype]
+    element = language.types[config.dtype]
     context = step.variables(config, schedule)
     constants = context["constants"]
     context |= {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from metalgen import simulator
 from metalgen.dsl.printer import array_names, print_graph
 from metalgen.dsl.trace import Traced
+from metalgen.languages import METAL
 from metalgen.source.render import _environment
 
 ELEMENTS = 64
@@ -30,7 +31,7 @@ def run(functions: Sequence[Traced], *, checked: bool = False) -> list[NDArray[n
     header = _environment().get_template("languages/metal/functions.jinja").render()
     names, arrays, body = ["score_in", "places_in"], [], []
     for n, function in enumerate(functions):
-        printed = print_graph(function.graph, "metal", f"f{n}", _NAMES)
+        printed = print_graph(function.graph, METAL, f"f{n}", _NAMES)
         names += array_names(function.graph, f"f{n}")
         arrays += [mx.contiguous(a) for a in function.arrays]
         body += [*printed.group, *printed.row, *printed.element]
