@@ -81,7 +81,7 @@ class Case:
 @functools.cache
 def functions() -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """Score and mask functions, as text: with captured arrays of each kind, and without."""
-    table, slopes, factor = mx.zeros((4, 64)), mx.zeros((4,)), mx.array(0.5)
+    table, slopes, factor = mx.zeros((16, 64)), mx.zeros((16,)), mx.array(0.5)  # at most 16 heads
     places = mx.zeros((64,), mx.int32)
     scores: list[Callable[..., Any]] = [
         lambda s, b, h, i, j: s + table[h, i - j],

@@ -238,6 +238,6 @@ def test_tune_says_that_its_file_was_removed_and_keeps_what_won(
     assert run(["show", "--json"]) == 0
     (winner,) = json.loads(capsys.readouterr().out)["winners"]
     assert winner["chip"] == "M3Max"
-    assert run([*line[:-1], "256", "--json"]) == 0
+    assert run([*line, "--head-dim", "128", "--json"]) == 0
     (notice,) = json.loads(capsys.readouterr().out)["notices"]
     assert "was removed while it was in use" in notice

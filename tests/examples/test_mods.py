@@ -58,7 +58,7 @@ def test_there_is_one_for_each_that_the_documentation_names() -> None:
 
 def test_the_example_of_the_page_gives_what_plain_mlx_does() -> None:
     page = (MODS.parents[1] / "docs" / "flex-attention.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    block, _ = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, "docs/flex-attention.md", "exec"), names)
     i, j = mx.arange(512)[:, None], mx.arange(512)
