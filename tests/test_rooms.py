@@ -53,7 +53,6 @@ WIDE = {
     "metalgen.database.protocol.TuningStore.measurements": "the columns to select by, by keyword",
     "metalgen.database.store.Store.measurements": "the columns to select by, by keyword",
     "metalgen.report.charts.chart": "the parts of a picture, by keyword",
-    "metalgen.devices.pieces.run_in_pieces": "not mended yet",
 }
 """Functions of more than eight arguments, each with the reason."""
 

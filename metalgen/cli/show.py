@@ -36,11 +36,12 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
     from metalgen.database.winners import winners
+    from metalgen.families import ORDINARY
     from metalgen.languages import LANGUAGES
     from metalgen.source.hashes import template_hash
 
     name = get_chip(chip).name if chip else None
-    current = {target: template_hash(language=target) for target in LANGUAGES}
+    current = {target: template_hash(ORDINARY, target) for target in LANGUAGES}
     try:
         with Store.open(read_only=True) as store:
             rows = store.measurements(chip=name)

@@ -80,8 +80,8 @@ class KernelDevice(Device):
             # With a bound on the work a call is cut into dispatches, which keep to the limits.
             crowded = shape[0] > self.most_groups or k.shape[1] > most_kv_heads
             if crowded and config.max_work is None:
-                limits = (self.most_groups, most_kv_heads)
-                return run_in_pieces(run, config, *limits, q, k, v, scale, inputs)
+                most = (self.most_groups, most_kv_heads)
+                return run_in_pieces(run, config, most, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
             exponents = self.number(scale * math.log2(math.e))  # of 2
             bound = [*(_rows(x, language) for x in (q, k, v)), exponents]

@@ -13,8 +13,7 @@ from metalgen.problem.inputs import NOTHING, Inputs
 def run_in_pieces(
     run: Runner,
     config: AttentionConfig,
-    most_entries: int,
-    most_kv_heads: int,
+    most: tuple[int, int],
     q: mx.array,
     k: mx.array,
     v: mx.array,
@@ -25,14 +24,15 @@ def run_in_pieces(
 
     Args:
         run: computes a piece.
-        most_entries: 1 or more; of no effect on packed sequences, which are one entry.
-        most_kv_heads: 1 or more.
+        most: batch entries (of no effect on packed sequences, which are one entry) and KV heads of
+            a piece; each 1 or more.
         q, k, v, scale, inputs: of the call, as `metalgen.devices.base.Runner` takes them.
 
     Raises:
         ArgumentError: a config whose functions or dropout see the numbers of entries and heads,
             which would begin at 0 in each piece.
     """
+    most_entries, most_kv_heads = most
     if any(feature.numbered for feature in config.features):
         wanted = (
             f"at most {most_entries} batch entries and {most_kv_heads} KV heads on this device "
