@@ -215,7 +215,7 @@ def newer(path: Path) -> None:
     ("make", "message"),
     [
         (foreign, "not a metalgen database; it is left alone, set METALGEN_DB to another file"),
-        (newer, "written by a later metalgen (schema 7, this one knows 2); update metalgen"),
+        (newer, "written by a later metalgen (schema 7, this one knows 3); update metalgen"),
         (lambda path: path.write_text("x" * 500), "not an SQLite database"),
         (lambda path: path.mkdir(), "is a folder, not a file"),
     ],

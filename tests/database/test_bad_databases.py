@@ -48,7 +48,7 @@ def _damaged(path: Path) -> None:
 CASES: dict[str, tuple[Callable[[Path], None], type[errors.DatabaseError], str]] = {
     "text": (_text, errors.ForeignDatabase, "not an SQLite database"),
     "foreign": (_foreign, errors.ForeignDatabase, "not a metalgen database"),
-    "newer": (_newer, errors.NewerDatabase, "schema 99, this one knows 2"),
+    "newer": (_newer, errors.NewerDatabase, "schema 99, this one knows 3"),
     "folder": (_folder, errors.UnreadableDatabase, "is a folder"),
 }
 
