@@ -359,7 +359,7 @@ def test_show_sets_winners_against_the_default(
 def test_rows_of_other_templates_are_counted_and_do_not_win(
     tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metalgen.source.hashes.template_hash", lambda *_: "f" * 16)
+    monkeypatch.setattr("metalgen.source.hashes.template_hash", lambda *_, **__: "f" * 16)
     printed = text(capsys, "show")
     count = document(capsys, "show")["rows_of_other_templates"]
     assert count > 1

@@ -79,7 +79,7 @@ def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() 
     class Rendering(ReferenceDevice):
         """Renders CUDA kernels, and computes by plain MLX."""
 
-        target = "cuda"
+        language = "cuda"
         limits = Limits(232448, 1024, "cuda")
 
         def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:

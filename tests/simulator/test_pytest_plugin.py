@@ -43,7 +43,7 @@ def suite(folder: Path, offset: int) -> Path:
 def pytest_on(path: Path, *arguments: str) -> str:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "metalgen.simulator.pytest_plugin"),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "metalgen-simulator"),
             *("-p", "no:cacheprovider", str(path), *arguments),
         ],
         capture_output=True,

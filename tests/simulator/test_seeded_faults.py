@@ -50,7 +50,7 @@ class FaultyDevice(KernelDevice):
     """The simulator, with an edit of the source between rendering and compiling."""
 
     name = "simulator"
-    target = "metal"
+    language = "metal"
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
