@@ -36,8 +36,8 @@ from metalgen.languages import LANGUAGES
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
 from metalgen.source.render import KernelSource, render
+from metalgen.testing.cases import DTYPES, FEATURES, WHERE
 from metalgen.testing.devices import DIMS, cuda_schedules, schedules_of
-from metalgen.testing.features import DTYPES, FEATURES, WHERE
 from metalgen.testing.fuzz import made_up
 
 CORPUS = Path(__file__).parent / "golden" / "digests.txt"

@@ -29,54 +29,9 @@ from metalgen.problem.inputs import Inputs
 from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.testing.base import OnDevice
+from metalgen.testing.cases import DTYPES, FEATURES, WAYS, WHERE
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import Case, default_case, fault, functions, hostile
-
-FEATURES: dict[str, dict[str, Any]] = {
-    "ALiBi": {"alibi": True, "causal": True},
-    "bias": {"bias": True},
-    "array mask": {"array_mask": True, "causal": True},
-    "sinks": {"sinks": True, "window_left": 9},
-    "dropout": {"dropout": 0.3, "causal": True},
-    "packed": {"varlen": True, "causal": True},
-    "packed, with sinks": {"varlen": True, "sinks": True, "window_left": 20, "window_right": 3},
-    "lengths": {"kv_lens": True, "causal": True},
-    "pages": {"page_size": 16, "causal": True},
-    "packed pages": {"page_size": 8, "varlen": True, "causal": True},
-    "4 bits": {"kv_bits": 4, "kv_group": 32},
-    "8 bits": {"kv_bits": 8, "kv_group": 64, "causal": True},
-    "quantized pages": {"kv_bits": 4, "kv_group": 64, "page_size": 24},
-    "rotary, halves": {"rope": "half", "causal": True},
-    "rotary, pairs in part": {"rope": "pairs", "rope_dims": 24, "kv_lens": True},
-    "deterministic": {"deterministic": True, "varlen": True, "causal": True},
-    "everything on scores": {
-        "softcap": 20.0,
-        "alibi": True,
-        "bias": True,
-        "array_mask": True,
-        "sinks": True,
-        "dropout": 0.2,
-        "causal": True,
-    },
-    "everything on keys": {
-        "varlen": True,
-        "page_size": 16,
-        "kv_bits": 8,
-        "kv_group": 32,
-        "rope": "half",
-        "sinks": True,
-        "causal": True,
-    },
-}
-WHERE: dict[str, dict[str, Any]] = {
-    "packed": {"varlen": True, "causal": True, "return_lse": True},
-    "lengths": {"kv_lens": True, "sinks": True, "rope": "half"},
-    "pages": {"page_size": 8, "causal": True},
-    "packed pages": {"page_size": 16, "varlen": True, "kv_bits": 8, "kv_group": 32},
-}
-"""Configs whose calls say where things are."""
-WAYS = {"forward": ("forward", 1), "decode": ("decode", 1), "decode in 8": ("decode", 8)}
-DTYPES = ("float16", "float32", "bfloat16")
 
 
 def apart(x: mx.array, step: int) -> mx.array:

@@ -16,7 +16,7 @@ from metalgen.kinds import mma_plan
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.source.render import KernelSource
-from metalgen.testing.features import DTYPES, FEATURES, WAYS
+from metalgen.testing.cases import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up
 
 QUANTIZED = [name for name in FEATURES if "kv_bits" in FEATURES[name]]
