@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from metalgen.ops.alibi import alibi_slopes
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, explain, varlen_attention
+    from metalgen.ops.blocks import Gradients, attention_backward, merge
     from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
     from metalgen.ops.installing import install, is_installed, uninstall
     from metalgen.ops.preparing import Prepared, prepare
@@ -50,6 +51,7 @@ _WHERE = {
     "BlockMask": "metalgen.problem.block_mask",
     "CacheFull": "metalgen.caches.paged",
     "DeviceError": "metalgen.errors",
+    "Gradients": "metalgen.ops.blocks",
     "InvalidSchedule": "metalgen.errors",
     "KVCache": "metalgen.caches.dense",
     "Kernel": "metalgen.calls.kernel",
@@ -63,6 +65,7 @@ _WHERE = {
     "and_masks": "metalgen.ops.flex_attention",
     "append_kv": "metalgen.ops.append",
     "attention": "metalgen.ops.attention",
+    "attention_backward": "metalgen.ops.blocks",
     "create_block_mask": "metalgen.problem.block_mask",
     "explain": "metalgen.ops.attention",
     "explain_sdpa": "metalgen.ops.sdpa",
@@ -70,6 +73,7 @@ _WHERE = {
     "get_kernel": "metalgen.calls.resolve",
     "install": "metalgen.ops.installing",
     "is_installed": "metalgen.ops.installing",
+    "merge": "metalgen.ops.blocks",
     "or_masks": "metalgen.ops.flex_attention",
     "prepare": "metalgen.ops.preparing",
     "reset_stats": "metalgen.counters",
@@ -85,6 +89,7 @@ __all__ = [
     "BlockMask",
     "CacheFull",
     "DeviceError",
+    "Gradients",
     "InvalidSchedule",
     "KVCache",
     "Kernel",
@@ -99,6 +104,7 @@ __all__ = [
     "and_masks",
     "append_kv",
     "attention",
+    "attention_backward",
     "create_block_mask",
     "explain",
     "explain_sdpa",
@@ -106,6 +112,7 @@ __all__ = [
     "get_kernel",
     "install",
     "is_installed",
+    "merge",
     "or_masks",
     "prepare",
     "reset_stats",

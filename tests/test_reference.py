@@ -15,7 +15,15 @@ from metalgen.dsl.trace import trace
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs, check_call
 from metalgen.problem.samples import sample_call
-from metalgen.reference import attention_float64, attention_mlx, config_features
+from metalgen.reference import (
+    attention_float64,
+    attention_mlx,
+    config_features,
+    gradients_float64,
+    gradients_mlx,
+)
+from metalgen.testing.cases import FEATURES
+from metalgen.testing.fuzz import functions
 
 SCALE = 0.3
 
@@ -287,3 +295,32 @@ def test_the_test_before_would_notice_a_look() -> None:
 
 def v_width(c: AttentionConfig) -> int:
     return c.v_dim
+
+
+BY_FORMULA: dict[str, dict[str, Any]] = {
+    **FEATURES,
+    **{
+        f"function {n}": {"score_mod": score, "mask_mod": mask}
+        for n, (score, mask) in enumerate(zip(*functions(), strict=True))
+    },
+}
+
+
+@pytest.mark.parametrize("name", BY_FORMULA)
+def test_gradients_in_plain_mlx_are_those_of_the_formulas_in_float64(name: str) -> None:
+    config = AttentionConfig(64, "float32", heads_per_kv=2, return_lse=True, **BY_FORMULA[name])
+    q, k, v, inputs = sample_call(config, batch=3, q_len=21, kv_len=37, seed=1)
+    features = config_features(config) | {"inputs": inputs}
+    dout, dlse = normal(*q.shape[:3], 64, seed=2), normal(*q.shape[:3], seed=3)
+    out, lse = attention_mlx(q, k, v, scale=SCALE, **features)
+    dlse = mx.where(mx.isfinite(lse), dlse, 0.0)
+    exact = gradients_float64(q, k, v, (dout, dlse), scale=SCALE, **features)
+    found = gradients_mlx(q, k, v, (out, lse), (dout, dlse), scale=SCALE, **features)
+    names = ["q", "k", "v", *(f"score[{n}]" for n in range(len(inputs.score)))]
+    names += [*("" for _ in inputs.mask), *inputs.named]
+    compared = set(exact) - ({"k", "v"} if config.page_size or config.kv_bits else set())
+    assert compared >= {"q"} | ({"sinks"} if config.sinks else set())
+    for name, array in zip(names, found, strict=True):
+        if name in compared and exact[name].any():  # integers have none
+            own = mx.where(mx.isnan(array), 0.0, array)  # of what no kernel may look at
+            assert relative_error(own, exact[name]) <= 2e-5, name

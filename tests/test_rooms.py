@@ -45,6 +45,7 @@ WIDE = {
     "metalgen.simulator.api.MetalKernel.__call__": "the arguments of MLX's kernels",
     "metalgen.simulator.generator.generate": "the arguments of MLX's kernels",
     "metalgen.tuning.runner.tune": "the options of a tuning run, by keyword",
+    "metalgen.ops.blocks.attention_backward": "the arrays and options of a call, by keyword",
     "metalgen.ops.append.append_kv": "the arrays and options of a call, by keyword",
     "metalgen.caches.paged.PagedKVCache.__init__": "the options of a cache, by keyword",
     "metalgen.database.checks.KeepsChecks.record_check": "the columns of a check, by keyword",

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
     from metalgen.problem.config import AttentionConfig
 
-__all__ = ["attention_float64", "attention_mlx", "config_features"]
+__all__ = [
+    "attention_float64",
+    "attention_mlx",
+    "config_features",
+    "gradients_float64",
+    "gradients_mlx",
+]
 
 HOW_NOT_WHAT = frozenset(
     {
@@ -53,6 +59,42 @@ def attention_float64(
     return attention(q, k, v, scale, features)
 
 
+def gradients_float64(
+    q: Any,
+    k: Any,
+    v: Any,
+    cotangents: tuple[Any, Any],
+    *,
+    scale: float,
+    given: tuple[Any, Any] | None = None,
+    **features: Any,
+) -> dict[str, NDArray[np.float64]]:
+    """The gradients of `attention_float64`: what every backward kernel is checked against.
+
+    By the formulas of the softmax: with p the weights, Z the dropout mask over what it keeps, dO
+    and dL the cotangents, D the row sums of dO * O less dL, and y = f(x) the changed scores,
+
+        dY = p (Z dO V^T - D)   dX = f'(x) dY   dQ = scale dX K   dK = scale dX^T Q
+        dV = (Z p)^T dO         dbias = dY      dslope = -sum(dY distance)
+        dsink = -sum(exp(sink - lse) D)
+
+    Derivatives of score functions are central differences.
+
+    Args:
+        q, k, v, scale, features: as of `attention_float64`.
+        cotangents: of the output and of the log-sum-exp; None: zeros.
+        given: an output and a log-sum-exp that other keys had a share in, as in ring attention;
+            None: those of the call.
+
+    Returns:
+        By name: ``q``, ``k``, ``v`` (zeros for pages), then where the call has them ``bias``,
+        ``alibi_slopes``, ``sinks`` and ``score[n]``, the captured arrays of the score function.
+    """
+    from metalgen.reference.gradients64 import gradients
+
+    return gradients(q, k, v, cotangents, scale, features, given)
+
+
 def attention_mlx(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float | mx.array, **features: Any
 ) -> tuple[mx.array, mx.array]:
@@ -65,6 +107,32 @@ def attention_mlx(
     from metalgen.reference.plain import attention_plain
 
     return attention_plain(q, k, v, scale, features)
+
+
+def gradients_mlx(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    results: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array | None],
+    *,
+    scale: float | mx.array,
+    **features: Any,
+) -> list[mx.array]:
+    """The same in plain MLX operations, from the output and the log-sum-exp of a call.
+
+    Args:
+        q, k, v, scale, features: as of `attention_mlx`.
+        results: output and log-sum-exp, which keys of other calls may have had a share in.
+        cotangents: of the output, and of the log-sum-exp or None.
+
+    Returns:
+        The gradients of q, k, v and of all arrays of ``inputs`` in their order; zeros of those that
+        have none. Lazy: one that is not used is not computed.
+    """
+    from metalgen.reference.plain_gradients import gradients_plain
+
+    return gradients_plain(q, k, v, results, cotangents, scale, features)
 
 
 def config_features(config: AttentionConfig) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Sequence:
         rows: its rows of q.
         q, k, v: ``(H, Lq, D)``, ``(Hkv, Lk, D)`` and ``(Hkv, Lk, Dv)``.
         there: ``(Lk,)``, whether a key is there at all.
+        keys: its rows of k and v; None where they are pages.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Sequence:
     k: Float64
     v: Float64
     there: NDArray[np.bool_]
+    keys: slice | None
 
 
 def attention(
@@ -44,20 +46,27 @@ def attention(
 ) -> tuple[Float64, Float64]:
     """What `metalgen.reference.attention_float64` describes."""
     inputs = features.get("inputs") or NOTHING
-    queries = as_float64(q)
-    keys = _dequantized(k, inputs.k_scales, inputs.k_biases, features)
-    values = _dequantized(v, inputs.v_scales, inputs.v_biases, features)
+    queries, keys, values = arrays_of(q, k, v, features, inputs)
     out = np.zeros((*queries.shape[:3], values.shape[3]))
     lse = np.full(queries.shape[:3], -np.inf)
-    for sequence in _sequences(queries, keys, values, features, inputs):
+    for sequence in sequences_of(queries, keys, values, features, inputs):
         place = sequence.entry, slice(None), sequence.rows
         out[place], lse[place] = _of_sequence(sequence, queries.shape, scale, features, inputs)
     return out, lse
 
 
-def _sequences(
+def arrays_of(
+    q: Any, k: Any, v: Any, features: dict[str, Any], inputs: Inputs
+) -> tuple[Float64, Float64, Float64]:
+    """Queries, keys and values of a call, dequantized."""
+    keys = _dequantized(k, inputs.k_scales, inputs.k_biases, features)
+    return as_float64(q), keys, _dequantized(v, inputs.v_scales, inputs.v_biases, features)
+
+
+def sequences_of(
     q: Float64, k: Float64, v: Float64, features: dict[str, Any], inputs: Inputs
 ) -> Iterator[Sequence]:
+    """The sequences of a call, one after the other."""
     varlen = features.get("varlen", False)
     count = _integers(inputs.cu_q).size - 1 if varlen else q.shape[0]
     for n in range(count):
@@ -66,6 +75,7 @@ def _sequences(
             entry, rows = 0, _span(_integers(inputs.cu_q), n, q.shape[2])
         if features.get("page_size") is not None:
             own_k, own_v, there = _from_pages(k, v, features["page_size"], inputs, n)
+            own = None
         else:
             own = slice(0, k.shape[2])
             if varlen:
@@ -74,34 +84,85 @@ def _sequences(
                 own = slice(0, int(np.clip(_integers(inputs.kv_lens)[n], 0, k.shape[2])))
             own_k, own_v = k[entry][:, own], v[entry][:, own]
             there = np.ones(own_k.shape[1], dtype=bool)
-        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there)
+        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there, own)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The softmax of one sequence.
+
+    Args:
+        q: ``(H, Lq, D)``, rotated where the config asks for it.
+        k, v: ``(H, Lk, ...)``, repeated for the query heads that share them.
+        raw: ``(H, Lq, Lk)``, scaled scores before anything changes them.
+        seen: booleans of that shape.
+        scores: after everything that changes them; -inf where not seen.
+        weights: their softmax; ``dropped``: the same after dropout.
+        lse: ``(H, Lq)``.
+    """
+
+    q: Float64
+    k: Float64
+    v: Float64
+    raw: Float64
+    seen: NDArray[np.bool_]
+    scores: Float64
+    weights: Float64
+    dropped: Float64
+    lse: Float64
 
 
 def _of_sequence(
     s: Sequence, shape: tuple[int, ...], scale: float, features: dict[str, Any], inputs: Inputs
 ) -> tuple[Float64, Float64]:
-    heads, q_len = s.q.shape[:2]
-    kv_len = s.k.shape[1]
-    h = np.arange(heads, dtype=np.int32)[:, None, None]
-    i = np.arange(q_len, dtype=np.int32)[:, None]
-    j = np.arange(kv_len, dtype=np.int32)
-    places = {"b": np.full((1, 1, 1), s.number, np.int32), "h": h, "q": i, "kv": j}
-    q = _turned(s.q, features, inputs, s.number) if features.get("rope") else s.q
-    k, v = (np.repeat(x, heads // x.shape[0], axis=0) for x in (s.k, s.v))
-    scores = scale * (q @ np.swapaxes(k, 1, 2))
+    found = weights_of(s, shape, scale, features, inputs)
+    return found.dropped @ found.v, found.lse
 
-    # What changes scores
+
+def places_of(s: Sequence) -> dict[str, Array]:
+    """Where the scores of a sequence stand, as score and mask functions see it."""
+    return {
+        "b": np.full((1, 1, 1), s.number, np.int32),
+        "h": np.arange(s.q.shape[0], dtype=np.int32)[:, None, None],
+        "q": np.arange(s.q.shape[1], dtype=np.int32)[:, None],
+        "kv": np.arange(s.k.shape[1], dtype=np.int32),
+    }
+
+
+def changed(
+    raw: Float64, s: Sequence, shape: tuple[int, ...], features: dict[str, Any], inputs: Inputs
+) -> Float64:
+    """Scores after everything that changes them, before masks."""
+    places = places_of(s)
+    i, j, kv_len = places["q"], places["kv"], s.k.shape[1]
+    scores = raw
     if (cap := features.get("softcap")) is not None:
         scores = cap * np.tanh(scores / cap)
     if (text := features.get("score_mod")) is not None:
         captured = [_captured(a) for a in inputs.score]
         scores = parse(text).evaluate(np, {**places, "score": scores}, captured)
-        scores = np.broadcast_to(scores, (heads, q_len, kv_len))
-    own = i + kv_len - q_len  # the key at a query's own position
+        scores = np.broadcast_to(scores, raw.shape)
+    own = i + kv_len - s.q.shape[1]  # the key at a query's own position
     if features.get("alibi"):
         scores = scores - as_float64(inputs.alibi_slopes)[:, None, None] * np.abs(own - j)
     if features.get("bias"):
         scores = scores + _entry(inputs.bias, s, shape)[:, :, :kv_len]
+    return scores
+
+
+def weights_of(
+    s: Sequence, shape: tuple[int, ...], scale: float, features: dict[str, Any], inputs: Inputs
+) -> Weights:
+    """The softmax of a sequence of a call, whose q has a shape."""
+    heads, q_len = s.q.shape[:2]
+    kv_len = s.k.shape[1]
+    places = places_of(s)
+    h, i, j = places["h"], places["q"], places["kv"]
+    own = i + kv_len - q_len  # the key at a query's own position
+    q = _turned(s.q, features, inputs, s.number) if features.get("rope") else s.q
+    k, v = (np.repeat(x, heads // x.shape[0], axis=0) for x in (s.k, s.v))
+    raw = scale * (q @ np.swapaxes(k, 1, 2))
+    scores = changed(raw, s, shape, features, inputs)
 
     # What is seen
     seen = np.broadcast_to(s.there, scores.shape)
@@ -130,18 +191,27 @@ def _of_sequence(
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0, base + np.log(total), -np.inf)[:, :, 0]
     weights = weights / np.where(total == 0, 1.0, total)
+    dropped = weights
     if p := features.get("dropout", 0.0):
         key = np.array(inputs.dropout_key)
         gone = philox.dropped(np, key, p, places["b"], h, i, j)
-        weights = np.where(gone, 0.0, weights / (1 - p))
-    return weights @ v, lse
+        dropped = np.where(gone, 0.0, weights / (1 - p))
+    return Weights(q, k, v, raw, seen, scores, weights, dropped, lse)
 
 
 def _turned(q: Float64, features: dict[str, Any], inputs: Inputs, number: int) -> Float64:
-    """Queries of a sequence after rotary embedding; angles in float32, as `Inputs` says."""
+    """Queries of a sequence after rotary embedding, rounded as the kernels round them."""
+    return _rounded(rotated(q, features, inputs, number, 1), features)
+
+
+def rotated(
+    q: Float64, features: dict[str, Any], inputs: Inputs, number: int, direction: int
+) -> Float64:
+    """Rows of a sequence rotated by their positions, or (-1) back; angles in float32."""
     freqs = np.array(inputs.rope_freqs, dtype=np.float32)
     positions = int(_integers(inputs.rope_offset)[number]) + np.arange(q.shape[1])
     angles = (positions.astype(np.float32)[:, None] * freqs).astype(np.float64)
+    angles = direction * angles
     if features["rope"] == "half":
         first, second = np.arange(freqs.size), np.arange(freqs.size) + freqs.size
     else:
@@ -150,7 +220,7 @@ def _turned(q: Float64, features: dict[str, Any], inputs: Inputs, number: int) -
     turned = q.copy()
     turned[..., first] = x * np.cos(angles) - y * np.sin(angles)
     turned[..., second] = x * np.sin(angles) + y * np.cos(angles)
-    return _rounded(turned, features)
+    return turned
 
 
 def _dequantized(
@@ -209,8 +279,10 @@ def as_float64(array: Any) -> Float64:
     return np.asarray(array, dtype=np.float64)
 
 
-def _captured(array: mx.array) -> Array:
-    return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+def _captured(array: Any) -> Array:
+    if isinstance(array, mx.array) and array.dtype == mx.bfloat16:
+        array = array.astype(mx.float32)
+    return np.array(array)
 
 
 def _integers(array: mx.array | None) -> Array:

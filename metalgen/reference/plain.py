@@ -45,9 +45,50 @@ def attention_plain(
     """What `metalgen.reference.attention_mlx` describes."""
     if 0 in q.shape[:3]:
         # MLX 0.32.4 on a CPU frees what an empty product of strided keys has yet to copy.
-        bits = features.get("kv_bits")
-        width = v.shape[3] if bits is None else v.shape[3] * 32 // bits
-        return mx.zeros((*q.shape[:3], width), q.dtype), mx.full(q.shape[:3], -mx.inf)
+        empty = mx.zeros((*q.shape[:3], v_width(v, features)), q.dtype)
+        return empty, mx.full(q.shape[:3], -mx.inf)
+    call = located(q, k, v, features)
+    scores = scores_of(q, call, scale, features)
+    inputs = call.inputs
+    sinks = inputs.sinks[:, None, None] if inputs.sinks is not None else None
+    weights, lse = _softmax(scores, sinks)
+    if features.get("dropout", 0.0):
+        weights = weights * kept(call, features)
+    kv_heads, kv_len = call.k.shape[1:3]
+    by_group = (q.shape[0], kv_heads, q.shape[1] // kv_heads, q.shape[2], kv_len)
+    values = call.v.astype(mx.float32)[:, :, None]
+    out = (weights.reshape(by_group) @ values).reshape(*q.shape[:3], v_width(v, features))
+    if call.at.rows is not None:
+        out = mx.where(call.at.rows[..., None], out, 0.0)
+        lse = mx.where(call.at.rows, lse, -mx.inf)
+    return out.astype(q.dtype), lse
+
+
+@dataclass(frozen=True)
+class Located:
+    """The keys and values of a call, and where its scores stand.
+
+    Args:
+        k, v: ``(B, Hkv, Lk, ...)`` of the type of q, gathered and dequantized; zeros where no key
+            is.
+        at: places of the scores.
+        inputs: the other arrays.
+    """
+
+    k: mx.array
+    v: mx.array
+    at: Places
+    inputs: Inputs
+
+
+def v_width(v: mx.array, features: dict[str, Any]) -> int:
+    """Columns of the values."""
+    bits = features.get("kv_bits")
+    return int(v.shape[3] if bits is None else v.shape[3] * 32 // bits)
+
+
+def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> Located:
+    """The keys and values that a call sees."""
     inputs = _constant_places(features.get("inputs") or NOTHING)
     paged = features.get("page_size") is not None
     on_page = None
@@ -62,37 +103,39 @@ def attention_plain(
     if paged and features.get("varlen"):  # all sequences' keys one after the other
         k, v = (_joined(x) for x in (k, v))
     at = _places(q, k, sequence_keys, on_page, features, inputs)
+    if at.there is not None:  # what lies elsewhere may be anything, and 0 * nan is nan
+        used = at.there.any(axis=(0, 1, 2)) if features.get("varlen") else at.there[:, 0, 0]
+        used = mx.broadcast_to(used, (q.shape[0], k.shape[2]))[:, None, :, None]
+        k, v = (mx.where(used, x, mx.array(0, x.dtype)) for x in (k, v))
+    return Located(k, v, at, inputs)
 
+
+def scores_of(
+    q: mx.array, call: Located, scale: float | mx.array, features: dict[str, Any]
+) -> mx.array:
+    """``(B, H, Lq, Lk)``, scores after everything that changes them; -inf where not seen."""
+    at = call.at
     wide = q.astype(mx.float32)
     if at.rows is not None:
         wide = mx.where(at.rows[:, None], wide, 0.0)
     if features.get("rope") is not None:
-        wide = _turned(wide, at, features, inputs).astype(q.dtype).astype(mx.float32)
+        wide = _turned(wide, at, features, call.inputs).astype(q.dtype).astype(mx.float32)
     batch, heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
+    kv_heads, kv_len = call.k.shape[1:3]
     shape = (batch, heads, q_len, kv_len)
-    by_group = (batch, kv_heads, heads // kv_heads, q_len)
-    if at.there is not None:  # what lies elsewhere may be anything, and 0 * nan is nan
-        used = at.there.any(axis=(0, 1, 2)) if features.get("varlen") else at.there[:, 0, 0]
-        used = mx.broadcast_to(used, (batch, kv_len))[:, None, :, None]
-        k, v = (mx.where(used, x, mx.array(0, x.dtype)) for x in (k, v))
-    keys, values = (x.astype(mx.float32)[:, :, None] for x in (k, v))
-    grouped = (wide * scale).reshape(*by_group, head_dim)
+    grouped = (wide * scale).reshape(batch, kv_heads, heads // kv_heads, q_len, head_dim)
+    keys = call.k.astype(mx.float32)[:, :, None]
     scores = (grouped @ keys.swapaxes(-1, -2)).reshape(shape)
-    scores = _changed(scores, at, features, inputs)
-    seen = _seen(shape, at, features, inputs)
-    if seen is not None:
-        scores = mx.where(seen, scores, -mx.inf)
-    sinks = inputs.sinks[:, None, None] if inputs.sinks is not None else None
-    weights, lse = _softmax(scores, sinks)
-    if p := features.get("dropout", 0.0):
-        gone = philox.dropped(mx, inputs.dropout_key, p, at.b, at.h, at.i, at.j)
-        weights = mx.where(gone, 0.0, weights / (1 - p))
-    out = (weights.reshape(*by_group, kv_len) @ values).reshape(*q.shape[:3], v.shape[3])
-    if at.rows is not None:
-        out = mx.where(at.rows[..., None], out, 0.0)
-        lse = mx.where(at.rows, lse, -mx.inf)
-    return out.astype(q.dtype), lse
+    scores = _changed(scores, at, features, call.inputs)
+    seen = _seen(shape, at, features, call.inputs)
+    return scores if seen is None else mx.where(seen, scores, -mx.inf)
+
+
+def kept(call: Located, features: dict[str, Any]) -> mx.array:
+    """What dropout multiplies weights by: 0, or the inverse of the share that it keeps."""
+    p, at = features["dropout"], call.at
+    gone = philox.dropped(mx, call.inputs.dropout_key, p, at.b, at.h, at.i, at.j)
+    return mx.where(gone, 0.0, 1 / (1 - p))
 
 
 def _constant_places(inputs: Inputs) -> Inputs:
