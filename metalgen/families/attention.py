@@ -11,11 +11,11 @@ from metalgen.families.counts import CallCounts
 from metalgen.families.launch import Launch, split_keys
 from metalgen.families.operands import attention_operands
 from metalgen.features.base import Site
-from metalgen.kinds import get_kind, value_width
+from metalgen.kinds import Kind, get_kind, value_width
 from metalgen.kinds.operands import Operands
 from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
-from metalgen.schedules import Schedule
+from metalgen.schedules import Limits, Schedule
 
 COMBINE_THREADS = 128
 
@@ -174,6 +174,13 @@ class AttentionFamily(Family):
     head_rows: bool = False
     deterministic_q_len: int
     main: AttentionStep
+    own = ("q",)
+    traversed = ("k", "v")
+
+    def defaults(
+        self, kind: Kind, config: AttentionConfig, limits: Limits
+    ) -> list[dict[str, Any]]:
+        return kind.defaults(config, limits, few_rows=self.head_rows)
 
     def steps(self, schedule: Schedule) -> tuple[AttentionStep, ...]:
         return (self.main,)

@@ -11,7 +11,7 @@ from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
 from metalgen.kinds.operands import Operands
 from metalgen.problem.config import AttentionConfig
-from metalgen.schedules import Knob, Schedule
+from metalgen.schedules import Knob, Limits, Schedule
 
 
 class Output(NamedTuple):
@@ -92,10 +92,14 @@ class Family(abc.ABC):
     Attributes:
         name: as in schedules, and in stored problems.
         main: its main step.
+        own, traversed: names of the operands whose rows a threadgroup owns, and of those that it
+            passes over; none in a family without matrix products.
     """
 
     name: str
     main: Step
+    own: tuple[str, ...] = ()
+    traversed: tuple[str, ...] = ()
 
     def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
         """What its schedules choose, in the order in which a search enumerates them.
@@ -103,7 +107,14 @@ class Family(abc.ABC):
         Args:
             kind: of the schedules; None: in a language, without matrix products.
         """
-        return kind.knobs if kind else ()
+        return kind.knobs_of(self.own, self.traversed) if kind else ()
+
+    def defaults(
+        self, kind: Kind, config: AttentionConfig, limits: Limits
+    ) -> list[dict[str, Any]]:
+        """Its schedules with a kind before anything was tuned, the best first, as values of knobs;
+        those that break a rule or do not fit are left out by the caller."""
+        return []
 
     def words(self, schedule: Schedule) -> list[str]:
         """The words of ``str(schedule)`` for schedules without a kind."""

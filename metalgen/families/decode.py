@@ -37,7 +37,7 @@ class Decode(AttentionFamily):
 
     def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
         assert kind is not None
-        few = at_most(kind.knobs, {"row_blocks": 2, "simdgroups": 4})
+        few = at_most(super().knobs(kind), {"row_blocks": 2, "simdgroups": 4})
         return (SPLITS, *few, *kind.few_row_knobs)
 
     def steps(self, schedule: Schedule) -> tuple[AttentionStep, ...]:

@@ -35,6 +35,7 @@ def register(family: Family, *rooms: Kind | Language) -> None:
             kind.words if kind else family.words,
             language=language,
             required_kind=kind is not None and kind is not kinds_in(language)[0],
+            operands=(family.own, family.traversed),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families.registry import get_attention, get_family
+from metalgen.families.registry import get_family
 from metalgen.kinds import Kind, get_kind, kinds_in
 from metalgen.kinds.base import Require
 from metalgen.problem.config import AttentionConfig
@@ -104,13 +104,13 @@ def default_schedule(
     Raises:
         InvalidSchedule: none fits the limits.
     """
-    few_rows = get_attention(family).head_rows
+    defaults = get_family(family).defaults
     kinds = [get_kind(kind)] if kind else device_kinds(limits, family)
     for own in kinds:
         made = schedule_type(family, own.name)
         candidates = [
             made(**{name: value for name, value in values.items() if name in made.knobs})
-            for values in own.defaults(config, limits, few_rows=few_rows)
+            for values in defaults(own, config, limits)
         ]
         valid = [s for s in candidates if is_valid(config, s, limits)]
         valid.sort(key=lambda s: (own.registers(config, s) or 0) > own.most_registers)

@@ -43,6 +43,10 @@ class Kind(abc.ABC):
     most_registers: int = 0
     counted: bool = False
 
+    @abc.abstractmethod
+    def knobs_of(self, own: tuple[str, ...], traversed: tuple[str, ...]) -> tuple[Knob, ...]:
+        """The knobs of schedules that own rows of some operands and pass over those of others."""
+
     def padded(self, width: int) -> int:
         """A head dimension rounded up to whole matrices."""
         return -(-width // self.depth) * self.depth
@@ -133,16 +137,20 @@ def value_width(config: AttentionConfig, schedule: Schedule) -> int:
     return int(config.v_dim // schedule.value_parts)
 
 
-def q_source() -> Knob:
-    """The knob of where Q stays."""
+def own_source(name: str) -> Knob:
+    """The knob of where the owned rows of an operand stay."""
     return Knob(
-        "q_source",
+        f"{name}_source",
         ("registers", "threadgroup"),
-        "Where Q is kept.",
+        f"Where {LABELS[name]} is kept.",
         "registers",
         cost="registers: nothing is read again; threadgroup: staged once, read in each pass",
         tried=("registers", "threadgroup"),
     )
+
+
+LABELS = {"q": "Q", "k": "K", "v": "V", "dout": "dO"}
+"""What texts call operands."""
 
 
 def value_parts(kind: Kind) -> Knob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.kinds.base import Kind, Require, q_source, value_parts
+from metalgen.kinds.base import Kind, Require, own_source, value_parts
 from metalgen.kinds.mma_plan import MmaPlan, mma_plan
 from metalgen.kinds.mma_tiles import MmaTiles, mma_tiles
 from metalgen.kinds.operands import Operands, operand
@@ -31,7 +31,23 @@ class Mma(Kind):
     threads = 256
 
     def __init__(self) -> None:
-        self.knobs = (
+        self.knobs = self.knobs_of(("q",), ("k", "v"))
+        # Few rows do not keep several warps busy, unless these share out the keys.
+        self.few_row_knobs = (
+            Knob(
+                "key_simdgroups",
+                (1, 2, 4, 8),
+                "Simdgroups that share the rows, and share out the keys of each pass.",
+                1,
+                cost="each leaves an output of its own, as splits do",
+                tried=(1, 2, 4),
+                active=_several,
+                inactive=1,
+            ),
+        )
+
+    def knobs_of(self, own: tuple[str, ...], traversed: tuple[str, ...]) -> tuple[Knob, ...]:
+        return (
             Knob(
                 "bq",
                 range(8, 1025, 8),
@@ -54,7 +70,7 @@ class Mma(Kind):
                 cost="larger: fewer passes, barriers and rescalings; S takes more registers",
                 tried=(16, 32, 48, 64, 96, 128),
             ),
-            q_source(),
+            *(own_source(name) for name in own),
             Knob(
                 "bd",
                 range(8, 577, 8),
@@ -74,19 +90,6 @@ class Mma(Kind):
             ),
             value_parts(self),
         )
-        # Few rows do not keep several warps busy, unless these share out the keys.
-        self.few_row_knobs = (
-            Knob(
-                "key_simdgroups",
-                (1, 2, 4, 8),
-                "Simdgroups that share the rows, and share out the keys of each pass.",
-                1,
-                cost="each leaves an output of its own, as splits do",
-                tried=(1, 2, 4),
-                active=_several,
-                inactive=1,
-            ),
-        )
 
     def plan(self, operands: Operands, schedule: Schedule) -> MmaPlan:
         return mma_plan(operands, schedule)
@@ -94,9 +97,12 @@ class Mma(Kind):
     def tiles(self, config: AttentionConfig, schedule: Schedule) -> MmaTiles:
         """The tiles of a schedule in shared memory."""
         s = schedule
-        q, k, v = (operand(name, config, s.value_parts) for name in ("q", "k", "v"))
+        own, traversed = (
+            [operand(name, config, s.value_parts) for name in names]
+            for names in (s.own, s.traversed)
+        )
         sharing = s.simdgroups // getattr(s, "key_simdgroups", 1)
-        return mma_tiles((q,), (k, v), bq=s.bq, bk=s.bk, sharing=sharing)
+        return mma_tiles(own, traversed, bq=s.bq, bk=s.bk, sharing=sharing)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The Q tile, one that quantized tiles may be dequantized into, and the ring."""
@@ -111,7 +117,10 @@ class Mma(Kind):
         words = [
             f"{s.bq}x{s.bk}x{s.bd}",
             f"sg{s.simdgroups}x{s.row_blocks}",
-            f"q:{'reg' if s.q_source == 'registers' else 'tg'}",
+            *(
+                f"{name}:{'reg' if getattr(s, f'{name}_source') == 'registers' else 'tg'}"
+                for name in s.own
+            ),
             f"buf{s.buffers}",
         ]
         for word, name in (

@@ -31,6 +31,7 @@ class Operand:
         head_rows: whether the owned rows are those of several heads, one head after the other.
         rotated: whether rows are rotated by their positions when they are read.
         shares: threadgroups that share out its columns; `width` is of one share.
+        several_heads: whether rows of several heads are passed over, one head after the other.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Operand:
     head_rows: bool = False
     rotated: bool = False
     shares: int = 1
+    several_heads: bool = False
 
     def array_bytes(self, array: str) -> int:
         """Bytes of a row of one of its arrays."""
@@ -65,14 +67,14 @@ def operand(name: str, config: AttentionConfig, value_parts: int = 1) -> Operand
     """An array of a config as an operand.
 
     Args:
-        name: ``"q"``, ``"k"`` or ``"v"``.
+        name: ``"q"``, ``"k"``, ``"v"``, or ``"dout"``, the cotangent of the output.
         config: what is computed.
         value_parts: threadgroups that share the columns of the values.
     """
-    wide = name == "v"
+    wide = name in ("v", "dout")
     width = config.v_dim // value_parts if wide else config.head_dim
-    rows, columns = "query" if name == "q" else "key", "DV" if wide else "D"
-    if name == "q":
+    rows, columns = "query" if name in ("q", "dout") else "key", "DV" if wide else "D"
+    if rows == "query":
         return Operand(name, rows, columns, width, config.itemsize)
     bits, group, page = config.kv_bits, config.kv_group, config.page_size
     shares = value_parts if wide else 1

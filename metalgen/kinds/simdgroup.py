@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalgen.kinds.base import Kind, Require, q_source, value_parts, value_width
-from metalgen.kinds.operands import Operands
+from metalgen.kinds.base import LABELS, Kind, Require, own_source, value_parts, value_width
+from metalgen.kinds.operands import Operands, operand
 from metalgen.kinds.simdgroup_plan import FRAGMENT as FRAGMENT
 from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES, SimdgroupPlan, simdgroup_plan
 from metalgen.problem.config import AttentionConfig
@@ -15,8 +15,6 @@ REGISTERS = 250
 """Estimated 16-bit registers per thread up to which a kernel is likely not to spill (of 256)."""
 
 
-def _is_staged(point: Point) -> bool:
-    return "threadgroup" in (point["k_source"], point["v_source"])
 
 
 class Simdgroup(Kind):
@@ -32,7 +30,13 @@ class Simdgroup(Kind):
     most_registers = REGISTERS
 
     def __init__(self) -> None:
-        self.knobs = (
+        self.knobs = self.knobs_of(("q",), ("k", "v"))
+
+    def knobs_of(self, own: tuple[str, ...], traversed: tuple[str, ...]) -> tuple[Knob, ...]:
+        def is_staged(point: Point) -> bool:
+            return any(point[f"{name}_source"] == "threadgroup" for name in traversed)
+
+        return (
             Knob(
                 "bq",
                 range(8, 1025, 8),
@@ -55,23 +59,20 @@ class Simdgroup(Kind):
                 cost="larger: fewer passes, barriers and rescalings; S takes more registers",
                 tried=(8, 16, 32, 64),
             ),
-            q_source(),
-            Knob(
-                "k_source",
-                ("threadgroup", "device"),
-                "Where K is read from.",
-                "threadgroup",
-                cost="threadgroup: read from memory once per group, for barriers; device: once "
-                "per simdgroup",
-                tried=("threadgroup", "device"),
-            ),
-            Knob(
-                "v_source",
-                ("threadgroup", "device"),
-                "Where V is read from.",
-                "threadgroup",
-                cost="as k_source",
-                tried=("threadgroup", "device"),
+            *(own_source(name) for name in own),
+            *(
+                Knob(
+                    f"{name}_source",
+                    ("threadgroup", "device"),
+                    f"Where {LABELS[name]} is read from.",
+                    "threadgroup",
+                    cost="threadgroup: read from memory once per group, for barriers; device: once "
+                    "per simdgroup"
+                    if name == traversed[0]
+                    else f"as {traversed[0]}_source",
+                    tried=("threadgroup", "device"),
+                )
+                for name in traversed
             ),
             Knob(
                 "bd",
@@ -79,7 +80,7 @@ class Simdgroup(Kind):
                 "Columns of K or V staged at once.",
                 cost="narrower: less threadgroup memory, more barriers",
                 tried=self._slices,
-                active=_is_staged,
+                active=is_staged,
                 inactive=lambda config: self.widest_row(config, self.default_value_parts(config)),
             ),
             Knob(
@@ -89,7 +90,7 @@ class Simdgroup(Kind):
                 1,
                 cost="2: the next tile is fetched while one is used, half of the barriers",
                 tried=(1, 2),
-                active=_is_staged,
+                active=is_staged,
                 inactive=1,
             ),
             Knob(
@@ -134,24 +135,25 @@ class Simdgroup(Kind):
         return self.padded(width) * itemsize + ROW_PAD_BYTES
 
     def staged(self, schedule: Schedule) -> tuple[str, ...]:
-        """Which of ``"k"`` and ``"v"`` go through threadgroup memory."""
-        sources = (("k", schedule.k_source), ("v", schedule.v_source))
-        return tuple(name for name, source in sources if source == "threadgroup")
+        """Which of the operands that are passed over go through threadgroup memory."""
+        sources = {name: getattr(schedule, f"{name}_source") for name in schedule.traversed}
+        return tuple(name for name, source in sources.items() if source == "threadgroup")
 
     def staged_width(self, config: AttentionConfig, schedule: Schedule) -> int:
-        """Columns of the widest K or V slice that is staged at once; 0 when none is."""
-        widths = {
-            "k": self.padded(config.head_dim),
-            "v": self.padded(value_width(config, schedule)),
-        }
-        staged = self.staged(schedule)
-        return max((min(int(schedule.bd), widths[name]) for name in staged), default=0)
+        """Columns of the widest slice that is staged at once; 0 when none is."""
+        widths = (
+            self.padded(operand(name, config, schedule.value_parts).width)
+            for name in self.staged(schedule)
+        )
+        return max((min(int(schedule.bd), width) for width in widths), default=0)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
-        """The Q tile where it is staged, and the staging buffers."""
+        """The tiles of owned operands that are staged, and the staging buffers."""
         total = 0
-        if schedule.q_source == "threadgroup":
-            total += schedule.bq * self.row_bytes(config.head_dim, config.itemsize)
+        for name in schedule.own:
+            if getattr(schedule, f"{name}_source") == "threadgroup":
+                own = operand(name, config, schedule.value_parts)
+                total += schedule.bq * self.row_bytes(own.width, config.itemsize)
         width = self.staged_width(config, schedule)
         if width:
             row = self.row_bytes(width, config.itemsize)
@@ -177,7 +179,7 @@ class Simdgroup(Kind):
         words = [
             f"{s.bq}x{s.bk}x{s.bd}",
             f"sg{s.simdgroups}x{s.row_blocks}",
-            f"q:{short[s.q_source]} k:{short[s.k_source]} v:{short[s.v_source]}",
+            *(f"{name}:{short[getattr(s, f'{name}_source')]}" for name in s.own + s.traversed),
             f"buf{s.buffers}",
             f"w{s.load_width}",
         ]

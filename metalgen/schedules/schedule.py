@@ -43,6 +43,8 @@ class Schedule(metaclass=_Typed):
         knobs: the declarations of its attributes, by name, in the order in which a search
             enumerates them.
         required_kind: whether stored keys state the kind: they leave out the first of a language.
+        own, traversed: names of the operands whose rows a threadgroup owns, and of those that it
+            passes over.
     """
 
     family: ClassVar[str]
@@ -50,6 +52,8 @@ class Schedule(metaclass=_Typed):
     language: ClassVar[str]
     knobs: ClassVar[dict[str, Knob]] = {}
     required_kind: ClassVar[bool] = False
+    own: ClassVar[tuple[str, ...]] = ()
+    traversed: ClassVar[tuple[str, ...]] = ()
     words: ClassVar[Callable[[Any], list[str]]]
 
     if TYPE_CHECKING:  # what the types made by `define_schedule` have
@@ -146,6 +150,7 @@ def define_schedule(
     *,
     language: str,
     required_kind: bool = False,
+    operands: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
 ) -> type[Schedule]:
     """Make and register the type of a family's schedules with a kind.
 
@@ -155,6 +160,7 @@ def define_schedule(
         words: what ``str()`` of a schedule says.
         language: name of the language of its kernels.
         required_kind: whether stored keys state the kind.
+        operands: names of those whose rows are owned, and of those that are passed over.
     """
     fields = [
         (k.name, type(k.choices[0]))
@@ -173,6 +179,8 @@ def define_schedule(
             "knobs": {knob.name: knob for knob in knobs},
             "words": staticmethod(words),
             "required_kind": required_kind,
+            "own": operands[0],
+            "traversed": operands[1],
             "__module__": __name__,
         },
         frozen=True,
