@@ -63,9 +63,9 @@ def test_the_ring_is_filled_as_far_ahead_as_there_are_tiles(
 ) -> None:
     """Operand, tiles ahead in the ring, passes ahead: before the loop, then with K and with V."""
     plan = mma(AttentionConfig(64), buffers=buffers)
-    assert [(f.operand.name, f.ahead, f.later) for f in plan.first] == first
+    assert [(f.operands[0][0].name, f.ahead, f.later) for f in plan.first] == first
     steps = [step.fetch for step in plan.steps]
-    assert [(f.operand.name, f.ahead, f.later) for f in steps] == fetched
+    assert [(f.operands[0][0].name, f.ahead, f.later) for f in steps] == fetched
     assert plan.waiting == max(0, buffers - 2)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen.devices import Device, get_device
-from metalgen.devices.kernel import KernelDevice, launched
+from metalgen.devices.binding import launched
+from metalgen.devices.kernel import KernelDevice
 from metalgen.devices.marking import marked_outputs
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from metalgen.errors import DeviceError
+from metalgen.devices.backward import GradientRunner
+from metalgen.errors import DeviceError, InvalidSchedule
 from metalgen.families import APPLE, Limits, Schedule
 from metalgen.problem.config import AttentionConfig
 
@@ -49,6 +50,16 @@ class Device(abc.ABC):
         Raises:
             InvalidSchedule: the schedule cannot run the config within this device's limits.
         """
+
+    def build_gradients(
+        self, config: AttentionConfig, schedules: tuple[Schedule, ...]
+    ) -> GradientRunner:
+        """A runner of backward kernels (`metalgen.devices.backward.build_gradients`).
+
+        Raises:
+            InvalidSchedule: as `build`, and on a device that runs no kernels.
+        """
+        raise InvalidSchedule("device", f"{self.name} runs no backward kernels")
 
     def require(self) -> Device:
         """This device; raises `DeviceError` with the reason where it cannot be used."""

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from metalgen.devices.backward import GradientRunner, build_gradients
 from metalgen.devices.base import Device, Runner
+from metalgen.devices.binding import check_buffers, launched, rows_as_bound
 from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
-from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, check_schedule, get_attention
-from metalgen.families.base import Dispatch
 from metalgen.families.launch import Launch
 from metalgen.features.base import Binder
-from metalgen.languages import Language, get_language
+from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
 
@@ -42,6 +42,11 @@ class KernelDevice(Device):
     def number(self, x: float) -> mx.array:
         """A number as an array that kernels take, which need not be made at every call."""
         return _number(x)
+
+    def build_gradients(
+        self, config: AttentionConfig, schedules: tuple[Schedule, ...]
+    ) -> GradientRunner:
+        return build_gradients(self, config, schedules)
 
     def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         from metalgen.source.render import render  # brings Jinja, which a look-up does without
@@ -84,12 +89,11 @@ class KernelDevice(Device):
                 return run_in_pieces(run, config, most, q, k, v, scale, inputs)
             q, scale = positive_scale(q, scale)
             exponents = self.number(scale * math.log2(math.e))  # of 2
-            bound = [*(_rows(x, language) for x in (q, k, v)), exponents]
+            bound = [*(rows_as_bound(x, language) for x in (q, k, v)), exponents]
             if inputs is not NOTHING:
                 whole = (*shape[:3], max_kv_len(config, k, inputs))
-                binder = Binder(
-                    whole, sources[0].bq, schedule.bk, functools.partial(_rows, language=language)
-                )
+                rows = functools.partial(rows_as_bound, language=language)
+                binder = Binder(whole, sources[0].bq, schedule.bk, rows)
                 for feature in config.features:
                     bound += feature.bind(config, inputs, binder)
             keys = max_kv_len(config, k, inputs)
@@ -107,27 +111,6 @@ class KernelDevice(Device):
             return outputs[0], outputs[1] if config.return_lse else None
 
         return run
-
-
-def launched(source: KernelSource, dispatch: Dispatch) -> dict[str, Any]:
-    """The arguments of a compiled kernel for one launch, but for its inputs."""
-    x, y, z = dispatch.groups
-    return {
-        "output_shapes": [output.shape for output in dispatch.outputs],
-        "output_dtypes": [getattr(mx, output.dtype) for output in dispatch.outputs],
-        "grid": (x * source.threads, y, z),
-        "threadgroup": (source.threads, 1, 1),
-    }
-
-
-def _rows(x: mx.array, language: Language) -> mx.array:
-    """An array of rows (of Q, keys, or what belongs to keys) as a language's kernels take it."""
-    if not language.byte_rows:
-        return x
-    x = x.view(mx.uint8)
-    # MLX binds arrays of fewer than 8 elements as `constant`, where no row can lie.
-    missing = 8 - x.shape[-1] if x.size < 8 else 0
-    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def _empty(
@@ -162,21 +145,6 @@ def _joined(
         rows = mx.concatenate([p.reshape(-1, *tail) for p in parts], axis=0)
         outputs.append(rows.reshape(batch, heads, -1, *tail))
     return outputs
-
-
-def check_buffers(source: KernelSource, language: Language) -> None:
-    """Whether a kernel's arrays, shapes and strides can all be bound in a language.
-
-    Raises:
-        InvalidSchedule: they cannot; so it is when nearly all features come at once.
-    """
-    buffers = len(source.inputs) + len(source.outputs)
-    for name in source.inputs:
-        buffers += sum(f"{name}_{fact}" in source.source for fact in ("shape", "strides"))
-    most = language.most_buffers
-    if most is not None and buffers > most:
-        detail = f"the kernel binds {buffers}, and {language.label} has {most}: too many features"
-        raise InvalidSchedule("buffers", detail)
 
 
 def arguments(source: KernelSource) -> dict[str, Any]:

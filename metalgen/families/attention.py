@@ -177,9 +177,7 @@ class AttentionFamily(Family):
     own = ("q",)
     traversed = ("k", "v")
 
-    def defaults(
-        self, kind: Kind, config: AttentionConfig, limits: Limits
-    ) -> list[dict[str, Any]]:
+    def defaults(self, kind: Kind, config: AttentionConfig, limits: Limits) -> list[dict[str, Any]]:
         return kind.defaults(config, limits, few_rows=self.head_rows)
 
     def steps(self, schedule: Schedule) -> tuple[AttentionStep, ...]:

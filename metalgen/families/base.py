@@ -94,12 +94,15 @@ class Family(abc.ABC):
         main: its main step.
         own, traversed: names of the operands whose rows a threadgroup owns, and of those that it
             passes over; none in a family without matrix products.
+        together: whether the rows of a pass are fetched together, of all operands, because several
+            products read the same ones.
     """
 
     name: str
     main: Step
     own: tuple[str, ...] = ()
     traversed: tuple[str, ...] = ()
+    together: bool = False
 
     def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
         """What its schedules choose, in the order in which a search enumerates them.
@@ -109,9 +112,7 @@ class Family(abc.ABC):
         """
         return kind.knobs_of(self.own, self.traversed) if kind else ()
 
-    def defaults(
-        self, kind: Kind, config: AttentionConfig, limits: Limits
-    ) -> list[dict[str, Any]]:
+    def defaults(self, kind: Kind, config: AttentionConfig, limits: Limits) -> list[dict[str, Any]]:
         """Its schedules with a kind before anything was tuned, the best first, as values of knobs;
         those that break a rule or do not fit are left out by the caller."""
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from metalgen.errors import ArgumentError
 from metalgen.families.append import APPEND
 from metalgen.families.attention import AttentionFamily
+from metalgen.families.backward import BACKWARD_KEYS, BACKWARD_ROWS
 from metalgen.families.base import Family
 from metalgen.families.decode import DECODE
 from metalgen.families.forward import FORWARD
@@ -35,7 +36,7 @@ def register(family: Family, *rooms: Kind | Language) -> None:
             kind.words if kind else family.words,
             language=language,
             required_kind=kind is not None and kind is not kinds_in(language)[0],
-            operands=(family.own, family.traversed),
+            operands=(family.own, family.traversed, family.together),
         )
 
 
@@ -84,6 +85,6 @@ def choose_family(config: AttentionConfig, q_len: int) -> AttentionFamily:
 ORDINARY = FORWARD.name
 """Name of the family that takes any call: short names of problems leave it out."""
 
-for _family in (FORWARD, DECODE):
+for _family in (FORWARD, DECODE, BACKWARD_ROWS, BACKWARD_KEYS):
     register(_family, *KINDS.values())
 register(APPEND, *LANGUAGES.values())

@@ -33,6 +33,7 @@ class Alibi(Feature):
     """A slope per query head."""
 
     name = "alibi"
+    has_backward = True
     fields = (Field("alibi", switch, False, "alibi_slopes"),)
     inputs = (
         OptionalInput(

@@ -34,6 +34,7 @@ class ArrayMask(Feature):
     """``(B, H, Lq, Lk)`` of booleans, each axis of which may be 1."""
 
     name = "array_mask"
+    has_backward = True
     fields = (Field("array_mask", switch, False, "mask"),)
     inputs = (
         OptionalInput(

@@ -50,12 +50,14 @@ class Binder(NamedTuple):
         bq, bk: rows and keys of the kernel's tiles.
         rows: an array of rows (of Q, of keys, or of what belongs to keys) as kernels of the
             device's language take it.
+        keys_owned: whether the kernel's rows are those of keys, `bq` of them in a tile.
     """
 
     scores: tuple[int, ...]
     bq: int
     bk: int
     rows: Callable[[mx.array], mx.array]
+    keys_owned: bool = False
 
 
 HALF_LOG2E = f"constexpr float HALF_LOG2E = {0.5 / math.log(2):.9e}f;"
@@ -121,12 +123,14 @@ class Site(NamedTuple):
         head_rows: whether rows of several heads share a group.
         share: keys of a share of the keys that is the same whatever else is in the call; None where
             shares depend on the number of keys, or there are none.
+        keys_owned: whether rows of keys are owned, and queries passed over.
     """
 
     language: Any
     bk: int
     head_rows: bool = False
     share: int | None = None
+    keys_owned: bool = False
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -195,6 +199,8 @@ class Feature:
         numbered: whether its results depend on the numbers of batch entries and heads, so that a
             call cannot be cut into pieces that each count from 0.
         one_head: whether the rows of a threadgroup must be those of one head.
+        has_backward: whether backward kernels have all of its hooks; else gradients of configs
+            that use it are computed in plain MLX.
     """
 
     name: ClassVar[str]
@@ -207,6 +213,7 @@ class Feature:
     adds: ClassVar[bool] = False
     numbered: ClassVar[bool] = False
     one_head: ClassVar[bool] = False
+    has_backward: ClassVar[bool] = False
 
     def excludes(self, config: Fields) -> Mapping[str, str]:
         """Fields that must be at their defaults, each with what an error says was expected."""

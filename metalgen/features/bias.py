@@ -34,6 +34,7 @@ class Bias(Feature):
     """``(B, H, Lq, Lk)``, each axis of which may be 1."""
 
     name = "bias"
+    has_backward = True
     fields = (Field("bias", switch, False, "bias"),)
     inputs = (
         OptionalInput(

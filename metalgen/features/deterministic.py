@@ -11,6 +11,7 @@ class Deterministic(Feature):
     """Keys are shared out in the same way whatever else is in the call."""
 
     name = "deterministic"
+    has_backward = True
     fields = (Field("deterministic", switch, False, "deterministic"),)
     variables = unused(deterministic=False)
     rank = 2

@@ -26,6 +26,7 @@ class Dropout(Feature):
     """Weights are dropped, and the others divided by what is left of 1."""
 
     name = "dropout"
+    has_backward = True
     fields = (Field("dropout", _share, 0.0, "dropout"),)
     inputs = (
         OptionalInput(

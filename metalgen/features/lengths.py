@@ -28,6 +28,7 @@ class Lengths(Feature):
     """The rest of k and v is not looked at, and masks align to the lengths."""
 
     name = "kv_lens"
+    has_backward = True
     fields = (Field("kv_lens", _lengths, False, "kv_lens"),)
     used_by = ("page_size",)
     inputs = (

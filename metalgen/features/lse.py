@@ -13,6 +13,7 @@ class LogSumExp(Feature):
     """Of the scaled scores, by the natural logarithm."""
 
     name = "lse"
+    has_backward = True
     fields = (Field("return_lse", switch, False, counted=True),)
     rank = 6
 

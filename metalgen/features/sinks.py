@@ -33,6 +33,7 @@ class Sinks(Feature):
     """One more key of each row, which takes its share of the softmax and gives nothing."""
 
     name = "sinks"
+    has_backward = True
     fields = (Field("sinks", switch, False, "sinks"),)
     inputs = (
         OptionalInput(

@@ -53,6 +53,11 @@ def takes_tanh(config: Fields) -> bool:
     )
 
 
+def lse_shift(config: Fields) -> float:
+    """What is added to the log-sum-exp of scores as kernels have them: they may lack the cap."""
+    return 0.0 if config.softcap is None or takes_tanh(config) else config.softcap
+
+
 def _cap(name: str, value: Any, config: Fields) -> float | None:
     if value is None:
         return None
@@ -66,6 +71,7 @@ class Softcap(Feature):
     """Bounds scores, before anything is added to them."""
 
     name = "softcap"
+    has_backward = True
     fields = (Field("softcap", _cap, None, "softcap", counted=True),)
     variables = unused(bounded=False)
 

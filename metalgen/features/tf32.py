@@ -12,6 +12,7 @@ class Tf32(Feature):
     """For CUDA; Metal has no such type, and computes in float32."""
 
     name = "tf32"
+    has_backward = True
     fields = (Field("tf32", switch, False, "tf32"),)
     variables = unused(tf32=False)
     rank = 2

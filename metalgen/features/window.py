@@ -15,6 +15,7 @@ class Window(Feature):
     """A query sees keys from some before its own to some after it, aligned at the lower right."""
 
     name = "window"
+    has_backward = True
     fields = (
         Field("causal", switch, False, "causal", counted=True),
         Field("window_left", integer(0, MAX_WINDOW), None, "window_left", counted=True),

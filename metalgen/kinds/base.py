@@ -106,6 +106,17 @@ class Kind(abc.ABC):
             few_rows: for calls of few query rows, which share out the keys.
         """
 
+    @abc.abstractmethod
+    def backward_defaults(
+        self, config: AttentionConfig, *, own: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        """The same for the backward families.
+
+        Args:
+            config: what to compute.
+            own: names of the operands whose rows are owned.
+        """
+
     def follow(
         self, config: AttentionConfig, schedule: Schedule, given: dict[str, Any]
     ) -> dict[str, Any]:

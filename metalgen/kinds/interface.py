@@ -75,6 +75,11 @@ TILE = (
         "stands between the products that contract columns and those that contract the pass's "
         "rows",
     ),
+    Macro(
+        "next_head",
+        (),
+        "goes on to the next head of operands that are passed over for several, after a main loop",
+    ),
     Macro("row_state", ("name", "value"), "declares a float for each of a lane's rows"),
     Macro("accumulator", ("name",), "declares an accumulator, zero"),
     Macro("rows", (), "each row of which a lane has elements", gives=("r",)),
@@ -85,6 +90,12 @@ TILE = (
         "each element of row r of an accumulator that a lane has, with the place of its column "
         "among the traversed rows (keys, where queries are owned)",
         gives=("element", "column"),
+    ),
+    Macro(
+        "element_of",
+        ("name", "r"),
+        "the element of another accumulator of the same columns at the place of the one that "
+        "`elements` gives",
     ),
     Macro(
         "pairs",
@@ -113,6 +124,7 @@ REGISTERS = (
     "scores",
     "rows",
     "elements",
+    "element_of",
     "pairs",
 )
 """What ``registers.jinja`` has, which one kind may take from another."""

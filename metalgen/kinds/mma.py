@@ -102,7 +102,8 @@ class Mma(Kind):
             for names in (s.own, s.traversed)
         )
         sharing = s.simdgroups // getattr(s, "key_simdgroups", 1)
-        return mma_tiles(own, traversed, bq=s.bq, bk=s.bk, sharing=sharing)
+        sizes = {"bq": s.bq, "bk": s.bk, "sharing": sharing}
+        return mma_tiles(own, traversed, **sizes, together=s.together)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The Q tile, one that quantized tiles may be dequantized into, and the ring."""
@@ -167,6 +168,29 @@ class Mma(Kind):
             for buffers in (2, 1)
             for simdgroups in (4, 2, 1)
             for row_blocks in ((2, 1) if roomy else (1,))
+            for bk in (64, 32, 16)
+            if bk * config.itemsize <= 128
+        ]
+
+    def backward_defaults(
+        self, config: AttentionConfig, *, own: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        """Four warps, or fewer; two buffers, or one; the longest pass that fits; owned rows read
+        again from shared memory."""
+        widest = self.widest_row(config, 1)
+        return [
+            {
+                "bq": self.row_block * simdgroups,
+                "bk": bk,
+                "bd": widest,
+                "simdgroups": simdgroups,
+                "buffers": buffers,
+                "apart": int(widest > 128),
+                "value_parts": 1,
+                **{f"{name}_source": "threadgroup" for name in own},
+            }
+            for simdgroups in (4, 2, 1)
+            for buffers in (2, 1)
             for bk in (64, 32, 16)
             if bk * config.itemsize <= 128
         ]

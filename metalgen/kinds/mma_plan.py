@@ -21,12 +21,13 @@ class Fetch:
     """The copy of one tile into the ring, ahead of its use.
 
     Args:
-        operand: what is copied.
+        operands: whose rows are copied, each with where they begin in the tile, in bytes: one, or
+            all of a pass.
         ahead: tiles of the ring after the one that is used next.
         later: passes after this one in which the tile is used.
     """
 
-    operand: Operand
+    operands: tuple[tuple[Operand, int], ...]
     ahead: int
     later: int
 
@@ -38,12 +39,17 @@ class Step:
     Args:
         product: what is multiplied.
         operand: of its right side, which is in the ring.
-        fetch: with one tile the step's own one, else the furthest ahead for which there is room.
+        name: of what the kernel's text has for it.
+        fetch: with one tile the step's own one, else the furthest ahead for which there is room;
+            None where the pass's tile is there already.
+        arrived: the steps whose rows are there once its tile is.
     """
 
     product: Product
     operand: Operand
-    fetch: Fetch
+    name: str
+    fetch: Fetch | None
+    arrived: tuple[tuple[str, Operand], ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class MmaPlan:
         direct: whether fragments are made of raw tiles at once, not of a work tile.
         blocks: where `direct`, the columns of each operand that are shared out among lanes at once.
         own_offsets: where the tile of each owned operand begins, in bytes, by name.
+        offsets: where the rows of each traversed operand begin in a tile of the ring, likewise.
         own_tile, work_tile, ring_tile: bytes of the tiles of owned operands, of the one that raw
             tiles are dequantized into, and of one tile of the ring.
         buffers: tiles of the ring.
@@ -103,6 +110,7 @@ class MmaPlan:
     direct: bool
     blocks: dict[str, int]
     own_offsets: dict[str, int]
+    offsets: dict[str, int]
     own_tile: int
     work_tile: int
     ring_tile: int
@@ -140,13 +148,11 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
     """The plan of a valid schedule."""
     own, traversed = operands.own, operands.traversed
     sharing = schedule.simdgroups // getattr(schedule, "key_simdgroups", 1)
-    tiles = mma_tiles(own, traversed, bq=schedule.bq, bk=schedule.bk, sharing=sharing)
+    sizes = {"bq": schedule.bq, "bk": schedule.bk, "sharing": sharing}
+    tiles = mma_tiles(own, traversed, **sizes, together=operands.together)
     copies = {each.name: _copy(each, schedule.threads) for each in own + traversed}
     ahead = schedule.buffers - 1
-    steps = [
-        Step(product, operands.operand(product.right), _fetch(operands, turn, ahead))
-        for turn, product in enumerate(operands.products)
-    ]
+    steps = _steps(operands, ahead, tiles.offsets)
     aligned = {
         each.name: _aligned_raw(each, tiles.raw[each.name])
         if each.name in tiles.raw
@@ -159,7 +165,7 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
         operands=operands,
         columns=tuple(step for step in steps if operands.contracts_columns(step.product)),
         rows=tuple(step for step in steps if not operands.contracts_columns(step.product)),
-        first=tuple(_fetch(operands, 0, n) for n in range(ahead)),
+        first=tuple(_fetch(operands, 0, n, tiles.offsets) for n in range(ahead)),
         copies=copies,
         column_copies={
             each.name: copies[each.name]
@@ -176,6 +182,7 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
             if tiles.direct
         },
         own_offsets=_offsets(own, schedule.bq),
+        offsets=tiles.offsets,
         own_tile=tiles.own,
         work_tile=tiles.work,
         ring_tile=tiles.ring,
@@ -195,10 +202,32 @@ def cached_keys(operands: Operands) -> int:
     return 8 * CACHED_BYTES * operands.ordered_heads // bits
 
 
-def _fetch(operands: Operands, turn: int, ahead: int) -> Fetch:
-    """The tile that is used so many products after the product number `turn` of a pass."""
+def _steps(operands: Operands, ahead: int, offsets: dict[str, int]) -> list[Step]:
+    """The products of a pass: each waits for a tile of its own, or the first for that of all."""
+    named: list[tuple[Product, str, Operand]] = []
+    for product in operands.products:
+        again = any(product.right == known.right for known, _, _ in named)
+        name = f"{product.right}_{product.into}" if again else product.right
+        named.append((product, name, operands.operand(product.right)))
+    every = tuple((name, operand) for _, name, operand in named)
+    found = []
+    for turn, (product, name, operand) in enumerate(named):
+        fetch: Fetch | None = None
+        arrived: tuple[tuple[str, Operand], ...] = ()
+        if not operands.together or turn == 0:
+            fetch = _fetch(operands, turn, ahead, offsets)
+            arrived = every if operands.together else ((name, operand),)
+        found.append(Step(product, operand, name, fetch, arrived))
+    return found
+
+
+def _fetch(operands: Operands, turn: int, ahead: int, offsets: dict[str, int]) -> Fetch:
+    """The tile that is used so many tiles after that of product number `turn` of a pass."""
+    if operands.together:
+        every = tuple((each, offsets[each.name]) for each in operands.traversed)
+        return Fetch(every, ahead, ahead)
     later, which = divmod(turn + ahead, len(operands.products))
-    return Fetch(operands.operand(operands.products[which].right), ahead, later)
+    return Fetch(((operands.operand(operands.products[which].right), 0),), ahead, later)
 
 
 def _offsets(own: tuple[Operand, ...], lines: int) -> dict[str, int]:
@@ -245,6 +274,7 @@ def _aligned(operand: Operand, copy: Copy) -> str:
     places = [_address(name), f"{name}_pitch"]
     places += [f"{name}_next"] if operand.head_rows else []
     places += [f"{name}_page"] if operand.page is not None else []
+    places += [f"{name}_strides[1] * int(sizeof(*{name}))"] if operand.several_heads else []
     whole = f"{operand.columns} % {copy.elements} == 0"
     return f"{whole} && {name}_strides[3] == 1 && {_multiples(places, CHUNK_BYTES)}"
 

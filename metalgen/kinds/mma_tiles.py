@@ -5,6 +5,7 @@ Below schedules, whose rules need the sizes, and below plans, which need the pla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,7 +72,8 @@ class MmaTiles:
         direct: whether fragments are made of raw tiles at once, not of a work tile.
         own: bytes of the tiles of owned operands.
         work: bytes of the tile that raw tiles are dequantized into.
-        ring: bytes of one tile of the ring.
+        ring: bytes of one tile of the ring; of those of a pass, where they come together.
+        offsets: where the rows of each traversed operand begin in it, in bytes, by name.
     """
 
     raw: dict[str, RawTile]
@@ -79,24 +81,40 @@ class MmaTiles:
     own: int
     work: int
     ring: int
+    offsets: dict[str, int]
 
 
 def mma_tiles(
-    own: Sequence[Operand], traversed: Sequence[Operand], *, bq: int, bk: int, sharing: int
+    own: Sequence[Operand],
+    traversed: Sequence[Operand],
+    *,
+    bq: int,
+    bk: int,
+    sharing: int,
+    together: bool = False,
 ) -> MmaTiles:
     """The tiles of `bq` rows of each owned operand, and of `bk` rows of a traversed one.
 
-    `sharing` says how many warps read the same rows of a pass.
+    Args:
+        own, traversed: operands.
+        bq, bk: rows.
+        sharing: how many warps read the same rows of a pass.
+        together: whether the rows of a pass come together, of all traversed operands.
     """
     raw = {each.name: _raw(each, bk) for each in traversed if each.bits is not None}
     direct = bool(raw) and sharing == 1 and traversed[0].itemsize == 2
-    tile = bk * max(row_bytes(each.width, each.itemsize) for each in traversed)
+    sizes = {each.name: bk * row_bytes(each.width, each.itemsize) for each in traversed}
+    tile = sum(sizes.values()) if together else max(sizes.values())
+    starts = itertools.accumulate(sizes.values(), initial=0)  # and the end
     return MmaTiles(
         raw=raw,
         direct=direct,
         own=bq * sum(row_bytes(each.width, each.itemsize) for each in own),
         work=tile if raw and not direct else 0,
         ring=max(each.size for each in raw.values()) if raw else tile,
+        offsets={
+            name: start if together else 0 for name, start in zip(sizes, starts, strict=False)
+        },
     )
 
 

@@ -159,6 +159,7 @@ class Operands:
             read the same traversed rows; 0: they start in any order.
         own_start, own_count: the threadgroup's first owned row, and how many rows there are, by the
             names that the kernel's text has for them.
+        together: whether the rows of a pass are fetched together, of all traversed operands.
     """
 
     own: tuple[Operand, ...]
@@ -169,6 +170,7 @@ class Operands:
     own_start: str
     own_count: str
     ordered_heads: int = 0
+    together: bool = False
 
     @property
     def scores(self) -> tuple[Accumulator, ...]:

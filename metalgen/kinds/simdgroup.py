@@ -15,8 +15,6 @@ REGISTERS = 250
 """Estimated 16-bit registers per thread up to which a kernel is likely not to spill (of 256)."""
 
 
-
-
 class Simdgroup(Kind):
     """``simdgroup_matrix<T, 8, 8>``; K and V are staged in threadgroup memory or read directly."""
 
@@ -228,6 +226,28 @@ class Simdgroup(Kind):
             for row_blocks in ((2, 1) if roomy else (1,))
             for bk, bd in ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32)))
             for source in ("registers", "threadgroup")
+        ]
+
+    def backward_defaults(
+        self, config: AttentionConfig, *, own: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        """Four simdgroups of one row block, or fewer; K and V, or Q and dO, staged; owned rows in
+        registers where they fit together with the sums, else read again; dK and dV apart where
+        they do not fit together."""
+        widest = self.widest_row(config, 1)
+        return [
+            {
+                "bq": self.row_block * simdgroups,
+                "bk": bk,
+                "bd": bd,
+                "simdgroups": simdgroups,
+                "apart": int(widest > 64),
+                "value_parts": 1,
+                **{f"{name}_source": source for name in own},
+            }
+            for source in (("registers", "threadgroup") if widest <= 64 else ("threadgroup",))
+            for simdgroups in (4, 2, 1)
+            for bk, bd in ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32)))
         ]
 
     def follow(

@@ -99,6 +99,7 @@ class Step:
         slot: which buffer it is staged in, where there are two.
         next: with two buffers, the step of the same pass that is staged while this one is used;
             None if that is the first one of the next pass.
+        again: whether its slice is that of the step before, which is still there.
     """
 
     product: Product
@@ -109,6 +110,7 @@ class Step:
     copy: Copy | None
     slot: Slot | None = None
     next: Step | None = None
+    again: bool = False
 
     @property
     def staged(self) -> bool:
@@ -164,8 +166,8 @@ class SimdgroupPlan:
 
     @property
     def staged(self) -> tuple[Step, ...]:
-        """The steps that go through threadgroup memory, in order."""
-        return tuple(step for step in self.steps if step.staged)
+        """The steps whose slices are copied into threadgroup memory, in order."""
+        return tuple(step for step in self.steps if step.staged and not step.again)
 
 
 def simdgroup_plan(operands: Operands, schedule: Schedule) -> SimdgroupPlan:
@@ -222,18 +224,31 @@ def _slices(operands: Operands, schedule: Schedule) -> list[Step]:
 
 def _staged_steps(steps: list[Step], buffers: int) -> list[Step]:
     """The same steps with the buffers that they are staged in."""
-    count = sum(step.staged for step in steps)
+    steps = [
+        dataclasses.replace(step, again=n > 0 and step.staged and _same(step, steps[n - 1]))
+        for n, step in enumerate(steps)
+    ]
+    count = sum(step.staged and not step.again for step in steps)
     found: list[Step] = []
     turn = count
     later: Step | None = None
     for step in reversed(steps):  # for each holds the next one
-        if step.staged:
+        if step.staged and step.again:
+            slot = Slot((turn - 1) % 2) if count % 2 == 0 else Slot(None, turn - 1)
+            step = dataclasses.replace(step, slot=slot if buffers == 2 else None)
+        elif step.staged:
             turn -= 1
             slot = Slot(turn % 2) if count % 2 == 0 else Slot(None, turn)
             step = dataclasses.replace(step, slot=slot if buffers == 2 else None, next=later)
             later = step
         found.append(step)
     return found[::-1]
+
+
+def _same(step: Step, before: Step) -> bool:
+    """Whether two steps read the same slice."""
+    own, other = ((each.operand.name, each.column, each.width) for each in (step, before))
+    return own == other
 
 
 def _move(operand: Operand, load_width: int) -> int:

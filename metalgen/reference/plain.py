@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen import philox
+from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 
 
@@ -274,6 +275,19 @@ def _evaluated(
 
 def _is_floating(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
+
+
+def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> mx.array:
+    """Queries ``(B, H, Lq, D)`` rotated by their positions, in float32, rounded to their type."""
+    features = {"rope": config.rope, "varlen": config.varlen}
+    rows = mx.arange(q.shape[2], dtype=mx.int32)[:, None]
+    b, i = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None], rows
+    if config.varlen:
+        cu_q = _starts(inputs.cu_q, q.shape[2])
+        b = _sequence(rows, cu_q)
+        i = rows - cu_q[b]
+    at = Places(b, b, i, i, i)  # of which b and i are looked at
+    return _turned(q.astype(mx.float32), at, features, inputs).astype(q.dtype)
 
 
 def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:

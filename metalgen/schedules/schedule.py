@@ -45,6 +45,7 @@ class Schedule(metaclass=_Typed):
         required_kind: whether stored keys state the kind: they leave out the first of a language.
         own, traversed: names of the operands whose rows a threadgroup owns, and of those that it
             passes over.
+        together: whether the rows of a pass are fetched together, of all operands.
     """
 
     family: ClassVar[str]
@@ -54,6 +55,7 @@ class Schedule(metaclass=_Typed):
     required_kind: ClassVar[bool] = False
     own: ClassVar[tuple[str, ...]] = ()
     traversed: ClassVar[tuple[str, ...]] = ()
+    together: ClassVar[bool] = False
     words: ClassVar[Callable[[Any], list[str]]]
 
     if TYPE_CHECKING:  # what the types made by `define_schedule` have
@@ -150,7 +152,7 @@ def define_schedule(
     *,
     language: str,
     required_kind: bool = False,
-    operands: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+    operands: tuple[tuple[str, ...], tuple[str, ...], bool] = ((), (), False),
 ) -> type[Schedule]:
     """Make and register the type of a family's schedules with a kind.
 
@@ -160,7 +162,8 @@ def define_schedule(
         words: what ``str()`` of a schedule says.
         language: name of the language of its kernels.
         required_kind: whether stored keys state the kind.
-        operands: names of those whose rows are owned, and of those that are passed over.
+        operands: names of those whose rows are owned, and of those that are passed over; whether
+            the rows of a pass are fetched together.
     """
     fields = [
         (k.name, type(k.choices[0]))
@@ -181,6 +184,7 @@ def define_schedule(
             "required_kind": required_kind,
             "own": operands[0],
             "traversed": operands[1],
+            "together": operands[2],
             "__module__": __name__,
         },
         frozen=True,

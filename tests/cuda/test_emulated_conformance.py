@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from emulated_cuda import EmulatedCuda
 
+from metalgen.testing.backward import BackwardConformance
 from metalgen.testing.devices import DeviceConformance
 from metalgen.testing.features import FeatureConformance
 from metalgen.testing.functions import FunctionConformance
@@ -21,4 +22,8 @@ class TestFeatures(FeatureConformance):
 
 
 class TestFunctions(FunctionConformance):
+    made = EmulatedCuda()
+
+
+class TestBackward(BackwardConformance):
     made = EmulatedCuda()

@@ -1,0 +1,161 @@
+"""Running backward kernels: from a cotangent to gradients of q, k and v."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlx.core as mx
+
+from metalgen.devices.binding import check_buffers, launched, rows_as_bound
+from metalgen.devices.marking import Launcher
+from metalgen.families import Limits, Schedule, check_schedule
+from metalgen.families.backward import backward_config, get_backward, made_by
+from metalgen.features.base import Binder
+from metalgen.features.softcap import lse_shift
+from metalgen.languages import get_language
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
+from metalgen.reference.plain import rotate_queries
+
+if TYPE_CHECKING:
+    from metalgen.source.render import KernelSource
+
+GradientRunner = Callable[..., list[mx.array]]
+"""``run(q, k, v, results, cotangents, scale, inputs)``: gradients, shapes unchecked.
+
+``results``: output and log-sum-exp; ``cotangents``: of both, the second of which may be None."""
+
+NOTHING_SEEN = 3.4028234663852886e38
+"""The log-sum-exp of a row that sees no key, for kernels: finite, so that fast math has its way."""
+LEAST_ELEMENTS = 8
+"""MLX binds arrays of fewer elements in another way."""
+
+
+class Compiles(Protocol):
+    """What a device does for kernels (`metalgen.devices.kernel.KernelDevice`)."""
+
+    @property
+    def limits(self) -> Limits:
+        """What a threadgroup may use."""
+
+    def compile(self, source: KernelSource) -> Launcher:
+        """A launcher of a source."""
+
+    def number(self, x: float) -> mx.array:
+        """A number as an array."""
+
+
+def build_gradients(
+    device: Compiles, config: AttentionConfig, schedules: tuple[Schedule, ...]
+) -> GradientRunner:
+    """A runner of backward kernels: of one family, or of several one after the other.
+
+    Each kernel is a lazy operation of its own: a gradient that nothing uses is not computed.
+
+    Args:
+        device: what compiles and runs them.
+        config: what the forward pass computes.
+        schedules: of `backward_rows`, which gives dQ, and of `backward_keys`, which gives dK and
+            dV.
+
+    Raises:
+        InvalidSchedule: a schedule cannot run the config within the device's limits, or the config
+            has no backward kernels.
+    """
+    bare = backward_config(config)
+    kernels = [_Kernels(device, bare, schedule) for schedule in schedules]
+
+    def run(
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        results: tuple[mx.array, mx.array],
+        cotangents: tuple[mx.array, mx.array | None],
+        scale: float,
+        inputs: Inputs,
+    ) -> list[mx.array]:
+        if 0 in q.shape or 0 in k.shape:
+            made = {"dq": q, "dk": k, "dv": v}
+            return [mx.zeros_like(made[name]) for each in kernels for name in each.made]
+        dout = cotangents[0]
+        terms = row_terms(config, results, cotangents)
+        rotated = functools.partial(rotate_queries, config=config, inputs=inputs)
+        turned = q if config.rope is None else rotated(q)
+        positive = turned if scale > 0 else -turned if scale < 0 else mx.zeros_like(turned)
+        arrays = (positive, k, v, dout, terms)
+        found: dict[str, mx.array] = {}
+        for each in kernels:
+            made_now = each(arrays, abs(scale) or 1.0, inputs)
+            found |= zip(each.made, made_now, strict=True)
+        if "dq" in found:
+            dq = found["dq"]
+            if scale <= 0:
+                dq = -dq if scale < 0 else mx.zeros_like(dq)
+            found["dq"] = dq if config.rope is None else mx.vjp(rotated, [q], [dq])[1][0]
+        return [*found.values()]
+
+    return run
+
+
+def row_terms(
+    config: AttentionConfig,
+    results: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array | None],
+) -> mx.array:
+    """``(B, H, Lq, 2)`` float32: the log-sum-exp as an exponent of 2, and rowsum(dO O) - dLSE."""
+    (out, lse), (dout, dlse) = results, cotangents
+    empty = lse == -mx.inf
+    powers = mx.where(empty, NOTHING_SEEN, (lse - lse_shift(config)) * math.log2(math.e))
+    delta = (dout.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1)
+    if dlse is not None:
+        delta = delta - dlse
+    terms = mx.stack([powers, mx.where(empty, 0.0, delta)], axis=-1)
+    missing = max(0, LEAST_ELEMENTS // 2 - terms.size // 2)
+    return mx.pad(terms, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else terms
+
+
+class _Kernels:
+    """The kernels of one family, compiled."""
+
+    def __init__(self, device: Compiles, config: AttentionConfig, schedule: Schedule) -> None:
+        from metalgen.source.render import render
+
+        check_schedule(config, schedule, device.limits)
+        self.device, self.config, self.schedule = device, config, schedule
+        self.family = family = get_backward(schedule)
+        self.language = get_language(schedule.language)
+        self.steps = family.steps(schedule)
+        self.made = made_by(schedule)
+        self.sources = [render(config, schedule, step) for step in self.steps]
+        for source in self.sources:
+            check_buffers(source, self.language)
+        self.compiled: list[Launcher] = [device.compile(source) for source in self.sources]
+
+    def __call__(
+        self, arrays: tuple[mx.array, ...], scale: float, inputs: Inputs
+    ) -> list[mx.array]:
+        """The gradients that the family makes, of q, k, v, dO and the terms of rows."""
+        q, k, v, dout, terms = arrays
+        bound = [rows_as_bound(x, self.language) for x in (q, k, v, dout)]
+        bound += [terms, self.device.number(scale * math.log2(math.e))]
+        binder = Binder(
+            (*q.shape[:3], k.shape[2]),
+            self.schedule.bq,
+            self.schedule.bk,
+            functools.partial(rows_as_bound, language=self.language),
+            keys_owned=self.steps[0].keys_owned,
+        )
+        for feature in self.config.features:
+            bound += feature.bind(self.config, inputs, binder)
+        batch, heads, length, _ = (k if self.steps[0].keys_owned else q).shape
+        launch = self.family.launch(self.config, self.schedule, (batch, heads, length))
+        name = str(q.dtype).rpartition(".")[2]
+        found: list[mx.array] = []
+        for step, source, kernel in zip(self.steps, self.sources, self.compiled, strict=True):
+            dispatch = step.dispatch(self.config, self.schedule, launch, name)
+            given: dict[str, Any] = launched(source, dispatch)
+            found += kernel(inputs=bound, **given)
+        return found

@@ -1,0 +1,256 @@
+"""The backward pass: gradients of queries by rows of queries, of keys and values by rows of keys.
+
+Scores are recomputed from the log-sum-exp of each row, so that nothing of size Lq x Lk is kept. The
+family `backward_rows` owns rows of queries and passes over keys, as the forward pass does; the
+family `backward_keys` owns rows of keys and passes over the queries of all heads that share them,
+with transposed scores S^T = K Q^T. Each row of a gradient is summed by one simdgroup in a fixed
+order: no atomics, and the same bits every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from metalgen.errors import ArgumentError
+from metalgen.families.attention import AttentionStep, extra_inputs
+from metalgen.families.base import Dispatch, Family, Output
+from metalgen.families.launch import Launch
+from metalgen.features.base import Site
+from metalgen.kinds import Kind, get_kind
+from metalgen.kinds.base import Require
+from metalgen.kinds.operands import Accumulator, Operands, Passes, Product, operand
+from metalgen.languages import get_language
+from metalgen.problem.config import AttentionConfig
+from metalgen.schedules import Knob, Limits, Schedule
+
+MOST_COLUMNS = 256
+"""Widest head dimension whose gradients fit the registers."""
+
+APART = Knob(
+    "apart",
+    (0, 1),
+    "1: dK and dV by a kernel each.",
+    0,
+    cost="1: scores are computed twice, eight products for seven; half of the registers",
+    tried=(0, 1),
+)
+
+
+class GradientStep(AttentionStep):
+    """A kernel that makes some gradients.
+
+    Args:
+        name: of the step.
+        keys_owned: whether it owns rows of keys.
+        made: which gradients: ``"dq"``, or among ``"dk"`` and ``"dv"``.
+    """
+
+    def __init__(self, name: str, *, keys_owned: bool, made: tuple[str, ...]) -> None:
+        super().__init__(name, "backward")
+        self.keys_owned = keys_owned
+        self.made = made
+
+    def inputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
+        return ("q", "k", "v", "dout", "terms", "scale", *extra_inputs(config))
+
+    def outputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
+        return tuple(f"grad_{name[1]}" for name in self.made)
+
+    def threads(self, schedule: Schedule) -> int:
+        return schedule.threads
+
+    def math_mode(self, schedule: Schedule) -> str:
+        return str(getattr(schedule, "math_mode", "safe"))
+
+    def dynamic_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
+        return get_kind(schedule.kind).dynamic_bytes(config, schedule)
+
+    def operands(self, config: AttentionConfig, schedule: Schedule) -> Operands:
+        return (key_operands if self.keys_owned else row_operands)(config, self.made)
+
+    def site(self, config: AttentionConfig, schedule: Schedule) -> Site:
+        language = get_language(get_kind(schedule.kind).language)
+        return Site(language, schedule.bk, keys_owned=self.keys_owned)
+
+    def variables(self, config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
+        found = self._variables(config, schedule, config.v_dim, 1, partial=False)
+        kind = get_kind(schedule.kind)
+        constants = found["constants"]
+        constants |= {
+            "D_FRAGMENTS": kind.padded(config.head_dim) // 8,
+            "DV_FRAGMENTS": kind.padded(config.v_dim) // 8,
+        }
+        return found | {
+            "keys_owned": self.keys_owned,
+            "made": self.made,
+            "group": config.heads_per_kv,
+            "longest_first": config.causal and not self.keys_owned,
+            "lse": False,
+        }
+
+    def dispatch(
+        self, config: AttentionConfig, schedule: Schedule, launch: Launch, dtype: str
+    ) -> Dispatch:
+        width = {"dq": config.head_dim, "dk": config.head_dim, "dv": config.v_dim}
+        made = zip(self.outputs(config, schedule), self.made, strict=True)
+        outputs = (Output(name, (*launch.shape, width[each]), dtype) for name, each in made)
+        return Dispatch(launch.groups, tuple(outputs))
+
+
+def row_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
+    """S = Q K^T and dP = dO V^T; dQ += dX K."""
+    q, dout, k, v = (operand(name, config) for name in ("q", "dout", "k", "v"))
+    scores = tuple(Accumulator(name, "K_FRAGMENTS", "k0") for name in ("s", "dp"))
+    ordered = config.causal and not config.varlen
+    return Operands(
+        own=(q, dout),
+        traversed=(k, v),
+        accumulators=(*scores, Accumulator("dq", "D_FRAGMENTS", columns="D")),
+        products=(Product("dp", "dout", "v"), Product("s", "q", "k"), Product("dq", "dp", "k")),
+        passes=Passes("k0", "k_begin", "k_end", "BK", "kv_len", listed=config.block_mask),
+        own_start="q_block * BQ",
+        own_count="q_len",
+        together=True,
+        ordered_heads=config.heads_per_kv if ordered else 0,
+    )
+
+
+def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
+    """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dX^T Q."""
+    q, dout, k, v = (operand(name, config) for name in ("q", "dout", "k", "v"))
+    several = config.heads_per_kv > 1
+    q, dout = (dataclasses.replace(each, several_heads=several) for each in (q, dout))
+    scores = [Accumulator("s", "K_FRAGMENTS", "i0")]
+    products = [Product("s", "k", "q")]
+    if "dk" in made:
+        scores.append(Accumulator("dp", "K_FRAGMENTS", "i0"))
+        products.append(Product("dp", "v", "dout"))
+    results = []
+    if "dv" in made:
+        results.append(Accumulator("dv", "DV_FRAGMENTS", columns="DV"))
+        products.append(Product("dv", "s", "dout"))
+    if "dk" in made:
+        results.append(Accumulator("dk", "D_FRAGMENTS", columns="D"))
+        products.append(Product("dk", "dp", "q"))
+    return Operands(
+        own=(k, v) if "dk" in made else (k,),
+        traversed=(q, dout),
+        accumulators=(*scores, *results),
+        products=tuple(products),
+        passes=Passes("i0", "q_begin", "q_end", "BK", "q_len", listed=config.block_mask),
+        own_start="k_block * BQ",
+        own_count="kv_len",
+        together=True,
+    )
+
+
+class Backward(Family):
+    """Gradients by rows of queries, or by rows of keys."""
+
+    main: GradientStep
+    together = True
+
+    def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
+        """Those of the kind; ``bq`` counts owned rows, ``bk`` the rows of a pass."""
+        return tuple(
+            dataclasses.replace(knob, choices=(1,), tried=(1,))
+            if knob.name == "value_parts"
+            else knob
+            for knob in super().knobs(kind)
+        )
+
+    def steps(self, schedule: Schedule) -> tuple[GradientStep, ...]:
+        return (self.main,)
+
+    def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
+        reason = unsupported(config)
+        require("config", not reason, f"no backward kernels: {reason}")
+
+    def defaults(self, kind: Kind, config: AttentionConfig, limits: Limits) -> list[dict[str, Any]]:
+        return kind.backward_defaults(config, own=self.own)
+
+    def launch(
+        self, config: AttentionConfig, schedule: Schedule, shape: tuple[int, int, int]
+    ) -> Launch:
+        """The launch for owned rows of a shape ``(B, heads, L)``."""
+        batch, heads, length = shape
+        return Launch((-(-length // schedule.bq), heads, batch), shape)
+
+
+class BackwardRows(Backward):
+    """Gradients of queries."""
+
+    name = "backward_rows"
+    own = ("q", "dout")
+    traversed = ("k", "v")
+    main = GradientStep("backward_rows", keys_owned=False, made=("dq",))
+
+
+class BackwardKeys(Backward):
+    """Gradients of keys and values."""
+
+    name = "backward_keys"
+    own = ("k", "v")
+    traversed = ("q", "dout")
+    main = GradientStep("backward_keys", keys_owned=True, made=("dk", "dv"))
+    each = (
+        GradientStep("backward_dk", keys_owned=True, made=("dk",)),
+        GradientStep("backward_dv", keys_owned=True, made=("dv",)),
+    )
+
+    def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
+        return (APART, *super().knobs(kind))
+
+    def steps(self, schedule: Schedule) -> tuple[GradientStep, ...]:
+        return self.each if schedule.apart else (self.main,)
+
+
+def made_by(schedule: Schedule) -> list[str]:
+    """Which gradients the kernels of a schedule make, in order."""
+    family = get_backward(schedule)
+    return [name for step in family.steps(schedule) for name in step.made]
+
+
+def get_backward(schedule: Schedule) -> Backward:
+    """The family of a backward schedule.
+
+    Raises:
+        ArgumentError: it computes no gradients.
+    """
+    for family in (BACKWARD_ROWS, BACKWARD_KEYS):
+        if family.name == schedule.family:
+            return family
+    known = f"{BACKWARD_ROWS.name} or {BACKWARD_KEYS.name}"
+    raise ArgumentError("schedule", f"one of {known}", schedule.family)
+
+
+def backward_config(config: AttentionConfig) -> AttentionConfig:
+    """What backward kernels of a config compute: without what is done before or behind them.
+
+    Queries come rotated; a sink has its share in the log-sum-exp; the bits of a row depend on
+    nothing else, and the work of a dispatch is not bounded.
+    """
+    return dataclasses.replace(
+        config,
+        rope=None,
+        rope_dims=None,
+        sinks=False,
+        return_lse=False,
+        deterministic=False,
+        max_work=None,
+    )
+
+
+def unsupported(config: AttentionConfig) -> str:
+    """Why a config has no backward kernels; empty where it has them."""
+    if max(config.head_dim, config.v_dim) > MOST_COLUMNS:
+        return f"head dimensions above {MOST_COLUMNS}"
+    for feature in config.features:
+        if not feature.has_backward:
+            return str(feature.name)
+    return ""
+
+
+BACKWARD_ROWS = BackwardRows()
+BACKWARD_KEYS = BackwardKeys()
