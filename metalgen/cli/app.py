@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "Write one HTML page about what was tuned.",
     "explain": "Say which kernel a call gets, and why.",
     "chips": "List the chips that metalgen knows, or the facts of one.",
+    "bench": "Measure attention on this machine, against MLX's own and others.",
     "verify": "Prove this installation on a device, against float64.",
     "doctor": "Say what runs on this machine, and what to do next.",
 }

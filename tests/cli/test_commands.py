@@ -121,7 +121,7 @@ def get_nearest() -> tuple[str, ...]:
         (
             ["frob"],
             "command: expected one of tune, render, check, show, db, report, explain, chips, "
-            "verify, doctor",
+            "bench, verify, doctor",
         ),
         (["tune", "--xyzzy"], "No such option '--xyzzy'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),

@@ -1,0 +1,1 @@
+"""Benchmarks of attention that mean something: what `metalgen bench` measures, and how."""
