@@ -81,7 +81,7 @@ def _bars(axis, rows: Sequence[Row], names: Sequence[str], unit: str) -> None:  
 def _label(row: Row) -> str:
     w = row.work
     sizes = f"B={w.batch} H={w.heads} {w.q_len}x{w.kv_len}"
-    return f"{w.label}\n{sizes}" if w.label else f"{w.config}\n{sizes}"
+    return f"{w.label}, D={w.config.head_dim}\n{sizes}" if w.label else f"{w.config}\n{sizes}"
 
 
 def _roofline(axis, rows: Sequence[Row], names: Sequence[str], peaks: Peaks) -> None:  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ COMMANDS = {
     "check": "Execute a kernel on the simulator, check it for defects and count its work.",
     "show": "Show what the tuning database holds.",
     "db": "Export, import, merge, check, compare, refresh and prune databases; pin a schedule.",
+    "share": "Make a contribution of what this machine measured.",
     "report": "Write one HTML page about what was tuned.",
     "explain": "Say which kernel a call gets, and why.",
     "chips": "List the chips that metalgen knows, or the facts of one.",

@@ -120,8 +120,8 @@ def get_nearest() -> tuple[str, ...]:
     [
         (
             ["frob"],
-            "command: expected one of tune, render, check, show, db, report, explain, chips, "
-            "bench, verify, doctor",
+            "command: expected one of tune, render, check, show, db, share, report, explain, "
+            "chips, bench, verify, doctor",
         ),
         (["tune", "--xyzzy"], "No such option '--xyzzy'. (see metalgen tune --help)"),
         (["tune", "--chip", "M3Maxx"], "chip: expected one that `metalgen chips` lists; the near"),

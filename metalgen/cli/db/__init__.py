@@ -6,6 +6,7 @@ import click
 
 from metalgen.cli.db.carrying import diff, export, import_, merge, verify
 from metalgen.cli.db.problems import pin, show, unpin
+from metalgen.cli.db.updating import update
 from metalgen.cli.db.upkeep import prune, refresh, stats, study
 
 
@@ -18,5 +19,19 @@ def command() -> None:
     """
 
 
-for _each in (export, import_, merge, verify, refresh, diff, study, stats, prune, show, pin, unpin):
+for _each in (
+    export,
+    import_,
+    update,
+    merge,
+    verify,
+    refresh,
+    diff,
+    study,
+    stats,
+    prune,
+    show,
+    pin,
+    unpin,
+):
     command.add_command(_each)

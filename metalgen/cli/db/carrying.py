@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from metalgen.database.measurement import Measurement
 
 FILE = click.Path(path_type=Path)
+SHOWN = 10
+"""Schedules that are printed of those that several contributors measured."""
 
 
 @click.command("export", short_help="Write your rows as canonical JSON lines.")
@@ -121,7 +123,7 @@ def import_(ctx: click.Context, files: tuple[Path, ...], dry_run: bool, as_json:
     """Merge FILES into your database."""
     from metalgen.database.layout import user_database
 
-    _merge(ctx, user_database(), files, dry_run, as_json)
+    merge_into(ctx, user_database(), files, dry_run, as_json)
 
 
 @click.command("merge")
@@ -134,12 +136,13 @@ def merge(
     ctx: click.Context, target: Path, files: tuple[Path, ...], dry_run: bool, as_json: bool
 ) -> None:
     """Merge FILES into the database TARGET, which need not exist. Any order gives the same."""
-    _merge(ctx, target, files, dry_run, as_json)
+    merge_into(ctx, target, files, dry_run, as_json)
 
 
-def _merge(
+def merge_into(
     ctx: click.Context, target: Path, files: tuple[Path, ...], dry_run: bool, as_json: bool
 ) -> None:
+    """Merge files into a database, print what that came to, and end with its exit code."""
     import tempfile
 
     from metalgen.database import exchange
@@ -185,12 +188,24 @@ def _print_reasons(summary: Summary) -> None:
 @click.command("verify")
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--canonical", is_flag=True, help="Record files must be sorted and without repeats.")
+@click.option("--contribution", is_flag=True, help="FILES are folders that `metalgen share` made.")
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json: bool) -> None:
+def verify(
+    ctx: click.Context,
+    files: tuple[Path, ...],
+    canonical: bool,
+    contribution: bool,
+    as_json: bool,
+) -> None:
     """Check every row of FILES, without a GPU. Exit code 1 if anything is wrong."""
     from metalgen.database import exchange
 
+    if contribution:
+        if canonical:
+            raise ArgumentError("--canonical", "none with --contribution, which implies it", True)
+        _verify_contributions(ctx, files, as_json)
+        return
     summary, rows = exchange.Summary(), 0
     for path in files:
         refused_before = summary.refused
@@ -207,6 +222,35 @@ def verify(ctx: click.Context, files: tuple[Path, ...], canonical: bool, as_json
         click.echo(f"{counted(rows, 'good row')}, {summary.rejected} bad, {refused} refused")
         _print_reasons(summary)
     ctx.exit(1 if summary.rejected or summary.refused else 0)
+
+
+def _verify_contributions(ctx: click.Context, folders: tuple[Path, ...], as_json: bool) -> None:
+    """Check contributions, and say how far several of one chip are apart."""
+    from metalgen import contribution
+
+    faults, good = {}, []
+    for folder in folders:
+        found, wrong = contribution.read(folder)
+        if found is not None and not wrong:
+            good.append(found)
+        faults[str(folder)] = wrong
+    apart = contribution.spread(good)
+    if as_json:
+        rows = [{"row": s.measurement.to_record(), "seconds": s.seconds} for s in apart]
+        print_json({"rows": sum(len(c.records) for c in good), "faults": faults, "spread": rows})
+    else:
+        for name, wrong in faults.items():
+            click.echo(f"{name}: {'sound' if not wrong else counted(len(wrong), 'fault')}")
+            for fault in wrong:
+                click.echo(f"  {fault}")
+        if apart:
+            click.echo(f"{counted(len(apart), 'schedule')} measured by several contributors:")
+        for s in apart[:SHOWN]:
+            click.echo(
+                f"  {s.measurement.chip}  {s.measurement.problem}: median of "
+                f"{len(s.seconds)} {milliseconds(s.middle)}, {100 * s.range:.1f} % apart"
+            )
+    ctx.exit(1 if any(faults.values()) else 0)
 
 
 @click.command("diff")
