@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from metalgen.calls import resolve
 from metalgen.database.store import Store
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.families import default_schedule
-from metalgen.reference import attention_float64, attention_mlx
+from metalgen.problem.inputs import NOTHING, Inputs
+from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.simulator.errors import LaunchError
 from metalgen.source.hashes import template_hash
 from metalgen.testing.devices import normal
@@ -64,9 +66,10 @@ class FakeGpu(Device):
             raise RuntimeError(self.broken)
 
         def run(
-            q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: object = None
+            q: mx.array, k: mx.array, v: mx.array, scale: float, inputs: Inputs = NOTHING
         ) -> tuple[mx.array, mx.array | None]:
-            out, lse = attention_mlx(q, k, v, scale=scale, causal=config.causal)
+            features = config_features(config) | {"inputs": inputs}
+            out, lse = attention_mlx(q, k, v, scale=scale, **features)
             return out * self.factor, lse if config.return_lse else None
 
         return run
@@ -125,8 +128,9 @@ def test_gradients_are_mlxs_where_it_keeps_the_call(monkeypatch: pytest.MonkeyPa
     use(monkeypatch, FakeGpu())
     for config, backward in (
         (AttentionConfig(64, sinks=True), "mlx"),  # rounded to float16 in both directions
-        (AttentionConfig(40, sinks=True), "plain"),  # exact in the kernel, so in the gradient
-        (AttentionConfig(40, causal=True), "mlx"),
+        (AttentionConfig(40, sinks=True), "metalgen"),  # exact in the kernel, so in the gradient
+        (AttentionConfig(40, causal=True), "metalgen"),  # MLX's gradient would keep all scores
+        (AttentionConfig(40, causal=True, page_size=16), "plain"),
     ):
         kernel = metalgen.get_kernel(config)
         assert kernel.backward == backward, kernel.explain()
@@ -143,6 +147,11 @@ def test_rows_that_see_no_key_are_zeros_whoever_keeps_the_call(
     assert np.array_equal(np.array(out)[0, 0, :4], np.zeros((4, 64)))
 
 
+def with_lse(config: AttentionConfig) -> AttentionConfig:
+    """What runs where backward kernels need the log-sum-exp."""
+    return replace(config, return_lse=True)
+
+
 def test_a_kernel_that_was_never_checked_is_checked_once(
     monkeypatch: pytest.MonkeyPatch, own_database: Path
 ) -> None:
@@ -154,7 +163,7 @@ def test_a_kernel_that_was_never_checked_is_checked_once(
     assert "check on reference: ok now, relative error" in kernel.explain()
     assert len(gpu.built) == 2  # to check, and to run
     with Store.open(own_database) as store:
-        check = store.find_check(config, kernel.schedule, template_hash(), "reference")
+        check = store.find_check(with_lse(config), kernel.schedule, template_hash(), "reference")
     assert check is not None and check.ok and check.error is not None and check.error < 1e-3
 
     resolve.forget_kernels()
@@ -172,7 +181,7 @@ def test_a_wrong_kernel_is_never_dispatched(
     assert kernel.backend == "plain"
     assert "FALLBACK to plain MLX" in kernel.explain()
     with Store.open(own_database) as store:
-        check = store.find_check(config, kernel.schedule, template_hash(), "reference")
+        check = store.find_check(with_lse(config), kernel.schedule, template_hash(), "reference")
     assert check is not None and check.status == "wrong"
     x = normal((1, 1, 5, 40))
     expected, _ = attention_float64(x, x, x, scale=40**-0.5)
@@ -195,7 +204,8 @@ def test_a_kernel_that_failed_is_on_record_as_in_tuning(
     use(monkeypatch, gpu)
     kernel = metalgen.get_kernel(AttentionConfig(40))
     with Store.open(own_database) as store:
-        check = store.find_check(kernel.config, kernel.schedule, template_hash(), "reference")
+        own = with_lse(kernel.config)
+        check = store.find_check(own, kernel.schedule, template_hash(), "reference")
     assert check is not None
     message = "[metal::Device] Unable to build metal library; 1:2: error: no"
     assert (check.status, check.detail) == ("compile", message)

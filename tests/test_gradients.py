@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 import metalgen
 from metalgen import AttentionConfig
-from metalgen.calls import resolve
+from metalgen.calls import resolve, verify_gradients
+from metalgen.calls.verify import relative_error
+from metalgen.problem.inputs import Inputs
+from metalgen.reference import gradients_float64
 from metalgen.testing.devices import normal
 
 SCALE = 0.3
@@ -94,12 +97,20 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Any, Any], Any], tuple[int, int
 }
 
 
-@pytest.mark.parametrize("device", ["reference", "simulator"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
-def test_mlx_computes_the_gradients_of_what_it_can_compute(
-    case: str, dtype: str, device: str
-) -> None:
+def test_mlx_computes_the_gradients_of_what_it_can_compute(case: str, dtype: str) -> None:
+    check_case(case, dtype, "reference")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compute_the_gradients_of_calls(case: str) -> None:
+    dtype = ("float32", "float16", "bfloat16")[list(CASES).index(case) % 3]
+    check_case(case, dtype, "simulator")
+
+
+def check_case(case: str, dtype: str, device: str) -> None:
+    """Gradients of a call on a device, and what its kernel says of them."""
     options, seen, (q_len, kv_len) = CASES[case]
     q, given = (normal((2, 4, q_len, 24), dtype, seed) for seed in (1, 4))
     k, v = normal((2, 2, kv_len, 24), dtype, 2), normal((2, 2, kv_len, 24), dtype, 3)
@@ -117,8 +128,14 @@ def test_mlx_computes_the_gradients_of_what_it_can_compute(
         assert error <= ERROR[dtype]
     (kernel,) = resolve._known.values()
     assert kernel.backend == ("plain" if device == "reference" else "metalgen")
-    assert kernel.backward == "mlx"
-    assert "gradients: MLX's own, of mx.fast.scaled_dot_product_attention" in kernel.explain()
+    backward, words = {
+        "reference": ("mlx", "gradients: MLX's own, of mx.fast.scaled_dot_product_attention"),
+        "simulator": ("metalgen", "gradients: metalgen's backward kernels ("),
+    }[device]
+    assert kernel.backward == backward
+    assert words in kernel.explain()
+    if device == "simulator":
+        assert kernel.explain().count("check on simulator: ok") == 3  # forward, and two backward
 
 
 @pytest.mark.parametrize("device", ["reference", "simulator"])
@@ -220,12 +237,53 @@ def test_gradients_are_compiled_checkpointed_and_differentiated_again() -> None:
     ):
         np.testing.assert_allclose(np.array(found), wanted, rtol=1e-4, atol=1e-6)
 
+    assert np.isfinite(np.array(mx.grad(loss)(q))).all()
+
     def curvature(function: Callable[[mx.array], mx.array]) -> mx.array:
         return mx.grad(lambda q: (mx.grad(function)(q) ** 2).sum())(q)
 
-    np.testing.assert_allclose(
-        np.array(curvature(lambda q: loss(q, "reference"))),
-        np.array(curvature(plain)),
-        rtol=1e-3,
-        atol=1e-5,
+    for device in ("reference", "simulator"):
+        found = curvature(lambda q, device=device: loss(q, device))  # type: ignore[misc]
+        np.testing.assert_allclose(
+            np.array(found), np.array(curvature(plain)), rtol=1e-3, atol=1e-5
+        )
+
+
+def test_every_array_of_a_call_has_its_gradient_beside_kernels() -> None:
+    """MLX gives arrays that a differentiated function captures a gradient of 0, so none may be."""
+    q, k, v, given = (normal((1, 4, n, 16), seed=n) for n in (70, 80, 80, 70))
+    bias, slopes, sinks = normal((4, 70, 80), seed=5), metalgen.alibi_slopes(4), normal((4,))
+
+    def loss(*arrays: mx.array, device: str = "simulator") -> mx.array:
+        q, k, v, bias, slopes, sinks = arrays
+        options: dict[str, Any] = {"bias": bias, "alibi_slopes": slopes, "sinks": sinks}
+        out, lse = metalgen.attention(
+            *(q, k, v), softcap=4.0, causal=True, return_lse=True, device=device, **options
+        )
+        return (out * given).sum() + (lse * lse).sum()
+
+    arrays = (q, k, v, bias, slopes, sinks)
+    found = mx.grad(loss, argnums=tuple(range(6)))(*arrays)
+    features = {"softcap": 4.0, "causal": True, "alibi": True, "bias": True, "sinks": True}
+    inputs = Inputs(bias=bias[None], alibi_slopes=slopes, sinks=sinks)
+    features |= {"inputs": inputs}
+    _, lse = metalgen.reference.attention_mlx(q, k, v, scale=0.25, **features)
+    exact = gradients_float64(q, k, v, (given, 2 * lse), scale=0.25, **features)
+    exact["bias"] = exact["bias"][0]
+    for name, array in zip(("q", "k", "v", "bias", "alibi_slopes", "sinks"), found, strict=True):
+        assert relative_error(array, exact[name]) <= 1e-5, name
+
+
+def test_wrong_backward_kernels_give_way_to_plain_operations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        verify_gradients, "exact_gradients", lambda *_: {n: np.ones(1) for n in "qkv"}
     )
+    q, k, v = (normal((1, 1, 70, 16), seed=n) for n in range(3))
+    found = mx.grad(lambda q: metalgen.attention(q, k, v, device="simulator").sum())(q)
+    wanted = mx.grad(lambda q: metalgen.attention(q, k, v, device="reference").sum())(q)
+    np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=1e-3, atol=1e-5)
+    (kernel,) = [each for each in resolve._known.values() if each.device == "simulator"]
+    assert "check on simulator: wrong now" in kernel.explain()
+    assert "FALLBACK to plain MLX operations: no backward kernel passed" in kernel.explain()

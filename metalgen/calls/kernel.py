@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from metalgen.arguments import as_number
-from metalgen.calls.gradients import BACKWARDS, backward_of, differentiable, function_of
+from metalgen.calls.backward import KernelGradients
+from metalgen.calls.gradients import (
+    BACKWARDS,
+    Computation,
+    backward_of,
+    differentiable,
+    function_of,
+)
 from metalgen.counters import Tally, tally
 from metalgen.database.hit import brief
 from metalgen.devices import Runner
@@ -43,6 +50,7 @@ class Kernel:
     schedule: Schedule
     path: tuple[str, ...]
     _run: Runner = field(repr=False)
+    _gradients: KernelGradients | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         """Short, for a prompt; `explain` says more."""
@@ -55,12 +63,19 @@ class Kernel:
         return tally(self.backend, "" if ours else self.path[-1])
 
     @functools.cached_property
+    def _computation(self) -> Computation:
+        return Computation(self._run, self.config, self._gradients)
+
+    @functools.cached_property
     def _asks(self) -> bool:
         return needs_inputs(self.config)
 
     @functools.cached_property
     def backward(self) -> str:
-        """What computes gradients: ``"mlx"``, the function's of ``mx.fast``, or ``"plain"``."""
+        """What computes gradients: ``"metalgen"``, backward kernels, ``"mlx"``, the function's of
+        ``mx.fast``, or ``"plain"``, plain MLX operations."""
+        if self._gradients is not None:
+            return "metalgen"
         return "mlx" if self.backend == "mlx" else backward_of(self.config)
 
     @functools.cached_property
@@ -84,7 +99,8 @@ class Kernel:
         }
         head = f"{self.config}: {names[self.backend]} on device {self.device!r}"
         steps = (f"  {step}" for step in brief(self.path))
-        gradients = f"  gradients: {BACKWARDS[self.backward]}"
+        by = BACKWARDS[self.backward] if self._gradients is None else self._gradients.explain()
+        gradients = f"  gradients: {by}"
         return "\n".join([head, f"  schedule: {self.schedule}", *steps, gradients])
 
     def __call__(
@@ -118,7 +134,7 @@ class Kernel:
         scale = check_scale(self.config.head_dim, scale)
         self._tally.calls += 1
         if self._has_own_gradient:
-            out, lse = differentiable(self._run, self.config, q, k, v, scale, inputs)
+            out, lse = differentiable(self._computation, q, k, v, scale, inputs)
         else:
             out, lse = self._run(q, k, v, scale, inputs)
         return out if lse is None else (out, lse)
@@ -129,9 +145,7 @@ class Kernel:
         For one of ours whose config asks for no other input. It returns the output and, where the
         config asks for it, the log-sum-exp.
         """
-        return function_of(
-            self._run, self.config, check_scale(self.config.head_dim, scale), NOTHING
-        )
+        return function_of(self._computation, check_scale(self.config.head_dim, scale), NOTHING)
 
 
 def check_scale(head_dim: int, scale: float | None) -> float:

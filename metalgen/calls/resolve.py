@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen import switches
 from metalgen.arguments import check_positive
+from metalgen.calls.backward import kernel_gradients, with_lse
+from metalgen.calls.checked import passes
 from metalgen.calls.kernel import Kernel
 from metalgen.database.hit import Hit
-from metalgen.database.lookup import checked, last_chip, lookup
+from metalgen.database.lookup import last_chip, lookup
 from metalgen.devices import Device, Runner, default_device, get_device
 from metalgen.devices.mlx_attention import is_fused, mlx_runner
 from metalgen.devices.reference import ReferenceDevice
-from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
+from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
@@ -112,13 +114,17 @@ def pinned_kernel(
     path = ["schedule: pinned by the caller"]
     if where.language is None or switches.forced_reference():
         path.append("plain MLX operations: no kernel runs on this device")
-        run, backend, name = _plain(config), "plain", "reference"
-    elif _passes(where, config, schedule, template_hash("forward", where.language), path):
-        run, backend, name = where.build(config, schedule), "metalgen", where.name
-    else:
-        path.append("FALLBACK to plain MLX operations: the pinned kernel failed its check")
-        run, backend, name = _plain(config), "plain", where.name
-    return Kernel(config, name, backend, "forward", schedule, tuple(path), run)
+        return Kernel(
+            config, "reference", "plain", "forward", schedule, tuple(path), _plain(config)
+        )
+    gradients = kernel_gradients(where, config, schedule, where.limits, path)
+    own = with_lse(config, gradients)
+    if passes(where, own, schedule, template_hash("forward", where.language), path):
+        run = where.build(own, schedule)
+        head = (config, where.name, "metalgen", "forward", schedule)
+        return Kernel(*head, tuple(path), run, gradients)
+    path.append("FALLBACK to plain MLX operations: the pinned kernel failed its check")
+    return Kernel(config, where.name, "plain", "forward", schedule, tuple(path), _plain(config))
 
 
 _known: dict[Any, Kernel] = {}
@@ -196,9 +202,12 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
         return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
     for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
-        if _passes(device, config, candidate, versions, path):
-            run = device.build(config, candidate)
-            return Kernel(config, device.name, "metalgen", family, candidate, tuple(path), run)
+        gradients = kernel_gradients(device, config, candidate, limits, path)
+        own = with_lse(config, gradients)
+        if passes(device, own, candidate, versions, path):
+            run = device.build(own, candidate)
+            head = (config, device.name, "metalgen", family, candidate)
+            return Kernel(*head, tuple(path), run, gradients)
     path.append(f"FALLBACK to plain MLX operations: {fallback}")
     return Kernel(config, device.name, "plain", family, schedule, tuple(path), _plain(config))
 
@@ -238,41 +247,6 @@ def _describe(hit: Hit) -> str:
     if hit.mlx_seconds is not None:
         words.append(f"MLX {hit.mlx_seconds * 1e3:.3f} ms")
     return ", ".join(words)
-
-
-def _passes(
-    device: Device,
-    config: AttentionConfig,
-    schedule: Schedule,
-    versions: str,
-    path: list[str],
-) -> bool:
-    """Whether a kernel was checked on this device; checks it, and records that, if it never was."""
-    status = checked(config, schedule, versions, device=device.name, family=schedule.family)
-    if status is not None:
-        path.append(f"check on {device.name}: {status}, on record")
-        return status == "ok"
-    from metalgen.calls.check import CannotCheck, record_check, run_check
-
-    try:
-        check = run_check(device, config, schedule, versions)
-    except (CannotCheck, DeviceError) as problem:  # the next process tries again
-        path.append(f"check on {device.name}: not possible now: {problem}")
-        return False
-    path.append(
-        f"check on {device.name}: {check.status} now"
-        + (f", relative error {check.error:.1e}" if check.error is not None else "")
-        + (f" of {check.tolerance:.0e}" if check.tolerance is not None else "")
-        + (f" ({check.detail})" if check.detail else "")
-    )
-    try:
-        from metalgen.database.store import Store
-
-        with Store.open(busy=1.0) as store:
-            record_check(store, check)
-    except (MetalgenError, OSError) as problem:
-        path.append(f"the check could not be recorded: {problem}")
-    return check.ok
 
 
 def _plain(config: AttentionConfig) -> Runner:

@@ -131,12 +131,18 @@ def attention_backward(
     ):
         if not isinstance(x, mx.array) or x.shape != shape or x.dtype != dtype:
             raise ArgumentError(name, f"an mlx.core.array, {dtype} {shape}", brief(x))
-    found = gradients_mlx(
-        *(queries, keys, values, (out, lse), (dout, dlse)),
-        scale=check_scale(config.head_dim, scale),
-        **config_features(config),
-        inputs=inputs,
-    )
+    factor = check_scale(config.head_dim, scale)
+    if (kernels := prepared.kernel._gradients) is not None:
+        cotangents = (dout, mx.zeros(()) if dlse is None else dlse)
+        run = kernels.of(factor, inputs)
+        found = [*run(queries, keys, values, out, lse, *cotangents, *inputs.arrays)]
+    else:
+        found = gradients_mlx(
+            *(queries, keys, values, (out, lse), (dout, dlse)),
+            scale=factor,
+            **config_features(config),
+            inputs=inputs,
+        )
     names = ["q", "k", "v", *("" for _ in (*inputs.score, *inputs.mask)), *inputs.named]
     return Gradients(**{n: x for n, x in zip(names, found, strict=True) if n in wanted})
 

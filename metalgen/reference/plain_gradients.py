@@ -39,7 +39,7 @@ def gradients_plain(
     call = located(q, k, v, features)
     (out, lse), (dout, dlse) = results, cotangents
     # A row that sees nothing has a log-sum-exp of -inf, and weights of 0.
-    lse = mx.stop_gradient(mx.where(lse == -mx.inf, mx.inf, lse))[..., None]
+    lse = mx.where(lse == -mx.inf, mx.inf, lse)[..., None]
     weights = mx.exp(scores(q, k, *given) - lse)
     dout = dout.astype(mx.float32)
     if call.at.rows is not None:  # the output of rows of no sequence is constant

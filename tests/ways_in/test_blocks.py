@@ -55,14 +55,14 @@ def test_a_block_without_keys_changes_nothing_and_rows_without_any_are_zeros() -
     assert np.isfinite(np.array(slope)).all()
 
 
-def test_gradients_of_blocks_add_up_to_those_of_the_whole() -> None:
+@pytest.mark.parametrize("device", ["reference", "simulator"])
+def test_gradients_of_blocks_add_up_to_those_of_the_whole(device: str) -> None:
     q, k, v, dout = arrays()
     dlse = normal((2, 4, 21), seed=5)
     out, lse = metalgen.attention(q, k, v, scale=SCALE, softcap=2.0, return_lse=True)
+    options: dict[str, Any] = {"scale": SCALE, "softcap": 2.0, "device": device}
     found = [
-        metalgen.attention_backward(
-            *(q, *block, out, lse, dout), dlse=dlse, scale=SCALE, softcap=2.0
-        )
+        metalgen.attention_backward(q, *block, out, lse, dout, dlse=dlse, **options)
         for block in blocks_of(k, v)
     ]
     exact = gradients_float64(q, k, v, (dout, dlse), scale=SCALE, softcap=2.0)

@@ -1,0 +1,142 @@
+"""The backward kernels of a config, which are checked and built for its first gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import mlx.core as mx
+
+from metalgen.calls.checked import passes
+from metalgen.devices import Device, Runner
+from metalgen.devices.backward import GradientRunner
+from metalgen.devices.mlx_attention import differentiates_in_linear_memory
+from metalgen.errors import InvalidSchedule
+from metalgen.families import Limits, Schedule, default_schedule, get_attention
+from metalgen.families.backward import backward_config, unsupported
+from metalgen.problem.config import AttentionConfig
+from metalgen.problem.inputs import Inputs
+from metalgen.reference import config_features, gradients_mlx
+from metalgen.source.hashes import template_hash
+
+FAMILIES = ("backward_rows", "backward_keys")
+
+
+@dataclass(eq=False)
+class KernelGradients:
+    """Gradients by backward kernels; in plain MLX operations where these turn out to be wrong.
+
+    Attributes:
+        device: what runs them.
+        config: of the forward pass.
+        schedules: of the rows of queries, and of the rows of keys.
+        path: how they were checked; empty until the first gradient.
+    """
+
+    device: Device
+    config: AttentionConfig
+    schedules: tuple[Schedule, Schedule]
+    forward: Schedule
+    path: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def runner(self) -> GradientRunner | None:
+        """The kernels, checked; None where one of them does not pass."""
+        from metalgen.calls.verify_gradients import verify_gradients
+
+        assert self.device.language is not None
+        for schedule in self.schedules:
+            versions = template_hash(schedule.family, self.device.language)
+            where = (self.device, backward_config(self.config), schedule, versions, self.path)
+            if not passes(*where, verify=verify_gradients):
+                self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
+                return None
+        return self.device.build_gradients(self.config, self.schedules)
+
+    @functools.cached_property
+    def with_lse(self) -> Runner:
+        """The forward kernel with its log-sum-exp, for kernels that do not give it."""
+        return self.device.build(replace(self.config, return_lse=True), self.forward)
+
+    def of(self, scale: float, inputs: Inputs) -> Callable[..., tuple[mx.array, ...]]:
+        """The gradients as a function of arrays, whose own derivatives are those of plain MLX.
+
+        The function takes q, k, v, output, log-sum-exp, the cotangents of these two, and all other
+        arrays of the call; it returns the gradients of q, k, v and of all other arrays.
+        """
+        features = config_features(self.config)
+
+        def plain(*arrays: mx.array) -> list[mx.array]:
+            q, k, v, out, lse, dout, dlse, *others = arrays
+            given = inputs.replaced(tuple(others))
+            results, cotangents = (out, lse), (dout, dlse)
+            return gradients_mlx(
+                q, k, v, results, cotangents, scale=scale, **features, inputs=given
+            )
+
+        runner = self.runner
+        if runner is None:
+            return lambda *arrays: tuple(plain(*arrays))
+
+        @mx.custom_function
+        def kernels(*arrays: mx.array) -> tuple[mx.array, ...]:
+            q, k, v, out, lse, dout, dlse, *others = arrays
+            given = inputs.replaced(tuple(others))
+            found = runner(q, k, v, (out, lse), (dout, dlse), scale, given)
+            if any(mx.issubdtype(x.dtype, mx.floating) for x in others):
+                return (*found, *plain(*arrays)[3:])
+            return (*found, *(mx.zeros_like(x) for x in others))
+
+        @kernels.vjp
+        def second(primals: list[mx.array], cotangents: list[mx.array], outputs: object) -> object:
+            return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
+
+        return cast(Callable[..., tuple[mx.array, ...]], kernels)
+
+    def explain(self) -> str:
+        """Which kernels compute gradients, and how they were checked."""
+        names = ", ".join(str(schedule) for schedule in self.schedules)
+        checked = "; ".join(self.path) or "checked with the first gradient"
+        return f"metalgen's backward kernels ({names}; {checked})"
+
+
+def with_lse(config: AttentionConfig, gradients: KernelGradients | None) -> AttentionConfig:
+    """What the forward kernel computes so that gradients need not run it again.
+
+    Few rows leave their log-sum-exp out, unless it is asked for: it is cheap to compute again, and
+    calls of few rows are seldom differentiated.
+    """
+    if gradients is None or get_attention(gradients.forward.family).head_rows:
+        return config
+    return replace(config, return_lse=True)
+
+
+def kernel_gradients(
+    device: Device, config: AttentionConfig, forward: Schedule, limits: Limits, path: list[str]
+) -> KernelGradients | None:
+    """The backward kernels that compute the gradients of a config, or None.
+
+    MLX's own gradient keeps those that it computes in linear memory.
+
+    Args:
+        device: what runs kernels.
+        config: of the forward pass.
+        forward: the schedule of its kernel.
+        limits: what kernels may use.
+        path: takes in why there are none.
+    """
+    assert device.language is not None
+    if differentiates_in_linear_memory(config, device.language):
+        return None
+    bare = backward_config(config)
+    if reason := unsupported(bare):
+        path.append(f"gradients: backward kernels do not support {reason}")
+        return None
+    try:
+        rows, keys = (default_schedule(bare, limits, family) for family in FAMILIES)
+    except InvalidSchedule as error:
+        path.append(f"gradients: no backward kernel fits: {error.detail}")
+        return None
+    return KernelGradients(device, config, (rows, keys), forward)
