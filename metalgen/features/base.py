@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays, Shape, check_type
+from metalgen.features.bounds import Bound
 from metalgen.features.checks import Check
 from metalgen.features.fields import Fields
 
@@ -154,7 +155,8 @@ class Hooks(NamedTuple):
         lists: which passes a group makes, where not all.
         maps: what a raw score becomes.
         adds: what is added to it, by the name of what rows keep for that.
-        masks: whether a key is seen.
+        bounds: masks that are intervals.
+        masks: others; whether a key is seen.
         probabilities: what a probability becomes.
         outputs: what a row's sum takes in at the end, by the same.
         functions: printed functions of users.
@@ -169,6 +171,7 @@ class Hooks(NamedTuple):
     lists: Sequence[Any] = ()
     maps: Sequence[Any] = ()
     adds: Mapping[str, Any] = _NONE
+    bounds: Sequence[Bound] = ()
     masks: Sequence[Any] = ()
     probabilities: Sequence[Any] = ()
     outputs: Mapping[str, Any] = _NONE

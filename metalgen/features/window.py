@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from metalgen.features.base import Feature, Field, Hooks, Macros, Site
+from metalgen.features.base import Feature, Field, Hooks, Site
+from metalgen.features.bounds import Bound
 from metalgen.features.checks import integer, switch
 from metalgen.features.fields import Fields
 
@@ -35,8 +36,7 @@ class Window(Feature):
             for name in ("window_left", "window_right")
             if (bound := getattr(config, name)) is not None
         }
-        sides = [("right", "")] if config.causal else []
-        sides += [("left", "WINDOW_LEFT")] if config.window_left is not None else []
-        sides += [("right", "WINDOW_RIGHT")] if config.window_right is not None else []
-        masks = [Macros("window", {"side": side, "width": width}) for side, width in sides]
-        return Hooks(masks=masks, constants=constants)
+        least = None if config.window_left is None else "-WINDOW_LEFT"
+        most = None if config.window_right is None else "WINDOW_RIGHT"
+        most = "0" if config.causal else most
+        return Hooks(bounds=[Bound("distance", least, most)], constants=constants)

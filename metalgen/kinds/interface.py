@@ -98,6 +98,18 @@ TILE = (
         "`elements` gives",
     ),
     Macro(
+        "first_column",
+        ("name",),
+        "the place among the traversed rows of the first column of an accumulator that a lane has",
+    ),
+    Macro(
+        "steps",
+        ("name", "r"),
+        "each element of row r of an accumulator that a lane has, with how many columns it lies "
+        "behind the lane's first one, a number that the compiler knows",
+        gives=("element", "step"),
+    ),
+    Macro(
         "pairs",
         ("name", "r"),
         "each two neighbours of row r that a lane has: in fragment f, 8 columns wide, counted "
@@ -125,6 +137,8 @@ REGISTERS = (
     "rows",
     "elements",
     "element_of",
+    "first_column",
+    "steps",
     "pairs",
 )
 """What ``registers.jinja`` has, which one kind may take from another."""

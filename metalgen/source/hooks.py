@@ -8,6 +8,7 @@ from typing import Any
 
 from metalgen.features import FEATURES
 from metalgen.features.base import HALF_UNIT, Macros, Site
+from metalgen.features.bounds import Bounds
 from metalgen.problem.config import AttentionConfig
 
 Render = Callable[..., Any]
@@ -17,13 +18,14 @@ Render = Callable[..., Any]
 def hooks(config: AttentionConfig, site: Site, feature: Render) -> dict[str, Any]:
     """The template's variables of all features.
 
-    ``places``, ``pages``, ``lists``, ``maps``, ``adds``, ``masks``, ``probabilities``, ``outputs``,
-    ``functions``: what stands at these hooks (see `metalgen.features.base.Hooks`), with rendered
-    macros; ``parts``: files of the language's header; ``hook_constants``, and ``lines`` of
-    declarations; and the variables of each feature. ``unit``: what a score is multiplied by to
-    become an exponent of 2. ``natural``: whether scores are half of the natural ones, which they
-    are where something is added to them; ``base_unit``: what makes them so. ``unbounded``: whether
-    they may be of any size; ``large``: from which exponent on rounding must not show.
+    ``places``, ``pages``, ``lists``, ``maps``, ``adds``, ``bounds``, ``masks``,
+    ``probabilities``, ``outputs``, ``functions``: what stands at these hooks (see
+    `metalgen.features.base.Hooks`), with rendered macros; ``parts``: files of the language's
+    header; ``hook_constants``, and ``lines`` of declarations; and the variables of each
+    feature. ``unit``: what a score is multiplied by to become an exponent of 2. ``natural``:
+    whether scores are half of the natural ones, which they are where something is added to
+    them; ``base_unit``: what makes them so. ``unbounded``: whether they may be of any size;
+    ``large``: from which exponent on rounding must not show.
     """
     found = [each.hooks(config, site) for each in config.features]
     variables = _unused(config)
@@ -57,6 +59,10 @@ def hooks(config: AttentionConfig, site: Site, feature: Render) -> dict[str, Any
         "lists": at("lists"),
         "maps": at("maps"),
         "adds": named("adds"),
+        "bounds": Bounds(
+            tuple(bound for own in found for bound in own.bounds),
+            "key" if site.keys_owned else "query",
+        ),
         "masks": at("masks"),
         "probabilities": at("probabilities"),
         "outputs": named("outputs", less=variables["less"]),

@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_7a865ddc99(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_de15f8a251(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half Out;
   typedef half F;
@@ -168,16 +168,18 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   #pragma unroll
   for (int r = 0; r < ROW_BLOCKS; r++) l[r] = 0.0f;
 
+  const int any_past = min(kv_len, last + offset + 1);
+  const int all_past = min(kv_len, first + offset + 1);
+
   // The keys that some row of the group sees, from a whole tile on.
   int k_begin = 0;
-  int k_end = kv_len;
-  k_end = min(k_end, group_last + offset + 1);
+  int k_end = min(kv_len, group_last + offset + 1);
   k_begin = k_begin / BK * BK;
 
   for (int k0 = k_begin; k0 < k_end; k0 += BK) {
     // Does any row here see a key of this pass; does each row see all of them?
-    const bool live = first < row_count && k0 <= last + offset;
-    const bool whole = k0 + BK <= kv_len && (k0 + BK - 1) <= first + offset;
+    const bool live = first < row_count && k0 < any_past;
+    const bool whole = k0 + BK <= all_past;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
     #pragma unroll
@@ -245,12 +247,14 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
           const int i = first + r * 8 + row;
+          const int place = i + offset - (k0 + col);
+          const int past = min(kv_len - (k0 + col), place + 1);
+
           #pragma unroll
           for (int f = 0; f < K_FRAGMENTS; f++) {
             #pragma unroll
             for (int e = 0; e < 2; e++) {
-              const int j = k0 + f * 8 + col + e;
-              s[r][f].thread_elements()[e] = j < kv_len && j <= i + offset ? s[r][f].thread_elements()[e] : LOWEST;
+              s[r][f].thread_elements()[e] = f * 8 + e < past ? s[r][f].thread_elements()[e] : LOWEST;
             }
           }
         }

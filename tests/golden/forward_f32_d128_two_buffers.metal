@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f32_d128_4afacebfed(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f32_d128_e7a2f83669(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef float T;
   typedef float Out;
   typedef float F;
@@ -292,13 +292,13 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
       if (!whole) {
         #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
-          const int i = first + r * 8 + row;
+          const int past = kv_len - (k0 + col);
+
           #pragma unroll
           for (int f = 0; f < K_FRAGMENTS; f++) {
             #pragma unroll
             for (int e = 0; e < 2; e++) {
-              const int j = k0 + f * 8 + col + e;
-              s[r][f].thread_elements()[e] = j < kv_len ? s[r][f].thread_elements()[e] : LOWEST;
+              s[r][f].thread_elements()[e] = f * 8 + e < past ? s[r][f].thread_elements()[e] : LOWEST;
             }
           }
         }
