@@ -30,8 +30,26 @@ def parsed(path: Path) -> nodes.Template:
 
 
 def macros(path: Path) -> dict[str, nodes.Macro]:
-    """The macros of a file, by name."""
-    return {node.name: node for node in parsed(path).body if isinstance(node, nodes.Macro)}
+    """The macros of a file, by name: its own, and those that it takes from another."""
+    tree = parsed(path)
+    return taken(tree) | {node.name: node for node in tree.body if isinstance(node, nodes.Macro)}
+
+
+def taken(tree: nodes.Template) -> dict[str, nodes.Macro]:
+    """Macros of other files under names of this one: ``{% set name = file.macro %}``."""
+    files = {
+        node.target: ROOT / node.template.value
+        for node in tree.find_all(nodes.Import)
+        if isinstance(node.template, nodes.Const)
+    }
+    found = {}
+    for node in tree.body:
+        if isinstance(node, nodes.Assign) and isinstance(node.node, nodes.Getattr):
+            file = node.node.node
+            if isinstance(file, nodes.Name) and file.name in files:
+                assert isinstance(node.target, nodes.Name)
+                found[node.target.name] = macros(files[file.name])[node.node.attr]
+    return found
 
 
 def imports(path: Path) -> dict[str, Path]:
@@ -45,13 +63,7 @@ def imports(path: Path) -> dict[str, Path]:
 
 def tile_macros(kind: str) -> dict[str, nodes.Macro]:
     """What a kind's tile library exports."""
-    path = ROOT / "kinds" / kind / "tile.jinja"
-    files, found = imports(path), {}
-    for node in parsed(path).find_all(nodes.Assign):
-        assert isinstance(node.target, nodes.Name) and isinstance(node.node, nodes.Getattr)
-        assert isinstance(node.node.node, nodes.Name)
-        found[node.target.name] = macros(files[node.node.node.name])[node.node.attr]
-    return found
+    return taken(parsed(ROOT / "kinds" / kind / "tile.jinja"))
 
 
 def signature(macro: nodes.Macro) -> tuple[tuple[str, ...], set[int]]:
@@ -93,7 +105,7 @@ def test_registers_of_a_kind_are_usable_by_another(kind: str) -> None:
 def used(tree: nodes.Template) -> Iterator[tuple[str, str, nodes.Call]]:
     """Calls of a module's macros: the module's name, the macro's, and the call."""
     modules = {"tile", "language", "registers", "memory", "staging", "products", "outputs"}
-    modules |= {"addresses", "raw", "direct", "passes", "loop"}
+    modules |= {"addresses", "raw", "direct", "passes", "loop", "fragments"}
     for call in tree.find_all(nodes.Call):
         found = call.node
         if not isinstance(found, nodes.Getattr) or not isinstance(found.node, nodes.Name):

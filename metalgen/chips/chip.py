@@ -78,6 +78,7 @@ class Chip:
         direct_reads: published kernels read K and V from device memory there.
         neural_accelerators: matrix units beside the 8x8 simdgroup matrices.
         neural_tflops: what they reach, float16.
+        warp_group_products: four warps multiply together (wgmma).
         origins: each figure's `Origin`, by field name.
     """
 
@@ -108,6 +109,7 @@ class Chip:
     direct_reads: bool = False
     neural_accelerators: bool = False
     neural_tflops: float | None = None
+    warp_group_products: bool = False
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -120,7 +122,8 @@ class Chip:
         """What a threadgroup may use. Raises `IncompleteChip` when that is not on record."""
         self.require("threadgroup_bytes", "threads")
         assert self.threadgroup_bytes is not None and self.threads is not None
-        return Limits(self.threadgroup_bytes, self.threads, LANGUAGES[self.kind].name)
+        instructions = ("wgmma",) if self.warp_group_products else ()
+        return Limits(self.threadgroup_bytes, self.threads, LANGUAGES[self.kind].name, instructions)
 
     @property
     def fp32_tflops(self) -> float | None:

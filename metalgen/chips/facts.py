@@ -26,6 +26,7 @@ SOURCES = {
     "mlx": "ml-explore/mlx: the tiles of its attention kernels, by generation",
     "mlx-m5": "ml-explore/mlx PR 3211: 58 to 60 TFLOP/s in float16 matrix products on an M5 Max",
     "nvidia": "NVIDIA: data sheets of these GPUs, Hopper tuning guide",
+    "ptx": "NVIDIA: PTX ISA, target notes of wgmma.mma_async",
     "cuda": "NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability",
 }
 
@@ -53,6 +54,7 @@ GENERATIONS: dict[str, dict[str, Figure]] = {
         "parallel_issue": (0, "metal-benchmarks"),
         "direct_reads": (0, "mfa"),
         "neural_accelerators": (0, "apple"),
+        "warp_group_products": (0, "metal-api"),
     },
     # Apple, WWDC and A17/M3 talks: registers, threadgroup memory and the data cache share one
     # on-chip memory, handed out dynamically; float, half and integer pipes issue side by side.
@@ -278,6 +280,7 @@ CAPABILITIES: dict[str, dict[str, Figure]] = {
         "dynamic_registers": (0, "cuda"),
         "parallel_issue": (0, "cuda"),
         "direct_reads": (0, "cuda"),
+        "warp_group_products": (int(capability == "9.0"), "ptx"),
     }
     for capability, lanes, resident, shared in (
         ("8.0", 64, 2048, 163),

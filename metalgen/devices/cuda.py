@@ -22,6 +22,8 @@ SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448
 CUDA C++ Programming Guide, technical specifications per compute capability.
 """
 OTHER_SHARED_MEMORY = 101376
+INSTRUCTIONS: dict[tuple[int, int], tuple[str, ...]] = {(9, 0): ("wgmma",)}
+"""What matrix kinds may use, by compute capability. No later one has ``wgmma`` (PTX ISA)."""
 
 
 class CudaDevice(KernelDevice):
@@ -45,7 +47,8 @@ class CudaDevice(KernelDevice):
     def limits(self) -> Limits:
         """What a block may use; raises nothing, and without a GPU is that of most GPUs."""
         here = self.capability or (0, 0)
-        return Limits(SHARED_MEMORY.get(here, OTHER_SHARED_MEMORY), 1024, "cuda")
+        shared = SHARED_MEMORY.get(here, OTHER_SHARED_MEMORY)
+        return Limits(shared, 1024, "cuda", INSTRUCTIONS.get(here, ()))
 
     def unavailable(self) -> str | None:
         if not mx.cuda.is_available():

@@ -70,7 +70,7 @@ class AttentionStep(Step):
             "BK": schedule.bk,
             "SIMDGROUPS": schedule.simdgroups,
             "ROW_BLOCKS": schedule.row_blocks,
-            "ROWS": kind.row_block * schedule.row_blocks,
+            "ROWS": kind.row_block * schedule.row_blocks * kind.deciding_simdgroups,
             "K_FRAGMENTS": schedule.bk // sharing // 8,
             "V_FRAGMENTS": kind.padded(width) // 8,
             "HEADS_PER_KV": config.heads_per_kv,

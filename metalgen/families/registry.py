@@ -37,6 +37,7 @@ def register(family: Family, *rooms: Kind | Language) -> None:
             language=language,
             required_kind=kind is not None and kind is not kinds_in(language)[0],
             operands=(family.own, family.traversed, family.together),
+            copying_simdgroups=kind.copying_simdgroups if kind else 0,
         )
 
 
@@ -85,6 +86,8 @@ def choose_family(config: AttentionConfig, q_len: int) -> AttentionFamily:
 ORDINARY = FORWARD.name
 """Name of the family that takes any call: short names of problems leave it out."""
 
-for _family in (FORWARD, DECODE, BACKWARD_ROWS, BACKWARD_KEYS):
-    register(_family, *KINDS.values())
+for _forward in (FORWARD, DECODE):
+    register(_forward, *KINDS.values())
+for _backward in (BACKWARD_ROWS, BACKWARD_KEYS):
+    register(_backward, *(kind for kind in KINDS.values() if kind.backward))
 register(APPEND, *LANGUAGES.values())

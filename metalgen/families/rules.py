@@ -50,6 +50,11 @@ def _check_products(
 ) -> None:
     """The rules of all schedules with a matrix kind, and the kind's own."""
     s, kind = schedule, get_kind(schedule.kind)
+    require(
+        "instructions",
+        not kind.instructions or kind.instructions in limits.instructions,
+        f"the chip has no {kind.instructions}",
+    )
     require("dtype", config.dtype in kind.dtypes, f"{kind.name} has no {config.dtype} kernels")
     sharing = getattr(s, "key_simdgroups", 1)
     require(
@@ -84,8 +89,11 @@ def is_valid(config: AttentionConfig, schedule: Schedule, limits: Limits = APPLE
 
 def device_kinds(limits: Limits, family: str) -> list[Kind]:
     """The kinds by which a family has kernels within some limits, the preferred one first."""
-    known = kinds_of(family)
-    return [kind for kind in kinds_in(limits.language) if kind.name in known]
+    known, own = kinds_of(family), ("", *limits.instructions)
+    found = [kind for kind in kinds_in(limits.language) if kind.name in known]
+    return sorted(
+        (kind for kind in found if kind.instructions in own), key=lambda kind: not kind.instructions
+    )
 
 
 def default_schedule(

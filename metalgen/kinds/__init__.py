@@ -6,8 +6,9 @@ from metalgen.errors import ArgumentError
 from metalgen.kinds.base import Kind, value_width
 from metalgen.kinds.mma import MMA
 from metalgen.kinds.simdgroup import SIMDGROUP
+from metalgen.kinds.wgmma import WGMMA
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (SIMDGROUP, MMA)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (SIMDGROUP, MMA, WGMMA)}
 """All kinds by name; the first of a language is the one that stored keys do not state."""
 
 
@@ -42,6 +43,7 @@ __all__ = [
     "KINDS",
     "MMA",
     "SIMDGROUP",
+    "WGMMA",
     "Kind",
     "get_kind",
     "kinds_in",

@@ -29,6 +29,11 @@ class Kind(abc.ABC):
         few_row_knobs: more knobs of families whose calls have few rows.
         most_registers: a default schedule whose estimate is above comes after those below.
         counted: whether the counts of `metalgen.families.counts` hold for its kernels.
+        instructions: what a chip's limits must name for it to be used; empty: every chip of the
+            language has it. Where it is there, it comes before the kinds that need nothing.
+        backward: whether the backward families have kernels of it.
+        deciding_simdgroups: that decide together whether their rows see the keys of a pass.
+        copying_simdgroups: simdgroups of a threadgroup that own no rows and copy for the others.
     """
 
     name: str
@@ -42,6 +47,10 @@ class Kind(abc.ABC):
     few_row_knobs: tuple[Knob, ...] = ()
     most_registers: int = 0
     counted: bool = False
+    instructions: str = ""
+    backward: bool = True
+    deciding_simdgroups: int = 1
+    copying_simdgroups: int = 0
 
     @abc.abstractmethod
     def knobs_of(self, own: tuple[str, ...], traversed: tuple[str, ...]) -> tuple[Knob, ...]:

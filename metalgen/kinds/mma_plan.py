@@ -62,12 +62,32 @@ class Copy:
         row_bytes: bytes from one row of the tile to the next.
         step: rows that all threads copy at once, where a thread keeps to one column of chunks and
             the swizzle repeats; 0 where they do not fit so.
+        lines: rows of the tile.
+        across: chunks of a row that neighbouring threads copy: all, or those of a panel.
+        thread, threads: who a thread is among those that copy, and how many these are, by the names
+            that the kernel's text has for them.
+        count: the same number.
     """
 
     chunks: int
     elements: int
     row_bytes: int
     step: int
+    lines: int
+    across: int
+    thread: str
+    threads: str
+    count: int
+
+    @property
+    def panels(self) -> int:
+        """Parts of a row that lie apart in the tile."""
+        return -(-self.chunks // self.across)
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes from one panel of the tile to the next."""
+        return self.lines * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -150,13 +170,17 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
     sharing = schedule.simdgroups // getattr(schedule, "key_simdgroups", 1)
     sizes = {"bq": schedule.bq, "bk": schedule.bk, "sharing": sharing}
     tiles = mma_tiles(own, traversed, **sizes, together=operands.together)
-    copies = {each.name: _copy(each, schedule.threads) for each in own + traversed}
+    lines = dict.fromkeys((each.name for each in own), schedule.bq)
+    copies = {
+        each.name: _copy(each, lines.get(each.name, schedule.bk), schedule.threads)
+        for each in own + traversed
+    }
     ahead = schedule.buffers - 1
     steps = _steps(operands, ahead, tiles.offsets)
-    aligned = {
+    in_background = {
         each.name: _aligned_raw(each, tiles.raw[each.name])
         if each.name in tiles.raw
-        else _aligned(each, copies[each.name])
+        else aligned(each, copies[each.name])
         for each in own + traversed
         if not each.rotated
     }
@@ -170,9 +194,9 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
         column_copies={
             each.name: copies[each.name]
             for each in own + traversed
-            if copies[each.name].step and _in_columns(each, schedule.bk)
+            if copies[each.name].step and in_columns(each, schedule.bk)
         },
-        aligned=aligned,
+        aligned=in_background,
         page_rows=math.gcd(page, schedule.bk),
         raw=tiles.raw,
         direct=tiles.direct,
@@ -239,14 +263,14 @@ def _offsets(own: tuple[Operand, ...], lines: int) -> dict[str, int]:
     return found
 
 
-def _in_columns(operand: Operand, lines: int) -> bool:
+def in_columns(operand: Operand, lines: int) -> bool:
     """Whether some rows of an operand that are copied at once are a fixed step apart."""
     if operand.head_rows or operand.rotated or operand.bits is not None:
         return False
     return operand.page is None or operand.page % lines == 0
 
 
-def _copy(operand: Operand, threads: int) -> Copy:
+def _copy(operand: Operand, lines: int, threads: int) -> Copy:
     width, itemsize = operand.width, operand.itemsize
     chunks = padded(width) * itemsize // CHUNK_BYTES
     step, rest = divmod(threads, chunks)
@@ -257,6 +281,11 @@ def _copy(operand: Operand, threads: int) -> Copy:
         CHUNK_BYTES // itemsize,
         row_bytes(width, itemsize),
         step if whole and rest == 0 and repeats else 0,
+        lines,
+        across=chunks,
+        thread="threadIdx.x",
+        threads="THREADS",
+        count=threads,
     )
 
 
@@ -269,7 +298,7 @@ def _address(name: str) -> str:
     return f"reinterpret_cast<uintptr_t>({name}_head)"
 
 
-def _aligned(operand: Operand, copy: Copy) -> str:
+def aligned(operand: Operand, copy: Copy) -> str:
     name = operand.name
     places = [_address(name), f"{name}_pitch"]
     places += [f"{name}_next"] if operand.head_rows else []

@@ -24,6 +24,7 @@ class Language:
         function: how a function of floats is called by its C name.
         threadgroup_bytes, threads: the most that any chip allows a threadgroup.
         most_buffers: arrays, shapes and strides that a kernel may bind; None: any number.
+        instructions: those that only some of its chips have (`metalgen.schedules.Limits`).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Language:
     threadgroup_bytes: int = 32768
     threads: int = 1024
     most_buffers: int | None = None
+    instructions: tuple[str, ...] = ()
 
 
 _PRECISE = frozenset("tanh cosh sinh pow atan2 sin cos tan asinh acosh atanh".split())
@@ -96,6 +98,7 @@ CUDA = Language(
     scalar="*{}",
     function=_cuda_function,
     threadgroup_bytes=232448,  # of compute capability 9.0
+    instructions=("wgmma",),
 )
 LANGUAGES: dict[str, Language] = {language.name: language for language in (METAL, CUDA)}
 """All languages by name."""

@@ -46,6 +46,7 @@ class Schedule(metaclass=_Typed):
         own, traversed: names of the operands whose rows a threadgroup owns, and of those that it
             passes over.
         together: whether the rows of a pass are fetched together, of all operands.
+        copying_simdgroups: simdgroups of a threadgroup that copy for the others.
     """
 
     family: ClassVar[str]
@@ -56,6 +57,7 @@ class Schedule(metaclass=_Typed):
     own: ClassVar[tuple[str, ...]] = ()
     traversed: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[bool] = False
+    copying_simdgroups: ClassVar[int] = 0
     words: ClassVar[Callable[[Any], list[str]]]
 
     if TYPE_CHECKING:  # what the types made by `define_schedule` have
@@ -78,7 +80,7 @@ class Schedule(metaclass=_Typed):
     @property
     def threads(self) -> int:
         """Threads per threadgroup."""
-        return self.simdgroups * SIMD_WIDTH
+        return (self.simdgroups + self.copying_simdgroups) * SIMD_WIDTH
 
     @functools.cached_property
     def partials(self) -> int:
@@ -153,6 +155,7 @@ def define_schedule(
     language: str,
     required_kind: bool = False,
     operands: tuple[tuple[str, ...], tuple[str, ...], bool] = ((), (), False),
+    copying_simdgroups: int = 0,
 ) -> type[Schedule]:
     """Make and register the type of a family's schedules with a kind.
 
@@ -164,6 +167,7 @@ def define_schedule(
         required_kind: whether stored keys state the kind.
         operands: names of those whose rows are owned, and of those that are passed over; whether
             the rows of a pass are fetched together.
+        copying_simdgroups: simdgroups of a threadgroup that copy for the others.
     """
     fields = [
         (k.name, type(k.choices[0]))
@@ -185,6 +189,7 @@ def define_schedule(
             "own": operands[0],
             "traversed": operands[1],
             "together": operands[2],
+            "copying_simdgroups": copying_simdgroups,
             "__module__": __name__,
         },
         frozen=True,

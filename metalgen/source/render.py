@@ -75,7 +75,9 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
     """
     family, language = get_family(schedule.family), get_language(schedule.language)
     step = step or family.main
-    limits = Limits(language.threadgroup_bytes, language.threads, language.name)
+    limits = Limits(
+        language.threadgroup_bytes, language.threads, language.name, language.instructions
+    )
     check_schedule(config, schedule, limits)
     context, env = _context(config, schedule, language, step), _environment()
     room = f"kinds/{get_kind(schedule.kind).templates}" if schedule.kind else _room(language)

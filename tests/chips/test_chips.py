@@ -172,7 +172,8 @@ def test_limits_are_those_of_the_api() -> None:
     for chip in all_chips():
         if chip.kind == "apple":
             assert chip.limits == Limits(threadgroup_bytes=32768, threads=1024)
-    assert get_chip("H200").limits == Limits(232448, 1024, "cuda")
+    assert get_chip("H200").limits == Limits(232448, 1024, "cuda", ("wgmma",))
+    assert get_chip("A100").limits == Limits(166912, 1024, "cuda")
 
 
 def test_an_nvidia_chip_allows_what_its_device_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,17 +46,18 @@ class EmulatedCuda(KernelDevice):
     Args:
         offset: bytes from a multiple of 256 to the start of each input.
         seed: of the order of threads.
+        instructions: that this GPU has in addition (`metalgen.schedules.Limits`).
     """
 
     name = "cuda"
     language = "cuda"
 
-    def __init__(self, offset: int = 0, seed: int = 0) -> None:
-        self.offset, self.seed = offset, seed
+    def __init__(self, offset: int = 0, seed: int = 0, instructions: tuple[str, ...] = ()) -> None:
+        self.offset, self.seed, self.instructions = offset, seed, instructions
 
     @property
     def limits(self) -> Limits:
-        return Limits(232448, 1024, "cuda")
+        return Limits(232448, 1024, "cuda", self.instructions)
 
     def unavailable(self) -> str | None:
         machine = platform.machine().lower()
@@ -163,6 +164,7 @@ def translation(source: KernelSource, inputs: tuple[str, ...], outputs: tuple[st
     return "\n".join(
         (
             elements[small[1]] if small else "",
+            "#define EM_WARP_GROUPS" if "mbarrier" in source.header else "",
             '#include "emulator.h"',
             FUNCTION.sub(portable, source.header),
             f"static void body({', '.join(parameters)}) {{",

@@ -13,6 +13,7 @@
 
 using uint8_t = __UINT8_TYPE__;
 using uint32_t = __UINT32_TYPE__;
+using uint64_t = __UINT64_TYPE__;
 using int64_t = __INT64_TYPE__;
 using uintptr_t = __UINTPTR_TYPE__;
 
@@ -20,6 +21,7 @@ extern "C" {
 void *malloc(__SIZE_TYPE__);
 void *memcpy(void *, const void *, __SIZE_TYPE__);
 void *memset(void *, int, __SIZE_TYPE__);
+int memcmp(const void *, const void *, __SIZE_TYPE__);
 float fmodf(float, float), erff(float), atan2f(float, float), powf(float, float), fabsf(float);
 void sincosf(float, float *, float *);
 }
@@ -71,6 +73,7 @@ struct Warp {
 static Fibre fibres[1024];
 static Warp warps[32];
 static int threads, running, block_waiting, block_turn, direction;
+static int idle;  // turns of waiting since somebody got on
 static void *main_stack;
 static const char *fault;
 static unsigned random_state;
@@ -105,6 +108,7 @@ static void em_yield() {
 // After a million turns of waiting nobody will come.
 static void em_meet(int &waiting, int &turn, int count) {
   const int own = turn;
+  idle = 0;
   if (++waiting == count) {
     waiting = 0;
     turn++;
@@ -115,8 +119,10 @@ static void em_meet(int &waiting, int &turn, int count) {
       em_report("threads that wait for each other");
       em_switch(&fibres[running].stack_pointer, main_stack);
     }
+    idle++;
     em_yield();
   }
+  idle = 0;
 }
 
 inline void __syncthreads() {
@@ -177,15 +183,16 @@ inline void mg_commit() {
   fibre.groups[fibre.group_count++] = fibre.asked;
 }
 
+static void em_land(const Copy &copy) {
+  memcpy(copy.to, copy.from, copy.there);
+  memset(static_cast<char *>(copy.to) + copy.there, 0, copy.bytes - copy.there);
+}
+
 template <int N> void mg_wait() {
   Fibre &fibre = fibres[running];
   if (fibre.group_count <= N) return;
   const int ended = fibre.group_count - N, last = fibre.groups[ended - 1];
-  for (int n = 0; n < last; n++) {
-    const Copy &copy = fibre.copies[n];
-    memcpy(copy.to, copy.from, copy.there);
-    memset(static_cast<char *>(copy.to) + copy.there, 0, copy.bytes - copy.there);
-  }
+  for (int n = 0; n < last; n++) em_land(fibre.copies[n]);
   for (int n = last; n < fibre.asked; n++) fibre.copies[n - last] = fibre.copies[n];
   fibre.asked -= last;
   for (int n = ended; n < fibre.group_count; n++) fibre.groups[n - ended] = fibre.groups[n] - last;
@@ -351,6 +358,13 @@ inline unsigned mg_bits_of(unsigned x, unsigned mask) { return (x & mask) | 0x64
 #endif
 #endif
 
+#ifdef EM_WARP_GROUPS
+#include "warp_groups.h"
+#else
+static void em_begin_block() {}
+static void em_end_block() {}
+#endif
+
 // A launch -----------------------------------------------------------------------------------------
 
 struct Shape {
@@ -383,7 +397,8 @@ extern "C" const char *em_launch(const unsigned *grid, int block, unsigned bytes
     for (blockIdx.y = 0; blockIdx.y < grid[1]; blockIdx.y++) {
       for (blockIdx.x = 0; blockIdx.x < grid[0]; blockIdx.x++) {
         memset(memory, 0xFF, sizeof(memory));
-        block_waiting = 0;
+        block_waiting = idle = 0;
+        em_begin_block();
         for (int n = 0; n < block; n++) {
           Fibre &fibre = fibres[n];
           if (!fibre.stack) fibre.stack = static_cast<char *>(malloc(STACK));
@@ -399,6 +414,7 @@ extern "C" const char *em_launch(const unsigned *grid, int block, unsigned bytes
         running = 0;
         threadIdx = {0, 0, 0};
         em_switch(&main_stack, fibres[0].stack_pointer);
+        em_end_block();
         for (unsigned n = bytes; n < sizeof(memory); n++) {
           if (memory[n] != 0xFF) em_report("a store to outside of shared memory");
         }

@@ -78,6 +78,8 @@ def translated(
 ) -> Schedule:
     """A schedule of one config for another: a head-dimension block stays whole, or fits."""
     kind = get_kind(schedule.kind)
+    if "bd" not in schedule.knobs:
+        return schedule
     here, there = (kind.widest_row(c, 1) for c in (config, source))
     return dataclasses.replace(
         schedule, bd=here if schedule.bd == there else min(schedule.bd, here)
