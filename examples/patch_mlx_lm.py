@@ -1,10 +1,10 @@
-"""mlx-lm's models on metalgen's attention: one function in place of mlx-lm's own.
+"""mlx-lm's models on metalgen's attention: `metalgen.mlx_lm.patch` is all that a program needs.
 
     pip install mlx-lm
     python examples/patch_mlx_lm.py            # in the simulator, or: ... patch_mlx_lm.py metal
 
-`patch` is all that a program of yours needs, after ``mlx_lm.load``. Run as a script, this compares
-the logits of a small Llama with random weights, over each of mlx-lm's caches.
+This compares the logits of a small Llama with random weights, over each of mlx-lm's caches, and
+says which masks reached attention.
 """
 
 from __future__ import annotations
@@ -16,29 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-import metalgen
-
-
-def patch(device: str | None = None) -> None:
-    """Make all models of mlx-lm that are imported by now call `metalgen.attention`."""
-
-    def attention(
-        queries: mx.array,
-        keys: Any,
-        values: Any,
-        cache: Any,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        # Keys and values are arrays, or of a quantized cache the triples of mx.quantize.
-        return metalgen.attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks, device=device
-        )
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and hasattr(module, "scaled_dot_product_attention"):
-            module.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
+import metalgen.mlx_lm
 
 
 def logits(model: Any, make_cache: Callable[[], Any]) -> mx.array:
@@ -77,13 +55,14 @@ def main() -> int:
     }
     own = {name: logits(model, make) for name, make in caches.items()}
     mx.eval(own)
-    patch(device=sys.argv[1] if len(sys.argv) > 1 else "simulator")
+    metalgen.mlx_lm.patch(device=sys.argv[1] if len(sys.argv) > 1 else "simulator")
     errors = []
     for name, make in caches.items():
         difference = mx.linalg.norm((logits(model, make) - own[name]).astype(mx.float32))
         error: Any = (difference / mx.linalg.norm(own[name].astype(mx.float32))).item()
         print(f"{name}: {own[name].shape}, {error:.1e} from mlx-lm's own attention")
         errors.append(error)
+    print(metalgen.mlx_lm.stats())
     return 0 if all(0 < error < 5e-3 for error in errors) else 1
 
 

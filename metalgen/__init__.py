@@ -123,7 +123,7 @@ __all__ = [
 ]
 
 
-_ROOMS = ("flash_attn", "nn")
+_ROOMS = ("flash_attn", "mlx_lm", "nn")
 """Subpackages that stand for themselves, so that ``metalgen.flash_attn`` needs no import."""
 
 
