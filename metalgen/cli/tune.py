@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +138,8 @@ def command(
         print_json(_document(plan, chosen, report) | found)
     else:
         _print_report(plan, report, str(store.path))
+        if chosen.models and report.outcomes:
+            click.echo(changes(chosen, report))
         for notice in store.notices:
             click.echo(notice)
     if report.stopped == "interrupted":
@@ -276,6 +279,31 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
         click.echo("The budget is spent; the same command goes on from here.")
     if len(tuned) < len(report.outcomes) and plan.checker is None:
         click.echo(f"No winner was checked ({plan.no_checker}), so none will be dispatched.")
+
+
+def changes(chosen: Preset, report: Report) -> str:
+    """What a run changes for which model: mean speed over the default schedule, in one line."""
+    gains: dict[str, dict[str, list[float]]] = {}
+    for outcome in report.outcomes:
+        if not (outcome.winner and outcome.winner.seconds and outcome.default_seconds):
+            continue
+        phase = "decode" if outcome.problem.q_len == 1 else "prefill"
+        gain = outcome.default_seconds / outcome.winner.seconds
+        models = {label.partition(" ")[0] for label in chosen.models[outcome.problem.key]}
+        for model in models:
+            gains.setdefault(model, {}).setdefault(phase, []).append(gain)
+    changed, same = [], []
+    for model, phases in gains.items():
+        means = {phase: statistics.geometric_mean(found) for phase, found in phases.items()}
+        words = [f"{phase} {mean:.2f}x" for phase, mean in sorted(means.items(), reverse=True)]
+        if any(round(mean, 2) > 1 for mean in means.values()):
+            changed.append(f"{model} {' and '.join(words)}")
+        else:
+            same.append(model)
+    parts = ["; ".join(changed)] if changed else []
+    parts += [f"unchanged: {', '.join(same)}"] if same else []
+    found = "; ".join(parts) or "nothing"
+    return f"By model, over the default schedule ({report.provenance}): {found}."
 
 
 def _cells(outcome: Outcome) -> tuple[str, str, str, str]:

@@ -6,8 +6,9 @@ Head counts and dimensions are those of each model's public ``config.json``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from metalgen.errors import ArgumentError
 from metalgen.families.sizes import Problem
@@ -155,8 +156,21 @@ MODELS = (
 )
 """Every model that has a preset of its own name; ``all`` is all of them."""
 
-DEFAULT_MODELS = ("llama-3.2-1b", "llama-3-8b", "smollm2-135m")
-DEFAULT_LENGTHS = (1024, 4096)
+DEFAULT_MODELS: dict[str, tuple[str, ...]] = {
+    "llama-3.2-1b": DTYPES,
+    "llama-3-8b": DTYPES,
+    "gemma-2-9b": ("bfloat16",),
+    "gemma-3-4b": ("bfloat16",),
+    "gpt-oss-20b": ("bfloat16",),
+    "smollm2-135m": DTYPES,
+}
+"""Current models of the usual shapes, with a softcap, windows and sinks where they have them; and
+types: the published one, and for the commonest also float16."""
+DEFAULT_PREFILL, DEFAULT_DECODE = (2048,), (4096,)
+DEFAULT_QUANTIZED = {"llama-3.2-1b": (8, 4), "llama-3-8b": (8, 4)}
+"""Bits of quantized keys and values that the default preset decodes with, by model."""
+KV_GROUP = 64
+"""Elements of a group of quantized keys, as in mlx-lm."""
 
 
 def preset_names() -> tuple[str, ...]:
@@ -173,8 +187,8 @@ _FAMILIES = (
 def preset(name: str) -> Preset:
     """The problems of a preset.
 
-    ``default`` is small: causal prefill of the commonest shapes (D=64 and D=128 with four query
-    heads a KV head, and SmolLM2's D=64 with three), two lengths, float16 and bfloat16. All others
+    ``default`` is what most users need first: prefill and decode of `DEFAULT_MODELS`, and decode
+    over quantized keys and values for some of them. All others
     are the named models in prefill and decode lengths.
 
     Raises:
@@ -182,7 +196,9 @@ def preset(name: str) -> Preset:
     """
     models = {m.name: m for m in MODELS}
     if name == "default":
-        return _collect(name, (models[m] for m in DEFAULT_MODELS), DEFAULT_LENGTHS, ())
+        chosen = [models[m] for m in DEFAULT_MODELS]
+        found = _collect(name, chosen, DEFAULT_PREFILL, DEFAULT_DECODE, DEFAULT_QUANTIZED)
+        return _of_types(found, DEFAULT_MODELS)
     if name == "all":
         return _collect(name, MODELS, PREFILL, DECODE)
     if name in models:
@@ -197,13 +213,18 @@ def preset(name: str) -> Preset:
 
 
 def _collect(
-    name: str, models: Iterable[Model], prefill: tuple[int, ...], decode: tuple[int, ...]
+    name: str,
+    models: Iterable[Model],
+    prefill: tuple[int, ...],
+    decode: tuple[int, ...],
+    quantized: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Preset:
     sources: dict[Problem, list[str]] = {}
     for model in models:
         for layer in model.layers:
             label = f"{model.name} {layer.label}".rstrip()
-            for problem in _problems(layer, prefill, decode):
+            bits = quantized.get(model.name, ())
+            for problem in _problems(layer, prefill, decode, bits):
                 sources.setdefault(problem, []).append(label)
     return Preset(
         name,
@@ -212,7 +233,19 @@ def _collect(
     )
 
 
-def _problems(layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...]) -> Iterable[Problem]:
+def _of_types(preset: Preset, dtypes: Mapping[str, tuple[str, ...]]) -> Preset:
+    """The problems of a preset in the types that their models are wanted in."""
+    kept = tuple(
+        p
+        for p in preset.problems
+        if any(p.config.dtype in dtypes[label.split(" ")[0]] for label in preset.models[p.key])
+    )
+    return replace(preset, problems=kept, models={p.key: preset.models[p.key] for p in kept})
+
+
+def _problems(
+    layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...], quantized: tuple[int, ...]
+) -> Iterable[Problem]:
     for dtype in DTYPES:
         config = AttentionConfig(
             head_dim=layer.head_dim,
@@ -230,3 +263,6 @@ def _problems(layer: Layer, prefill: tuple[int, ...], decode: tuple[int, ...]) -
         if not layer.prefill_only:
             for n in decode:
                 yield Problem(config, layer.heads, 1, n)
+                for bits in quantized:
+                    packed = replace(config, kv_bits=bits, kv_group=KV_GROUP)
+                    yield Problem(packed, layer.heads, 1, n)

@@ -20,6 +20,7 @@ from metalgen.cli.app import COMMANDS, run
 from metalgen.database.store import Store
 from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, decode_schedule, default_schedule
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.hashes import template_hash
 from metalgen.source.render import render
@@ -498,6 +499,34 @@ def test_every_command_and_option_is_in_the_documentation() -> None:
             for option in parameter.opts:
                 if option.startswith("--"):
                     assert f"`{option}`" in written, f"{name} {option}"
+
+
+def test_a_run_ends_with_what_it_changes_for_which_model() -> None:
+    from dataclasses import replace
+
+    from metalgen.cli.tune import changes
+    from metalgen.database.measurement import Measurement
+    from metalgen.tuning.presets import Preset
+    from metalgen.tuning.progress import Outcome, Report
+
+    prefill, decode = (Problem(CONFIG, 9, n, 1024) for n in (1024, 1))
+    other = Problem(replace(CONFIG, head_dim=128), 9, 1024, 1024)
+    labels = {prefill.key: ("a local", "b"), decode.key: ("a local",), other.key: ("c",)}
+    chosen = Preset("some", (prefill, decode, other), labels)
+
+    def outcome(problem: Problem, default: float) -> Outcome:
+        schedule = default_schedule(problem.config, family=problem.family)
+        row = Measurement(
+            *(problem, schedule, "0" * 16, "M3Max", 40, "model", "modelled", "{}"), seconds=1e-3
+        )
+        return Outcome(problem, row, default, 1, 1, 1)
+
+    outcomes = [outcome(prefill, 2e-3), outcome(decode, 1e-3), outcome(other, 1e-3)]
+    report = Report("run", "M3Max", "modelled", "0" * 16, outcomes)
+    assert changes(chosen, report) == (
+        "By model, over the default schedule (modelled): a prefill 2.00x and decode 1.00x; "
+        "b prefill 2.00x; unchanged: c."
+    )
 
 
 def test_an_nvidia_machine_tunes_itself_without_being_told_its_chip(

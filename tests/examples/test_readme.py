@@ -37,9 +37,9 @@ def test_every_command_that_the_readme_names_exists(command):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_rows_that_the_readme_shows_are_what_tune_prints(head_dim, capsys):
-    shape = f"--head-dim {head_dim} --causal --heads-per-kv 4 --heads 32 --q-len 1024"
+@pytest.mark.parametrize("kind", ["--head-dim 64", "--head-dim 128 --dtype bfloat16"])
+def test_the_rows_that_the_readme_shows_are_what_tune_prints(kind, capsys):
+    shape = f"{kind} --causal --heads-per-kv 4 --heads 32 --q-len 2048"
     assert run(["tune", "--chip", "M3Max", "--device", "simulator", *shape.split()]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("D")]
     shown = [" ".join(line.split()) for line in README.splitlines()]

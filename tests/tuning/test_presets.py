@@ -10,13 +10,32 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.tuning.presets import MODELS, preset, preset_names
 
 
-def test_the_default_preset_is_causal_prefill_of_the_commonest_shapes() -> None:
-    assert [str(p) for p in preset("default").problems] == [
-        f"D{d} {dtype} causal gqa{group} BH={heads} Lq={n} Lk={n}"
-        for d, group, heads in ((64, 4, 32), (128, 4, 32), (64, 3, 16))
-        for dtype in ("float16", "bfloat16")
-        for n in (1024, 4096)
-    ]
+def test_the_default_preset_is_what_current_models_call() -> None:
+    chosen = preset("default")
+    layers = {
+        (p.config.head_dim, p.config.heads_per_kv, p.config.softcap, p.config.window_left)
+        for p in chosen.problems
+        if p.config.kv_bits is None
+    }
+    assert layers == {
+        (64, 4, None, None),  # Llama 3.2 1B
+        (128, 4, None, None),  # Llama 3 8B
+        (256, 2, 50.0, None),  # Gemma 2 9B
+        (256, 2, 50.0, 4095),
+        (256, 2, None, None),  # Gemma 3 4B
+        (256, 2, None, 1023),
+        (64, 8, None, None),  # gpt-oss
+        (64, 8, None, 127),
+        (64, 3, None, None),  # SmolLM2
+    }
+    assert {(p.q_len, p.kv_len) for p in chosen.problems} == {(2048, 2048), (1, 4096)}
+    assert {p.config.sinks for p in chosen.problems if p.config.heads_per_kv == 8} == {True}
+    packed = [p for p in chosen.problems if p.config.kv_bits]
+    assert len(packed) == 2 * 2 * 2  # two models, two types, 8 and 4 bits
+    assert {(p.q_len, p.config.kv_group) for p in packed} == {(1, 64)}
+    half = {p.config.head_dim for p in chosen.problems if p.config.dtype == "float16"}
+    assert half == {64, 128}  # the Llamas and SmolLM2
+    assert len(chosen.problems) == (9 + 3) * 2 + len(packed)
 
 
 def test_a_model_is_tuned_in_prefill_and_decode_lengths() -> None:
@@ -80,7 +99,7 @@ def test_every_name_gives_problems_once_each_and_all_covers_every_model() -> Non
     for name in preset_names():
         problems = preset(name).problems
         assert problems and len(problems) == len({p.key for p in problems})
-        if name != "default":
+        if name != "default":  # which has lengths of its own
             assert set(problems) <= set(everything.problems)
     named = {label.split(" ")[0] for labels in everything.models.values() for label in labels}
     assert named == {m.name for m in MODELS}
