@@ -151,7 +151,9 @@ class _Kernels:
         for feature in self.config.features:
             bound += feature.bind(self.config, inputs, binder)
         batch, heads, length, _ = (k if self.steps[0].keys_owned else q).shape
-        launch = self.family.launch(self.config, self.schedule, (batch, heads, length))
+        sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
+        shape = (batch, heads, length)
+        launch = self.family.launch(self.config, self.schedule, shape, sequences)
         name = str(q.dtype).rpartition(".")[2]
         found: list[mx.array] = []
         for step, source, kernel in zip(self.steps, self.sources, self.compiled, strict=True):

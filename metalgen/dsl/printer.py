@@ -88,6 +88,7 @@ def print_graph(
     prefix: str,
     inputs: Mapping[str, str],
     of_rows: Sequence[str] = ("q",),
+    arrays: Sequence[str] | None = None,
 ) -> Printed:
     """The statements that compute a graph.
 
@@ -95,12 +96,15 @@ def print_graph(
         language: what the statements are written in.
         prefix: what the names of values and of captured arrays start with.
         inputs: how the names of `metalgen.dsl.graph.INPUTS` are spelled there.
-        of_rows: those of the inputs that a row has; ``score`` and ``kv`` are an element's.
+        of_rows: those of the inputs that a row has; ``score``, and what else there is of ``q``
+            and ``kv``, are an element's.
+        arrays: names of the captured arrays; None: as `array_names` has them.
 
     Arithmetic of 16-bit floats is done in float and rounded after each operation, as MLX does.
     A shift by the width of its type or more is taken modulo it.
     """
-    return _Printer(graph, language, prefix, inputs, of_rows).printed()
+    names = array_names(graph, prefix) if arrays is None else arrays
+    return _Printer(graph, language, prefix, inputs, of_rows, names).printed()
 
 
 class _Printer:
@@ -111,6 +115,7 @@ class _Printer:
         prefix: str,
         inputs: Mapping[str, str],
         of_rows: Sequence[str],
+        arrays: Sequence[str],
     ) -> None:
         self.graph = graph
         self.language = language
@@ -118,6 +123,7 @@ class _Printer:
         self.types = language.types
         self.inputs = inputs
         self.of_rows = of_rows
+        self.arrays = arrays
         self.names: list[str] = []
         self.levels: list[int] = []
 
@@ -126,8 +132,9 @@ class _Printer:
         for n, node in enumerate(self.graph.nodes):
             if node.op in INPUTS:
                 self.names.append(self.inputs[node.op])
-                element = node.op in ("score", "kv")
-                self.levels.append(2 if element else int(node.op in self.of_rows))
+                of_row = node.op in self.of_rows
+                element = node.op in ("score", "q", "kv") and not of_row
+                self.levels.append(2 if element else int(of_row))
                 continue
             level = max((self.levels[arg] for arg in node.args), default=0)
             self.levels.append(level)
@@ -240,7 +247,7 @@ class _Printer:
     def _load(self, node: Node) -> str:
         number = node.array
         assert number is not None
-        name = array_names(self.graph, self.prefix)[number]
+        name = self.arrays[number]
         shape = self.graph.arrays[number].shape
         if not shape:
             return self.language.scalar.format(name)

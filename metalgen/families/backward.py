@@ -71,7 +71,7 @@ class GradientStep(AttentionStep):
 
     def site(self, config: AttentionConfig, schedule: Schedule) -> Site:
         language = get_language(get_kind(schedule.kind).language)
-        return Site(language, schedule.bk, keys_owned=self.keys_owned)
+        return Site(language, schedule.bk, keys_owned=self.keys_owned, backward=True)
 
     def variables(self, config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
         found = self._variables(config, schedule, config.v_dim, 1, partial=False)
@@ -171,11 +171,18 @@ class Backward(Family):
         return kind.backward_defaults(config, own=self.own)
 
     def launch(
-        self, config: AttentionConfig, schedule: Schedule, shape: tuple[int, int, int]
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        shape: tuple[int, int, int],
+        sequences: int = 0,
     ) -> Launch:
-        """The launch for owned rows of a shape ``(B, heads, L)``."""
+        """The launch for owned rows of a shape ``(B, heads, L)``, of so many packed sequences."""
         batch, heads, length = shape
-        return Launch((-(-length // schedule.bq), heads, batch), shape)
+        blocks = -(-length // schedule.bq)
+        if config.varlen:  # each sequence has room for blocks of its own
+            blocks = length // schedule.bq + sequences + 1
+        return Launch((blocks, heads, batch), shape)
 
 
 class BackwardRows(Backward):

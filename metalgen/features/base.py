@@ -125,6 +125,7 @@ class Site(NamedTuple):
         share: keys of a share of the keys that is the same whatever else is in the call; None where
             shares depend on the number of keys, or there are none.
         keys_owned: whether rows of keys are owned, and queries passed over.
+        backward: whether the kernel computes gradients.
     """
 
     language: Any
@@ -132,6 +133,7 @@ class Site(NamedTuple):
     head_rows: bool = False
     share: int | None = None
     keys_owned: bool = False
+    backward: bool = False
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})

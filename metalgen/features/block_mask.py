@@ -21,6 +21,7 @@ class Blocks(Feature):
     """A kernel visits the tiles that the blocks of its mask function touch, and no others."""
 
     name = "block_mask"
+    has_backward = True
     fields = (Field("block_mask", switch, False),)
     rank = 1
     captures = True
@@ -37,6 +38,8 @@ class Blocks(Feature):
         return ["block_mask"]
 
     def bind(self, config: Fields, inputs: Any, binder: Binder) -> list[mx.array]:
+        if binder.keys_owned:
+            return [inputs.blocks.lists(binder.bk, binder.bq, by_keys=True)]
         return [inputs.blocks.lists(binder.bq, binder.bk)]
 
     def check_captured(self, arrays: Arrays) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
@@ -21,7 +21,8 @@ LN2 = math.log(2)
 
 
 class Function(NamedTuple):
-    """A printed score or mask function; ``role`` is ``"score"`` or ``"mask"``."""
+    """A printed function; ``role`` is ``"score"``, ``"mask"``, or ``"slope"``, the derivative of
+    the score function in the score."""
 
     role: str
     group: tuple[str, ...]
@@ -50,6 +51,7 @@ class Functions(Feature):
     """``score_mod`` takes the place of a softcap; ``mask_mod`` is one more mask."""
 
     name = "functions"
+    has_backward = True
     fields = (
         Field("score_mod", _graph, counted=True),
         Field("mask_mod", _graph, counted=True),
@@ -135,16 +137,25 @@ def _check_indexed(name: str, indexed: dict[str, int], arrays: Arrays) -> None:
 
 
 def _printed(config: Fields, site: Site) -> list[Function]:
-    from metalgen.dsl.printer import print_graph
+    from metalgen.dsl.derivative import slope
+    from metalgen.dsl.printer import array_names, print_graph
 
     names = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
     if site.head_rows:
         names["h"] = "q_head"
     if config.varlen:
         names["b"] = "sequence"
-    rows = ("h", "q") if site.head_rows else ("q",)
+    rows = ("h", "q") if site.head_rows else ("kv",) if site.keys_owned else ("q",)
+
+    def printed(role: str, graph: Graph, arrays: Sequence[str]) -> Function:
+        lines = print_graph(graph, site.language, role, names, rows, arrays)
+        return Function(role, lines.group, lines.row, lines.element, lines.result)
+
     found = []
     for role, graph in graphs(config).items():
-        printed = print_graph(graph, site.language, role, names, rows)
-        found.append(Function(role, printed.group, printed.row, printed.element, printed.result))
+        own = array_names(graph, role)
+        found.append(printed(role, graph, own))
+        if role == "score" and site.backward:
+            derivative = slope(graph)
+            found.append(printed("slope", derivative.graph, [own[n] for n in derivative.arrays]))
     return found

@@ -40,6 +40,7 @@ class Varlen(Feature):
     """Sequences in one batch entry, of any lengths."""
 
     name = "varlen"
+    has_backward = True
     fields = (Field("varlen", switch, False, "cu_seqlens_q"),)
     inputs = (
         OptionalInput(

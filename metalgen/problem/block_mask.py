@@ -51,7 +51,7 @@ class BlockMask:
         self.q_len, self.kv_len = q_len, kv_len
         self.block_size = block_size
         self.some, self.every = some, every
-        self._lists: dict[tuple[int, int], mx.array] = {}
+        self._lists: dict[tuple[int, int, bool], mx.array] = {}
 
     @property
     def sparsity(self) -> float:
@@ -81,16 +81,23 @@ class BlockMask:
             found = _regrouped(*found, axis, length, size, tile)
         return found
 
-    def lists(self, bq: int, bk: int) -> mx.array:
+    def lists(self, bq: int, bk: int, *, by_keys: bool = False) -> mx.array:
         """What a kernel with tiles of ``bq`` queries and ``bk`` keys reads.
+
+        Args:
+            bq, bk: queries and keys of a tile.
+            by_keys: for a kernel that owns rows of keys and passes over the queries: lists of
+                blocks of queries, for each block of keys.
 
         Returns:
             int32 ``(batch, heads, ceil(q_len / bq), 1 + n)``: how many tiles of keys are visited,
             then twice each one's number, in rising order, plus 1 where no element is masked. Kept
             for the next call.
         """
-        if (bq, bk) not in self._lists:
+        if (bq, bk, by_keys) not in self._lists:
             some, every = self.tiles(bq, bk)
+            if by_keys:
+                some, every = (x.swapaxes(2, 3) for x in (some, every))
             count = some.shape[3]
             entries = 2 * mx.arange(count, dtype=mx.int32) + every.astype(mx.int32)
             last = 2 * count + 2
@@ -100,8 +107,8 @@ class BlockMask:
             if count < LISTED_AT_LEAST:
                 missing = (*some.shape[:3], LISTED_AT_LEAST - count)
                 parts.append(mx.zeros(missing, mx.int32))
-            self._lists[bq, bk] = mx.concatenate(parts, axis=-1)
-        return self._lists[bq, bk]
+            self._lists[bq, bk, by_keys] = mx.concatenate(parts, axis=-1)
+        return self._lists[bq, bk, by_keys]
 
     def __repr__(self) -> str:
         return (

@@ -33,6 +33,7 @@ from metalgen.problem.samples import Call, sample_call
 from metalgen.testing.base import OnDevice
 from metalgen.testing.cases import DTYPES, FEATURES
 from metalgen.testing.devices import normal
+from metalgen.testing.fuzz import functions
 
 DIMS = ((8, 8), (20, 20), (64, 64), (72, 24), (9, 40), (128, 128), (256, 256))
 LENGTHS = ((1, 1), (1, 77), (33, 33), (70, 131), (40, 8))
@@ -144,6 +145,17 @@ class BackwardConformance(OnDevice):
         if reason := unsupported(backward_config(config)):
             pytest.skip(f"gradients of {reason} are computed in plain MLX")
         self.check(config, sample_call(config, batch=3, q_len=37, kv_len=53, seed=1))
+
+    @pytest.mark.parametrize("number", range(3))
+    def test_functions(self, number: int) -> None:
+        """Score functions with captured arrays and branches, mask functions, and their blocks."""
+        scores, masks = functions()
+        fields: dict[str, Any] = {"score_mod": scores[number], "mask_mod": masks[number]}
+        config = AttentionConfig(32, DTYPES[number], heads_per_kv=2, **fields)
+        self.check(config, sample_call(config, batch=2, q_len=37, kv_len=53, seed=1))
+        blocks: dict[str, Any] = {"mask_mod": masks[number], "block_mask": True}
+        config = AttentionConfig(32, DTYPES[number], heads_per_kv=2, **blocks)
+        self.check(config, sample_call(config, batch=2, q_len=150, kv_len=201, seed=1))
 
     @pytest.mark.parametrize(
         ("dtype", "cap"), [("float32", 0.5), ("bfloat16", 20.0), ("float16", 200.0)]
