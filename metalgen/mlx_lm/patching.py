@@ -72,6 +72,7 @@ def patch(*, device: str | None = None, chip: str | None = None) -> Patched:
         _own["create_attention_mask"] = base.create_attention_mask
         _exchange(attention.original, scaled_dot_product_attention)
         _exchange(base.create_attention_mask, create_attention_mask)
+        _add_caches()
     attention.active = Where(device, chip)
     reset_stats()
     return Patched()
@@ -88,6 +89,9 @@ def unpatch() -> bool:
     attention.active = None
     _exchange(scaled_dot_product_attention, attention.original)
     _exchange(create_attention_mask, _own["create_attention_mask"])
+    for holder, name, own in _without:
+        delattr(holder, name) if own is None else setattr(holder, name, own)
+    _without.clear()
     while _changed:
         for holder, name, own in reversed(_changed.popitem()[1]):
             setattr(holder, name, own)
@@ -107,6 +111,24 @@ def adapted() -> tuple[str, ...]:
 _own: dict[str, Any] = {}
 _changed: dict[str, list[Replacement]] = {}
 """What was changed in models' modules, by name, with the values that stood there."""
+
+
+_without: list[Replacement] = []
+"""What mlx-lm's caches had where ours was put; None: nothing."""
+
+
+def _add_caches() -> None:
+    """Let mlx-lm's caches be quantized by ours, and prompt caches of ours be loaded."""
+    from metalgen.mlx_lm import caches
+
+    module: Any = importlib.import_module("mlx_lm.models.cache")
+    for name in ("RotatingKVCache", "BatchKVCache", "BatchRotatingKVCache"):
+        kind = getattr(module, name)
+        _without.append((kind, "to_quantized", vars(kind).get("to_quantized")))
+        kind.to_quantized = caches.to_quantized
+    for twin in caches.TWINS.values():
+        _without.append((module, twin.__name__, None))
+        setattr(module, twin.__name__, twin)
 
 
 def _exchange(old: Any, new: Any) -> None:
