@@ -175,24 +175,27 @@ class Mma(Kind):
     def backward_defaults(
         self, config: AttentionConfig, *, own: tuple[str, ...]
     ) -> list[dict[str, Any]]:
-        """Four warps, or fewer; two buffers, or one; the longest pass that fits; owned rows read
-        again from shared memory."""
+        """Four warps, or fewer; of two row blocks where they need no more than the 255 registers of
+        a thread (as nvcc 13 counts them at 64 and 128 columns in 16 bits); two buffers, or one; 32
+        rows a pass, or 16; owned rows read again from shared memory."""
         widest = self.widest_row(config, 1)
+        roomy = widest * config.itemsize <= (256 if "q" in own else 128)
         return [
             {
-                "bq": self.row_block * simdgroups,
+                "bq": self.row_block * row_blocks * simdgroups,
                 "bk": bk,
                 "bd": widest,
                 "simdgroups": simdgroups,
+                "row_blocks": row_blocks,
                 "buffers": buffers,
                 "apart": int(widest > 128),
                 "value_parts": 1,
                 **{f"{name}_source": "threadgroup" for name in own},
             }
             for simdgroups in (4, 2, 1)
+            for row_blocks in ((2, 1) if roomy else (1,))
             for buffers in (2, 1)
-            for bk in (64, 32, 16)
-            if bk * config.itemsize <= 128
+            for bk in (32, 16)
         ]
 
     def _few_rows(self, config: AttentionConfig, parts: int, widest: int) -> list[dict[str, Any]]:
