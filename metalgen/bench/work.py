@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.visible import visible
 
 Kind = Literal["attention", "layer", "cache"]
 BACKWARD_FACTOR = 2.5
@@ -116,18 +115,6 @@ class Work:
             "operations": self.operations,
             "kv_bytes": self.kv_bytes,
         }
-
-
-def visible(config: AttentionConfig, q_len: int, kv_len: int) -> int:
-    """Pairs of a query and a key that causal masks and windows keep, of one head."""
-    own = np.arange(q_len, dtype=np.int64) + (kv_len - q_len)
-    right = 0 if config.causal else config.window_right
-    if config.causal and config.window_right is not None:
-        right = min(0, config.window_right)
-    end = np.full(q_len, kv_len) if right is None else np.minimum(kv_len, own + right + 1)
-    left = config.window_left
-    begin = np.zeros(q_len, np.int64) if left is None else np.maximum(0, own - left)
-    return int(np.maximum(0, end - begin).sum())
 
 
 @dataclass(frozen=True)

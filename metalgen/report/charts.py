@@ -207,6 +207,65 @@ def strips(
     return found, [x(t) for t in marks], (low, high)
 
 
+@dataclass(frozen=True)
+class Roofline:
+    """Paths in a box of `WIDTH` by `HEIGHT`, both axes logarithmic.
+
+    Args:
+        roof: what the chip allows; empty where that is unknown.
+        dots: the best schedules.
+        mlx: crosses of MLX's own attention.
+        x_ticks, y_ticks: operations for each byte, and 10^12 operations a second.
+    """
+
+    roof: str
+    dots: str
+    mlx: str
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+
+def roofline(
+    points: Sequence[tuple[float, float]],
+    others: Sequence[tuple[float, float]],
+    operations: float | None,
+    memory: float | None,
+) -> Roofline:
+    """A picture of rates over intensities.
+
+    Args:
+        points: operations for each byte, and operations a second; at least one.
+        others: the same of MLX's own attention.
+        operations, memory: the chip's operations and bytes a second, or None.
+    """
+    every = [*points, *others]
+    left, right = (f(x for x, _ in every) for f in (min, max))
+    x = Axis(left / 1.5, right * 1.5, LEFT, WIDTH - RIGHT, log=True)
+    tops = [y for _, y in every] + ([operations] if operations else [])
+    y = Axis(min(tops) / 1.5, max(tops) * 1.2, HEIGHT - BOTTOM, TOP, log=True)
+    corners = []
+    if operations and memory:
+        edges = (x.low, operations / memory, x.high)
+        corners = [(e, min(e * memory, operations)) for e in edges if x.low <= e <= x.high]
+    return Roofline(
+        roof=_path([(x(a), y(b)) for a, b in corners], False) if corners else "",
+        dots="".join(f"M{x(a):g} {y(b):g}h0" for a, b in thinned(points)),
+        mlx="".join(f"M{x(a) - 3:g} {y(b) - 3:g}l6 6m0 -6l-6 6" for a, b in thinned(others)),
+        x_ticks=tuple(Tick(x(v), f"{v:g}") for v in _decades(x.low, x.high)),
+        y_ticks=tuple(Tick(y(v), f"{v / 1e12:g}") for v in _decades(y.low, y.high)),
+    )
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of 10 within an interval, or where it holds fewer than two also 2 and 5 times them."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    tens = [10.0**n for n in range(first, last + 1)]
+    found = [v for v in tens if low <= v <= high]
+    if len(found) >= 2:
+        return found
+    return [v * f for v in tens for f in (1, 2, 5) if low <= v * f <= high]
+
+
 SPEEDS = 160.0
 """Width of a bar of speeds."""
 

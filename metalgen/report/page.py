@@ -17,6 +17,14 @@ from metalgen.database.measurement import now
 from metalgen.families import Schedule
 from metalgen.plurals import counted
 from metalgen.report import charts
+from metalgen.report.overview import (
+    Roof,
+    by_model,
+    bytes_of,
+    operations,
+    roofs,
+    score_bytes,
+)
 from metalgen.report.results import (
     HeatMap,
     Result,
@@ -38,10 +46,13 @@ SELDOM = tuple(KNOBS)[tuple(KNOBS).index("fragment") + 1 :]
 """Fields of a schedule that nearly always have their defaults."""
 MOST_RESULTS = 400
 """Results of one page, in their order; the rest is counted."""
+MOST_MODELS = 60
+"""Models of a page's table, those with the greatest gains."""
 RANKS = (1, 10, 100, 1000)
 """Ranks for which a page tells the predicted time."""
 MOST_FINALS = 40
 """Finalists of a result that are shown, the quickest first."""
+MIB = 1 << 20
 MOST_CHARACTERS = 1000
 """Of one text from a row."""
 
@@ -104,7 +115,16 @@ def render(
             views.append(_view(r, place, axis, alike[_looks(r)] > 1))
             if tick:
                 tick(place, len(shown))
-        kinds.append({"name": name, "views": views, "axis": axis, "unfold": len(mine) <= OPEN})
+        kinds.append(
+            {
+                "name": name,
+                "views": views,
+                "axis": axis,
+                "unfold": len(mine) <= OPEN,
+                "models": by_model(mine)[:MOST_MODELS],
+                "roofs": [_roof(roof) for roof in roofs(mine)],
+            }
+        )
     return environment.get_template("page.html.jinja").render(
         kinds=kinds,
         sources=sources,
@@ -134,6 +154,22 @@ class View:
     importances: list[tuple[str, float]]
     maps: list[dict[str, Any]]
     facts: list[tuple[str, str]]
+
+
+def _roof(roof: Roof) -> dict[str, Any]:
+    points = [(p.intensity, p.rate) for p in roof.points]
+    others = [(p.intensity, p.mlx) for p in roof.points if p.mlx]
+    best = max(rate for _, rate in points)
+    return {
+        "chip": roof.chip,
+        "chart": charts.roofline(points, others, roof.operations, roof.bytes),
+        "results": len(points),
+        "best": best / 1e12,
+        "share": best / roof.operations if roof.operations else None,
+        "operations": roof.operations and roof.operations / 1e12,
+        "bytes": roof.bytes and roof.bytes / 1e9,
+        "with_mlx": bool(others),
+    }
 
 
 def _looks(r: Result) -> tuple[object, ...]:
@@ -196,11 +232,12 @@ def _fields(r: Result) -> list[tuple[str, str, str]]:
         return []
     mine, default = r.winner.schedule, r.default
     both = [s for s in (mine, default) if s]
+    absent = "–" if default else "unknown"  # which a default of another matrix kind lacks
     return [
-        (name, str(getattr(mine, name)), str(getattr(default, name)) if default else "unknown")
+        (name, str(getattr(mine, name)), str(getattr(default, name, absent)))
         for name, knob in mine.knobs.items()
         # What is seldom chosen is told only where it was.
-        if name not in SELDOM or any(getattr(s, name) != knob.default for s in both)
+        if name not in SELDOM or any(getattr(s, name, knob.default) != knob.default for s in both)
     ]
 
 
@@ -319,6 +356,12 @@ def _facts(r: Result) -> list[tuple[str, str]]:
         (
             "rows",
             f"{len(r.rows)}: {len(r.searched)} of the search, {counted(len(r.finals), 'final')}",
+        ),
+        ("operations", f"{operations(r) / 1e9:.4g} billion, of the scores that masks keep"),
+        ("arrays", f"{bytes_of(r) / MIB:.4g} MiB of queries, keys, values and outputs"),
+        (
+            "never stored",
+            f"{score_bytes(r) / MIB:.4g} MiB of scores, which unfused attention keeps",
         ),
         ("failed", ", ".join(f"{n} {s}" for s, n in r.failed.items()) or "none"),
     ]

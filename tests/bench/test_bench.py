@@ -21,11 +21,12 @@ from metalgen.bench.layers import layer_entries
 from metalgen.bench.measuring import QUICK, Effort, Result, Row, check, compare, measure
 from metalgen.bench.tables import csv_text, ratio_words, row_lines, summary
 from metalgen.bench.unmeasured import counted, modelled
-from metalgen.bench.work import Work, visible
+from metalgen.bench.work import Work
 from metalgen.chips import get_chip
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.visible import visible
 
 PLAIN = Work(AttentionConfig(32), 1, 2, 24, 40)
 REFERENCE = get_device("reference")
