@@ -21,6 +21,7 @@ from metalgen.reference import (
     config_features,
     gradients_float64,
     gradients_mlx,
+    plain_gradients,
 )
 from metalgen.testing.cases import FEATURES
 from metalgen.testing.fuzz import functions
@@ -306,8 +307,14 @@ BY_FORMULA: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("blocks", [1, 2], ids=["whole", "in blocks"])
 @pytest.mark.parametrize("name", BY_FORMULA)
-def test_gradients_in_plain_mlx_are_those_of_the_formulas_in_float64(name: str) -> None:
+def test_gradients_in_plain_mlx_are_those_of_the_formulas_in_float64(
+    name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and in blocks of queries, the second of which is smaller."""
+    if blocks > 1:
+        monkeypatch.setattr(plain_gradients, "MOST_SCORES", 16)  # 16 rows is the least
     config = AttentionConfig(64, "float32", heads_per_kv=2, return_lse=True, **BY_FORMULA[name])
     q, k, v, inputs = sample_call(config, batch=3, q_len=21, kv_len=37, seed=1)
     features = config_features(config) | {"inputs": inputs}
@@ -324,3 +331,23 @@ def test_gradients_in_plain_mlx_are_those_of_the_formulas_in_float64(name: str) 
         if name in compared and exact[name].any():  # integers have none
             own = mx.where(mx.isnan(array), 0.0, array)  # of what no kernel may look at
             assert relative_error(own, exact[name]) <= 2e-5, name
+
+
+def test_memory_of_gradients_in_blocks_grows_with_the_length_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plain_gradients, "MOST_SCORES", 1 << 17)
+
+    def peak(length: int) -> int:
+        config = AttentionConfig(8, "float32", score_mod=functions()[0][1], causal=True)
+        q, k, v, inputs = sample_call(config, q_len=length, kv_len=length, ragged=False)
+        lse = mx.full(q.shape[:3], 5.0)
+        mx.eval(q, k, v, lse, *inputs.score)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        features = config_features(config) | {"inputs": inputs}
+        mx.eval(gradients_mlx(q, k, v, (q, lse), (q, None), scale=SCALE, **features))
+        return mx.get_peak_memory() - before
+
+    assert peak(2048) < 2.5 * peak(1024)

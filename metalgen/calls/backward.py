@@ -31,19 +31,22 @@ class KernelGradients:
     Attributes:
         device: what runs them.
         config: of the forward pass.
-        schedules: of the rows of queries, and of the rows of keys.
+        schedules: of the rows of queries, and of the rows of keys; None: there are no kernels.
+        forward: the schedule of the forward kernel.
         path: how they were checked; empty until the first gradient.
     """
 
     device: Device
     config: AttentionConfig
-    schedules: tuple[Schedule, Schedule]
+    schedules: tuple[Schedule, Schedule] | None
     forward: Schedule
     path: list[str] = field(default_factory=list)
 
     @functools.cached_property
     def runner(self) -> GradientRunner | None:
-        """The kernels, checked; None where one of them does not pass."""
+        """The kernels, checked; None where there are none, or one of them does not pass."""
+        if self.schedules is None:
+            return None
         from metalgen.calls.verify_gradients import verify_gradients
 
         assert self.device.language is not None
@@ -68,13 +71,10 @@ class KernelGradients:
         """
         features = config_features(self.config)
 
-        def plain(*arrays: mx.array) -> list[mx.array]:
+        def plain(*arrays: mx.array, wanted: list[int] | None = None) -> list[mx.array]:
             q, k, v, out, lse, dout, dlse, *others = arrays
-            given = inputs.replaced(tuple(others))
-            results, cotangents = (out, lse), (dout, dlse)
-            return gradients_mlx(
-                q, k, v, results, cotangents, scale=scale, **features, inputs=given
-            )
+            own = {**features, "inputs": inputs.replaced(tuple(others)), "wanted": wanted}
+            return gradients_mlx(q, k, v, (out, lse), (dout, dlse), scale=scale, **own)
 
         runner = self.runner
         if runner is None:
@@ -85,8 +85,9 @@ class KernelGradients:
             q, k, v, out, lse, dout, dlse, *others = arrays
             given = inputs.replaced(tuple(others))
             found = runner(q, k, v, (out, lse), (dout, dlse), scale, given)
-            if any(mx.issubdtype(x.dtype, mx.floating) for x in others):
-                return (*found, *plain(*arrays)[3:])
+            floats = [n for n, x in enumerate(others, 3) if mx.issubdtype(x.dtype, mx.floating)]
+            if floats:
+                return (*found, *plain(*arrays, wanted=floats)[3:])
             return (*found, *(mx.zeros_like(x) for x in others))
 
         @kernels.vjp
@@ -96,7 +97,9 @@ class KernelGradients:
         return cast(Callable[..., tuple[mx.array, ...]], kernels)
 
     def explain(self) -> str:
-        """Which kernels compute gradients, and how they were checked."""
+        """What computes gradients, and how it was checked."""
+        if self.schedules is None:
+            return "plain MLX operations, in blocks of queries: memory grows with the length"
         names = ", ".join(str(schedule) for schedule in self.schedules)
         checked = "; ".join(self.path) or "checked with the first gradient"
         return f"metalgen's backward kernels ({names}; {checked})"
@@ -116,9 +119,9 @@ def with_lse(config: AttentionConfig, gradients: KernelGradients | None) -> Atte
 def kernel_gradients(
     device: Device, config: AttentionConfig, forward: Schedule, limits: Limits, path: list[str]
 ) -> KernelGradients | None:
-    """The backward kernels that compute the gradients of a config, or None.
+    """What computes the gradients of a config from the results of a kernel; None: MLX's function.
 
-    MLX's own gradient keeps those that it computes in linear memory.
+    That keeps those that it computes in linear memory.
 
     Args:
         device: what runs kernels.
@@ -133,10 +136,10 @@ def kernel_gradients(
     bare = backward_config(config)
     if reason := unsupported(bare):
         path.append(f"gradients: backward kernels do not support {reason}")
-        return None
+        return KernelGradients(device, config, None, forward)
     try:
         rows, keys = (default_schedule(bare, limits, family) for family in FAMILIES)
     except InvalidSchedule as error:
         path.append(f"gradients: no backward kernel fits: {error.detail}")
-        return None
+        return KernelGradients(device, config, None, forward)
     return KernelGradients(device, config, (rows, keys), forward)

@@ -75,7 +75,7 @@ class Kernel:
         """What computes gradients: ``"metalgen"``, backward kernels, ``"mlx"``, the function's of
         ``mx.fast``, or ``"plain"``, plain MLX operations."""
         if self._gradients is not None:
-            return "metalgen"
+            return "plain" if self._gradients.schedules is None else "metalgen"
         return "mlx" if self.backend == "mlx" else backward_of(self.config)
 
     @functools.cached_property

@@ -30,8 +30,8 @@ GradientRunner = Callable[..., list[mx.array]]
 
 NOTHING_SEEN = 3.4028234663852886e38
 """The log-sum-exp of a row that sees no key, for kernels: finite, so that fast math has its way."""
-LEAST_ELEMENTS = 8
-"""MLX binds arrays of fewer elements in another way."""
+ROWS_BEHIND = 256
+"""Rows behind the last one, which the last pass may read, and masks: as many as one has at most."""
 
 
 class Compiles(Protocol):
@@ -105,7 +105,7 @@ def row_terms(
     results: tuple[mx.array, mx.array],
     cotangents: tuple[mx.array, mx.array | None],
 ) -> mx.array:
-    """``(B, H, Lq, 2)`` float32: the log-sum-exp as an exponent of 2, and rowsum(dO O) - dLSE."""
+    """``(B * H * Lq + rows behind, 2)``: LSE as an exponent of 2, and rowsum(dO O) - dLSE."""
     (out, lse), (dout, dlse) = results, cotangents
     empty = lse == -mx.inf
     powers = mx.where(empty, NOTHING_SEEN, (lse - lse_shift(config)) * math.log2(math.e))
@@ -113,8 +113,7 @@ def row_terms(
     if dlse is not None:
         delta = delta - dlse
     terms = mx.stack([powers, mx.where(empty, 0.0, delta)], axis=-1)
-    missing = max(0, LEAST_ELEMENTS // 2 - terms.size // 2)
-    return mx.pad(terms, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else terms
+    return mx.pad(terms.reshape(-1, 2), [(0, ROWS_BEHIND), (0, 0)])
 
 
 class _Kernels:

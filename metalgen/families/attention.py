@@ -180,6 +180,9 @@ class AttentionFamily(Family):
     def defaults(self, kind: Kind, config: AttentionConfig, limits: Limits) -> list[dict[str, Any]]:
         return kind.defaults(config, limits, few_rows=self.head_rows)
 
+    def registers(self, kind: Kind, config: AttentionConfig, schedule: Schedule) -> int | None:
+        return kind.registers(config, schedule)
+
     def steps(self, schedule: Schedule) -> tuple[AttentionStep, ...]:
         return (self.main,)
 

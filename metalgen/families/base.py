@@ -117,6 +117,10 @@ class Family(abc.ABC):
         those that break a rule or do not fit are left out by the caller."""
         return []
 
+    def registers(self, kind: Kind, config: AttentionConfig, schedule: Schedule) -> int | None:
+        """Estimated 16-bit registers per thread; None where there is no estimate."""
+        return None
+
     def words(self, schedule: Schedule) -> list[str]:
         """The words of ``str(schedule)`` for schedules without a kind."""
         return [f"{name}{getattr(schedule, name)}" for name in schedule.knobs]

@@ -112,7 +112,7 @@ def default_schedule(
     Raises:
         InvalidSchedule: none fits the limits.
     """
-    defaults = get_family(family).defaults
+    defaults, registers = get_family(family).defaults, get_family(family).registers
     kinds = [get_kind(kind)] if kind else device_kinds(limits, family)
     for own in kinds:
         made = schedule_type(family, own.name)
@@ -121,7 +121,7 @@ def default_schedule(
             for values in defaults(own, config, limits)
         ]
         valid = [s for s in candidates if is_valid(config, s, limits)]
-        valid.sort(key=lambda s: (own.registers(config, s) or 0) > own.most_registers)
+        valid.sort(key=lambda s: (registers(own, config, s) or 0) > own.most_registers)
         if valid:
             return valid[0]
     raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")

@@ -26,7 +26,6 @@ from metalgen.features.quantized import Quantized
 from metalgen.features.rotary import Rotary
 from metalgen.features.sinks import Sinks
 from metalgen.features.softcap import Softcap
-from metalgen.features.starts import Starts
 from metalgen.features.tf32 import Tf32
 from metalgen.features.varlen import Varlen
 from metalgen.features.window import Window
@@ -90,7 +89,6 @@ for _feature in (
     Functions(),
     Varlen(),
     Lengths(),
-    Starts(),
     Pages(),
     Quantized(),
     Rotary(),

@@ -232,9 +232,11 @@ class Simdgroup(Kind):
         self, config: AttentionConfig, *, own: tuple[str, ...]
     ) -> list[dict[str, Any]]:
         """Four simdgroups of one row block, or fewer; K and V, or Q and dO, staged; owned rows in
-        registers where they fit together with the sums, else read again; dK and dV apart where
-        they do not fit together."""
+        registers up to 64 columns, else read again; dK and dV apart beyond these. Passes of 32
+        rows, but of 16 where dK and dV come together: so nothing spilled at 64 and 128 columns in
+        float16, as counted by an independent compiler."""
         widest = self.widest_row(config, 1)
+        longest = 16 if "k" in own and widest <= 64 else 32
         return [
             {
                 "bq": self.row_block * simdgroups,
@@ -248,6 +250,7 @@ class Simdgroup(Kind):
             for source in (("registers", "threadgroup") if widest <= 64 else ("threadgroup",))
             for simdgroups in (4, 2, 1)
             for bk, bd in ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32)))
+            if bk <= longest
         ]
 
     def follow(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -117,22 +118,27 @@ def gradients_mlx(
     cotangents: tuple[mx.array, mx.array | None],
     *,
     scale: float | mx.array,
+    wanted: Collection[int] | None = None,
     **features: Any,
 ) -> list[mx.array]:
     """The same in plain MLX operations, from the output and the log-sum-exp of a call.
+
+    Calls of more than 32 million scores are computed in blocks of queries, one after the other, so
+    that memory grows with the length, not with its square.
 
     Args:
         q, k, v, scale, features: as of `attention_mlx`.
         results: output and log-sum-exp, which keys of other calls may have had a share in.
         cotangents: of the output, and of the log-sum-exp or None.
+        wanted: in blocks, which gradients are computed, by number; None: all.
 
     Returns:
         The gradients of q, k, v and of all arrays of ``inputs`` in their order; zeros of those that
-        have none. Lazy: one that is not used is not computed.
+        have none, or are not wanted. Lazy: one that is not used is not computed, except in blocks.
     """
     from metalgen.reference.plain_gradients import gradients_plain
 
-    return gradients_plain(q, k, v, results, cotangents, scale, features)
+    return gradients_plain(q, k, v, results, cotangents, scale, features, wanted)
 
 
 def config_features(config: AttentionConfig) -> dict[str, Any]:
