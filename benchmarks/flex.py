@@ -91,7 +91,7 @@ def main() -> None:
         listed = time.perf_counter() - start
         console.print(
             f"block mask of {length} x {length}: {made * 1e3:.0f} ms, its lists for a schedule "
-            f"{listed * 1e3:.1f} ms, {mask.sparsity:.0%} of the blocks skipped"
+            f"{listed * 1e3:.1f} ms, {mask.sparsity():.0f}% of the blocks skipped"
         )
 
 

@@ -37,17 +37,30 @@ if TYPE_CHECKING:
     from metalgen.ops.append import append_kv
     from metalgen.ops.attention import attention, explain, varlen_attention
     from metalgen.ops.blocks import Gradients, attention_backward, merge
-    from metalgen.ops.flex_attention import and_masks, flex_attention, or_masks
+    from metalgen.ops.flex_attention import (
+        AuxOutput,
+        AuxRequest,
+        and_masks,
+        flex_attention,
+        or_masks,
+    )
     from metalgen.ops.installing import install, is_installed, uninstall
     from metalgen.ops.preparing import Prepared, prepare
     from metalgen.ops.sdpa import explain_sdpa, scaled_dot_product_attention
-    from metalgen.problem.block_mask import BlockMask, create_block_mask
+    from metalgen.problem.block_mask import (
+        BlockMask,
+        create_block_mask,
+        create_mask,
+        noop_mask,
+    )
     from metalgen.problem.config import AttentionConfig
     from metalgen.problem.rope import Rope
 
 _WHERE = {
     "ArgumentError": "metalgen.errors",
     "AttentionConfig": "metalgen.problem.config",
+    "AuxOutput": "metalgen.ops.flex_attention",
+    "AuxRequest": "metalgen.ops.flex_attention",
     "BlockMask": "metalgen.problem.block_mask",
     "CacheFull": "metalgen.caches.paged",
     "DeviceError": "metalgen.errors",
@@ -67,6 +80,8 @@ _WHERE = {
     "attention": "metalgen.ops.attention",
     "attention_backward": "metalgen.ops.blocks",
     "create_block_mask": "metalgen.problem.block_mask",
+    "create_mask": "metalgen.problem.block_mask",
+    "noop_mask": "metalgen.problem.block_mask",
     "explain": "metalgen.ops.attention",
     "explain_sdpa": "metalgen.ops.sdpa",
     "flex_attention": "metalgen.ops.flex_attention",
@@ -86,6 +101,8 @@ _WHERE = {
 __all__ = [
     "ArgumentError",
     "AttentionConfig",
+    "AuxOutput",
+    "AuxRequest",
     "BlockMask",
     "CacheFull",
     "DeviceError",
@@ -106,6 +123,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "create_block_mask",
+    "create_mask",
     "explain",
     "explain_sdpa",
     "flex_attention",
@@ -113,6 +131,7 @@ __all__ = [
     "install",
     "is_installed",
     "merge",
+    "noop_mask",
     "or_masks",
     "prepare",
     "reset_stats",

@@ -227,7 +227,7 @@ def test_block_masks_at_any_tile(
 def test_a_block_mask_says_what_it_skips() -> None:
     mask = create_block_mask(causal, None, None, 64, 64, 16)
     assert (mask.batch, mask.heads, mask.some.shape) == (1, 1, (1, 1, 4, 4))
-    assert mask.sparsity == 1 - 10 / 16
+    assert mask.sparsity() == 100 * (1 - 10 / 16)
     assert "q_len=64" in repr(mask)
     by_head = create_block_mask(lambda b, h, i, j: j <= i + h, 3, 5, 64, 64)
     assert by_head.some.shape[:2] == (1, 5)

@@ -43,6 +43,7 @@ WIDE = {
     "metalgen.ops.sdpa.attend": "the arguments of MLX's function",
     "metalgen.ops.sdpa.explain_sdpa": "the arguments of MLX's function",
     "metalgen.ops.attention.varlen_attention": "flash-attn's arguments",
+    "metalgen.ops.flex_attention.flex_attention": "FlexAttention's arguments",
     "metalgen.simulator.api.MetalKernel.__call__": "the arguments of MLX's kernels",
     "metalgen.simulator.generator.generate": "the arguments of MLX's kernels",
     "metalgen.tuning.runner.tune": "the options of a tuning run, by keyword",

@@ -28,7 +28,7 @@ def main() -> None:
     i, j = mx.arange(LENGTH)[:, None], mx.arange(LENGTH)
     b, h = mx.array(0), mx.arange(HEADS)[:, None, None]
     own = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask=mask_mod(b, h, i, j))
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, length=LENGTH)
 
 

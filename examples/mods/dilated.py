@@ -33,7 +33,7 @@ def main() -> None:
     step = h + 1
     seen = (j <= i) & ((i - j) % step == 0) & (i - j < WINDOW * step)
     own = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask=seen)
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, heads=HEADS, length=LENGTH)
 
 

@@ -34,7 +34,7 @@ def main() -> None:
         parts.append(mx.fast.scaled_dot_product_attention(*part, scale=64**-0.5, mask="causal"))
         start += n
     own = mx.concatenate(parts, axis=2)
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, length=LENGTH)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
         out = metalgen.flex_attention(q, k, v, block_mask=blocks, device="simulator")
         seen = (j <= i) & ((i - j < WINDOW) | (layer == GLOBAL_EVERY - 1))
         own = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask=seen)
-        skipped = f"{blocks.sparsity:.0%} of the blocks skipped"
+        skipped = f"{blocks.sparsity():.0f}% of the blocks skipped"
         print(f"layer {layer}: {difference(out, own)}; {skipped}")
     save(__file__, mask_mod=mask_of(0), blocks=blocks, length=LENGTH)
 

@@ -42,7 +42,7 @@ def main() -> None:
         mask=(j <= i) & (i - j < WINDOW),
         sinks=sinks.astype(q.dtype),
     )
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, length=LENGTH)
 
 

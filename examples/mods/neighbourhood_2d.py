@@ -39,7 +39,7 @@ def main() -> None:
     seen = mask_mod(b, h, i, j)
     assert mx.all(seen.sum(axis=-1) == (2 * RADIUS + 1) ** 2)
     own = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask=seen)
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, length=LENGTH)
 
 

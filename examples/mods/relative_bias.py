@@ -50,7 +50,7 @@ def main() -> None:
     bias = TABLE[h, bucket(mx.maximum(i - j, 0))]
     bias = mx.where(j <= i, bias, -mx.inf).astype(q.dtype)
     own = mx.fast.scaled_dot_product_attention(q, k, v, scale=64**-0.5, mask=bias)
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(
         __file__, score_mod=score_mod, mask_mod=mask_mod, blocks=blocks, heads=HEADS, length=LENGTH
     )

@@ -38,7 +38,7 @@ def main() -> None:
     scores = (q.astype(mx.float32) * 64**-0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
     scores = mx.where(j <= i, CAP * mx.tanh(scores / CAP), -mx.inf)
     own = mx.softmax(scores, axis=-1) @ v.astype(mx.float32)
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(
         __file__,
         score_mod=score_mod,

@@ -36,7 +36,7 @@ def main() -> None:
     own = mx.fast.scaled_dot_product_attention(
         q, k, v, scale=64**-0.5, mask=(j <= i) & (i - j < WINDOW)
     )
-    print(f"{difference(out, own)}; {blocks.sparsity:.0%} of the blocks skipped")
+    print(f"{difference(out, own)}; {blocks.sparsity():.0f}% of the blocks skipped")
     save(__file__, mask_mod=mask_mod, blocks=blocks, length=LENGTH)
 
 

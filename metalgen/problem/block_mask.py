@@ -10,14 +10,18 @@ import mlx.core as mx
 
 from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError, MissingArgument
+from metalgen.problem.listed_blocks import block_sizes, from_lists, size_of
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
 
-BLOCK_SIZE = 32
+USUAL_BLOCK_SIZE = 32
 """Queries and keys of a block by default: fine enough that tiles of any schedule lose little."""
 MAX_ELEMENTS = 1 << 26
 """Elements of the mask that are computed at once."""
+KV_BLOCK_SIZE = 128
+"""The same of `BlockMask.from_kv_blocks`, as FlexAttention has it."""
+Index = int | slice | Sequence[int]
 LISTED_AT_LEAST = 7
 """Shortest lists, so that an array of them has 8 elements: MLX binds smaller ones differently."""
 
@@ -54,9 +58,80 @@ class BlockMask:
         self._lists: dict[tuple[int, int, bool], mx.array] = {}
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Batch entries, heads, queries and keys."""
+        return self.batch, self.heads, self.q_len, self.kv_len
+
     def sparsity(self) -> float:
-        """Share of the blocks that are skipped; looks at the blocks, so it waits for them."""
-        return 1.0 - float(mx.mean(self.some.astype(mx.float32)))
+        """Percentage of the blocks that are skipped; looks at the blocks, so it waits for them."""
+        return 100.0 * (1.0 - float(mx.mean(self.some.astype(mx.float32))))
+
+    def to_dense(self) -> mx.array:
+        """int32 ``(batch, heads, blocks of queries, blocks of keys)``: 1 where a key is seen."""
+        return self.some.astype(mx.int32)
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> BlockMask:
+        """The mask of some batch entries, and of some heads: ``mask[b]``, ``mask[b, h]``.
+
+        Its function is that of the entries and heads that are left, which count from 0 in it.
+
+        Args:
+            index: an integer, a slice or a sequence of integers for each of the two axes. An
+                integer leaves an axis of 1. An axis that all entries share has the index 0 only.
+
+        Raises:
+            ArgumentError: more than two axes, or an index that is out of range.
+        """
+        from metalgen.dsl.reindexing import reindexed
+
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) > 2:
+            expected = "at most two indices, of batch entries and of heads"
+            raise ArgumentError("block_mask[...]", expected, f"{len(parts)} of them")
+        parts = (*parts, *(slice(None),) * (2 - len(parts)))
+        chosen = [
+            _entries(name, part, size)
+            for name, part, size in zip(("b", "h"), parts, (self.batch, self.heads), strict=True)
+        ]
+        read = self.mask.graph.inputs
+        names = {n: c for n, c in zip(("b", "h"), chosen, strict=True) if n in read}
+        some, every = (
+            mx.take(mx.take(x, mx.array(chosen[0]), axis=0), mx.array(chosen[1]), axis=1)
+            for x in (self.some, self.every)
+        )
+        mask = reindexed(self.mask, names)
+        return BlockMask(mask, self.q_len, self.kv_len, self.block_size, some, every)
+
+    @classmethod
+    def from_kv_blocks(
+        cls,
+        kv_num_blocks: mx.array,
+        kv_indices: mx.array,
+        full_kv_num_blocks: mx.array | None = None,
+        full_kv_indices: mx.array | None = None,
+        BLOCK_SIZE: int | tuple[int, int] = KV_BLOCK_SIZE,
+        mask_mod: Callable[..., Any] | None = None,
+        seq_lengths: tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """The mask of blocks that are listed: for each block of queries, blocks of keys.
+
+        A key is seen where its block is full, or where it is listed and `mask_mod` leaves the key.
+
+        Args:
+            kv_num_blocks: ``(B, H, R)``: how many blocks are listed for each block of queries.
+            kv_indices: ``(B, H, R, C)``: their numbers, in any order; what follows them
+                is not looked at.
+            full_kv_num_blocks, full_kv_indices: likewise, of blocks in which no key is masked.
+            BLOCK_SIZE: queries and keys of a block, or both in one number.
+            mask_mod: masks the keys of the listed blocks; None: all are seen.
+            seq_lengths: queries and keys; None: those of whole blocks.
+
+        Raises:
+            ArgumentError: shapes or types that do not fit, or lengths outside of the blocks.
+            FunctionError: what is wrong with the function.
+        """
+        partial, full = (kv_num_blocks, kv_indices), (full_kv_num_blocks, full_kv_indices)
+        return cls(*from_lists(partial, full, BLOCK_SIZE, mask_mod or noop_mask, seq_lengths))
 
     def check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raise `ArgumentError` unless this is the mask of a call of these sizes."""
@@ -138,13 +213,77 @@ def _regrouped(
     return seen, whole
 
 
+def noop_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """The mask function that leaves every key."""
+    return kv_idx >= 0
+
+
+def _entries(name: str, index: Index, size: int) -> list[int]:
+    """The entries of an axis that an index names."""
+    if isinstance(index, slice):
+        found = list(range(size))[index]
+    else:
+        numbers = [index] if as_integer(index) is not None else list(index)  # type: ignore[arg-type]
+        found = []
+        for number in map(as_integer, numbers):
+            if number is None or not -size <= number < size:
+                expected = f"integers from {-size} to {size - 1} for {name}"
+                raise ArgumentError("block_mask[...]", expected, index)
+            found.append(number % size)
+    if not found:
+        raise ArgumentError("block_mask[...]", f"at least one entry of {name}", index)
+    return found
+
+
+def create_mask(
+    mod_fn: Callable[..., Any], B: int | None, H: int | None, Q_LEN: int, KV_LEN: int
+) -> mx.array:
+    """The mask of a function as an array, for looking at it or for other attention functions.
+
+    Args:
+        mod_fn: ``mask_mod(b, h, q_idx, kv_idx)``, or ``score_mod(score, b, h, q_idx, kv_idx)``,
+            whose mask is where a score of 0 does not become minus infinity.
+        B, H: batch entries and query heads; None: 1.
+        Q_LEN, KV_LEN: lengths.
+
+    Returns:
+        booleans ``(B, H, Q_LEN, KV_LEN)``.
+
+    Raises:
+        ArgumentError: a size below 1.
+        FunctionError: what is wrong with the function, and what to write instead.
+    """
+    import inspect
+
+    from metalgen.dsl.trace import trace
+
+    sizes = [1 if x is None else size_of(n, x, ", or None") for n, x in (("B", B), ("H", H))]
+    sizes += [size_of("Q_LEN", Q_LEN), size_of("KV_LEN", KV_LEN)]
+    try:
+        count = len(inspect.signature(mod_fn).parameters)
+    except (TypeError, ValueError):
+        count = 4
+    scored = count == 5
+    traced = trace(mod_fn, "score_mod" if scored else "mask_mod")
+    axes = [mx.arange(size, dtype=mx.int32) for size in sizes]
+    places = {
+        name: x.reshape([-1 if n == axis else 1 for axis in range(4)])
+        for n, (name, x) in enumerate(zip(("b", "h", "q", "kv"), axes, strict=True))
+    }
+    found = traced.graph.evaluate(mx, places | {"score": mx.zeros((1, 1, 1, 1))}, traced.arrays)
+    return mx.broadcast_to(found != -mx.inf if scored else found, sizes)
+
+
 def create_block_mask(
     mask_mod: Callable[..., Any],
     B: int | None,
     H: int | None,
     Q_LEN: int,
     KV_LEN: int,
-    block_size: int | tuple[int, int] = BLOCK_SIZE,
+    block_size: int | tuple[int, int] | None = None,
+    *,
+    BLOCK_SIZE: int | tuple[int, int] | None = None,
+    device: object = None,
 ) -> BlockMask:
     """The block mask of ``mask_mod(b, h, q_idx, kv_idx)``, for `flex_attention`.
 
@@ -158,7 +297,9 @@ def create_block_mask(
         Q_LEN, KV_LEN: lengths.
         block_size: queries and keys of a block, or both in one number; at most the lengths. Any
             serves any schedule; tiles of the kernel that are not made of whole blocks are skipped
-            less often.
+            less often. None: 32.
+        BLOCK_SIZE: FlexAttention's name of the same.
+        device: FlexAttention's; taken and not used, because MLX's arrays belong to no device.
 
     Raises:
         ArgumentError: a size below 1.
@@ -168,33 +309,24 @@ def create_block_mask(
     from metalgen.dsl.trace import trace
 
     mask = trace(mask_mod, "mask_mod")
-    q_len, kv_len = _size("Q_LEN", Q_LEN), _size("KV_LEN", KV_LEN)
+    q_len, kv_len = size_of("Q_LEN", Q_LEN), size_of("KV_LEN", KV_LEN)
     entries, each = (
-        None if x is None else _size(n, x, ", or None") for n, x in (("B", B), ("H", H))
+        None if x is None else size_of(n, x, ", or None") for n, x in (("B", B), ("H", H))
     )
     for name, size, reads in (("B", B, "b"), ("H", H, "h")):
         if size is None and reads in mask.graph.inputs:
             what = "batch entries" if name == "B" else "query heads"
             raise MissingArgument(name, f"(the number of {what}): mask_mod reads {reads}")
-    sizes = block_size if isinstance(block_size, Sequence) else (block_size, block_size)
-    if len(sizes) != 2:
-        raise ArgumentError("block_size", "a number, or one for queries and one for keys", sizes)
+    name, chosen = ("block_size", block_size) if BLOCK_SIZE is None else ("BLOCK_SIZE", BLOCK_SIZE)
+    if block_size is not None and BLOCK_SIZE is not None:
+        raise ArgumentError("BLOCK_SIZE", "None with block_size, which is the same", BLOCK_SIZE)
+    sizes = block_sizes(name, USUAL_BLOCK_SIZE if chosen is None else chosen)
     # A block that is larger than all there is would be padded with what is not there.
-    rows, columns = (
-        min(_size("block_size", size), most)
-        for size, most in zip(sizes, (q_len, kv_len), strict=True)
-    )
+    rows, columns = (min(size, most) for size, most in zip(sizes, (q_len, kv_len), strict=True))
     batch = entries if entries is not None and "b" in mask.graph.inputs else 1
     heads = each if each is not None and "h" in mask.graph.inputs else 1
     some, every = _computed(mask, batch, heads, q_len, kv_len, rows, columns)
     return BlockMask(mask, q_len, kv_len, (rows, columns), some, every)
-
-
-def _size(name: str, size: object, otherwise: str = "") -> int:
-    number = as_integer(size)
-    if number is None or not 1 <= number <= 1 << 24:
-        raise ArgumentError(name, f"an integer from 1 to 16777216{otherwise}", size)
-    return number
 
 
 def _computed(
