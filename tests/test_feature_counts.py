@@ -19,6 +19,7 @@ from metalgen.problem.samples import sample_call
 
 LENGTH, DIM = 2048, 128
 PLAIN = AttentionConfig(DIM)
+PLAIN_64 = AttentionConfig(64)
 CAUSAL = AttentionConfig(DIM, causal=True)
 SCHEDULE = default_schedule(CAUSAL)
 
@@ -109,6 +110,27 @@ def test_paged_keys_take_at_most_three_per_cent_more_bytes(page_size: int, famil
         assert expected <= got <= 1.03 * expected
     assert found.barriers == dense.barriers
     assert found.multiply_accumulates == dense.multiply_accumulates
+
+
+@pytest.mark.parametrize(("family", "q_len"), [("forward", 64), ("decode", 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_batch_padded_on_the_left_by_half_computes_half(
+    family: str, q_len: int, causal: bool
+) -> None:
+    """Eight sequences that begin at keys 0 to 1024, a seventh of that apart."""
+    length, starts = 1024, mx.array([1024 * n // 7 for n in range(8)], mx.int32)
+    found = []
+    for given in (None, starts):
+        config = AttentionConfig(64, causal=causal, kv_starts=given is not None)
+        sizes = {"q_len": q_len, "kv_len": length, "batch": 8, "kv_heads": 1}
+        q, k, v, _ = sample_call(PLAIN_64, **sizes, ragged=False)
+        run = get_device("simulator").build(config, default_schedule(config, family=family))
+        with simulator.record(checked=True, raise_on_findings=True) as runs:
+            mx.eval(run(q, k, v, 0.1, Inputs(kv_starts=given))[0])
+        found.append(runs[0].counters)
+    assert found[1].multiply_accumulates <= 0.55 * found[0].multiply_accumulates
+    for name in ("k", "v"):
+        assert found[1].buffer(name).bytes_read <= 0.55 * found[0].buffer(name).bytes_read
 
 
 def test_decode_with_eight_heads_a_kv_head_reads_keys_and_values_once() -> None:

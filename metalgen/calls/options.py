@@ -28,6 +28,7 @@ class SharedOptions(TypedDict, total=False):
     dropout: float
     dropout_key: mx.array | None
     kv_lens: mx.array | None
+    kv_starts: mx.array | None
     block_table: mx.array | None
     rope: Rope | None
     deterministic: bool
@@ -57,7 +58,10 @@ ELSEWHERE = {
     "cache_seqlens": "'kv_lens'",
     "dropout_p": "'dropout'",
     "is_causal": "'causal'",
+    "cache_leftpad": "'kv_starts'",
     "learnable_sink": "'sinks'",
+    "left_padding": "'kv_starts'",
+    "leftpad_k": "'kv_starts'",
     "logits_soft_cap": "'softcap'",
     "mask_mod": "metalgen.flex_attention, which takes 'mask_mod'",
     "page_table": "'block_table'",

@@ -108,7 +108,11 @@ def row_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
         traversed=(k, v),
         accumulators=(*scores, Accumulator("dq", "D_FRAGMENTS", columns="D")),
         products=(Product("dp", "dout", "v"), Product("s", "q", "k"), Product("dq", "dp", "k")),
-        passes=Passes("k0", "k_begin", "k_end", "BK", "kv_len", listed=config.block_mask),
+        passes=Passes(
+            *("k0", "k_begin", "k_end", "BK", "kv_len"),
+            listed=config.block_mask,
+            least="kv_start" if config.kv_starts else "",
+        ),
         own_start="q_block * BQ",
         own_count="q_len",
         together=True,

@@ -40,6 +40,7 @@ def attention_operands(
             count="kv_len",
             own="key_first + " if several else "",
             listed=config.block_mask,
+            least="kv_start" if config.kv_starts else "",
         ),
         own_start="q_block * BQ",
         own_count="row_count" if head_rows else "q_len",

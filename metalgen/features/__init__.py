@@ -26,6 +26,7 @@ from metalgen.features.quantized import Quantized
 from metalgen.features.rotary import Rotary
 from metalgen.features.sinks import Sinks
 from metalgen.features.softcap import Softcap
+from metalgen.features.starts import Starts
 from metalgen.features.tf32 import Tf32
 from metalgen.features.varlen import Varlen
 from metalgen.features.window import Window
@@ -89,6 +90,7 @@ for _feature in (
     Functions(),
     Varlen(),
     Lengths(),
+    Starts(),
     Pages(),
     Quantized(),
     Rotary(),

@@ -44,6 +44,7 @@ class Fields:
     deterministic: bool = False
     tf32: bool = False
     max_work: int | None = None
+    kv_starts: bool = False
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     features: ClassVar[tuple[Any, ...]] = ()
@@ -63,6 +64,11 @@ class Fields:
     def has_lengths(self) -> bool:
         """Whether calls bring the number of keys of each sequence as `kv_lens`."""
         return self.kv_lens or self.page_size is not None
+
+    @property
+    def has_extents(self) -> bool:
+        """Whether calls say which keys each sequence has, so that sequences of a call differ."""
+        return self.varlen or self.has_lengths or self.kv_starts
 
     @property
     def itemsize(self) -> int:

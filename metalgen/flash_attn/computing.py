@@ -1,8 +1,7 @@
 """What all functions of flash-attn's interface come down to: one call of metalgen's attention.
 
-Two things that metalgen's kernels do not take yet are said by functions of scores and masks, which
-is exact: slopes of each batch entry, and the key at which a sequence begins. Each is one function
-here, so that a feature of the kernels replaces that function alone.
+Slopes of each batch entry, which metalgen's kernels do not take yet, are said by a score function,
+which is exact.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class Call:
         options: of `metalgen.attention`.
         scale: None means ``1 / sqrt(D)``.
         slopes: of ALiBi, ``(H,)`` or ``(N, H)``.
-        starts: ``(N,)``, the first key of each sequence that is there.
         own: ``(N,)``, or an integer for all: key at the position of each sequence's first query.
     """
 
@@ -41,7 +39,6 @@ class Call:
     options: dict[str, Any]
     scale: float | None = None
     slopes: mx.array | None = None
-    starts: mx.array | None = None
     own: mx.array | int = 0
 
     def run(self) -> tuple[mx.array, mx.array]:
@@ -50,17 +47,15 @@ class Call:
         scale = width**-0.5 if self.scale is None and width else self.scale
         q, k, v = (_wide_enough(x) for x in (self.q, self.k, self.v))
         options = dict(self.options)
-        score = mask = None
+        score = None
         if self.slopes is not None and self.slopes.ndim == 1:
             options["alibi_slopes"] = self.slopes
         elif self.slopes is not None:
             score = slopes_of_entries(self.slopes, self.own, options.pop("softcap", None))
-        if self.starts is not None:
-            mask = keys_from(self.starts)
-        if score is None and mask is None:
+        if score is None:
             out, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
         else:
-            out, lse = flex_attention(q, k, v, score, mask, scale=scale, return_lse=True, **options)
+            out, lse = flex_attention(q, k, v, score, scale=scale, return_lse=True, **options)
         return (out[..., :v_width] if out.shape[3] > v_width else out), lse
 
     def probabilities(self, keys: int) -> mx.array:
@@ -106,15 +101,3 @@ def slopes_of_entries(
         return score - slopes[b, h] * mx.abs(starts[b] + q_idx - kv_idx)
 
     return score_mod
-
-
-def keys_from(starts: mx.array) -> Callable[..., Any]:
-    """The mask function of keys that begin at ``starts[n]``; a kernel's own starts will replace it.
-
-    It computes the tiles in front of them, too.
-    """
-
-    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return kv_idx >= starts[b]
-
-    return mask_mod

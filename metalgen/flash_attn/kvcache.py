@@ -139,9 +139,8 @@ def flash_attn_with_kvcache(
         options["softcap"] = capped
     if own.learnable_sink is not None:
         options["sinks"] = own.learnable_sink
-    starts = None
     if cache_leftpad is not None:
-        starts = per_sequence("cache_leftpad", cache_leftpad, sequences)
+        options["kv_starts"] = per_sequence("cache_leftpad", cache_leftpad, sequences)
     call = Call(
         q.swapaxes(1, 2),
         keys.swapaxes(1, 2),
@@ -149,7 +148,6 @@ def flash_attn_with_kvcache(
         options={"device": own.device, "chip": own.chip, **options},
         scale=softmax_scale,
         slopes=slopes(alibi_slopes, sequences, q.shape[2]),
-        starts=starts,
         own=(room if lengths is None else lengths) - q.shape[1],
     )
     out, lse = call.run()

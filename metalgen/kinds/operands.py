@@ -117,6 +117,30 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Which rows of an array there are, by the kernel's names: from `least` on, and below `count`.
+
+    `least` is empty where the first row is the array's.
+    """
+
+    count: str
+    least: str = ""
+
+    def there(self, row: str) -> str:
+        """Whether a row is one of them."""
+        return f"{row} < {self.count}" + (f" && {row} >= {self.least}" if self.least else "")
+
+    def all_there(self, start: str, rows: str) -> str:
+        """Whether so many rows from `start` on all are."""
+        first = f" && {start} >= {self.least}" if self.least else ""
+        return f"{start} + {rows} <= {self.count}{first}"
+
+    def nearest(self, row: str) -> str:
+        """The one that is nearest to a row."""
+        return f"min({f'max({row}, {self.least})' if self.least else row}, {self.count} - 1)"
+
+
+@dataclass(frozen=True)
 class Passes:
     """The loop over the traversed rows, by the names that the kernel's text has for them.
 
@@ -129,6 +153,7 @@ class Passes:
         own: where a simdgroup's own rows of a block begin, with a plus behind it, or empty: it
             reads the whole block.
         listed: whether a list names the blocks to visit, rather than all from ``begin`` to ``end``.
+        least: the first row that there is, by the kernel's name for it; empty: the array's first.
     """
 
     index: str
@@ -138,6 +163,12 @@ class Passes:
     count: str
     own: str = ""
     listed: bool = False
+    least: str = ""
+
+    @property
+    def extent(self) -> Extent:
+        """Which of the rows there are."""
+        return Extent(self.count, self.least)
 
     @property
     def number(self) -> str:
@@ -171,6 +202,11 @@ class Operands:
     own_count: str
     ordered_heads: int = 0
     together: bool = False
+
+    @property
+    def own_extent(self) -> Extent:
+        """Which of the owned rows there are."""
+        return Extent(self.own_count)
 
     @property
     def scores(self) -> tuple[Accumulator, ...]:

@@ -101,6 +101,9 @@ def attention(
             tuned kernels, and nothing else.
         kv_lens: ``(N,)`` int32, how many keys each sequence has; the rest of k and v is not looked
             at, and masks align to that length. (Packed keys: `cu_seqlens_k` instead.)
+        kv_starts: ``(N,)`` int32, which of each sequence's keys is the first that is there, as in a
+            batch padded on the left: those before it are not looked at, and tiles of them are
+            skipped. Keys and queries are counted as without it. Pages and packed keys may have it.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
             page_size, D)``, quantized or not, of 8 to 256 keys, a multiple of 8; key j of sequence
             n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number that is

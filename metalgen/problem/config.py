@@ -83,6 +83,8 @@ class AttentionConfig(Fields):
             places where they start, ``cu_q`` and ``cu_k``.
         kv_lens: calls bring how many keys of each batch entry there are, ``(B,)``; the rest of k
             and v is not looked at, and masks align to that length.
+        kv_starts: calls bring which of each sequence's keys is the first, ``(N,)``: those before it
+            are not looked at. All are counted from 0 nevertheless.
         page_size: keys of a page, 8 to 256, a multiple of 8: k and v are pages ``(pages, Hkv,
             page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
         kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups

@@ -34,6 +34,7 @@ class Inputs:
         cu_q, cu_k: ``(N + 1,)``, where each sequence starts in q, and in k and v, and the end of
             the last. Rows of q after the last are zeros.
         kv_lens: ``(N,)``, how many keys each sequence has.
+        kv_starts: ``(N,)``, which of each sequence's keys is the first.
         block_table: ``(N, pages)``: which page of k and v holds keys ``n * page_size`` and on; a
             number that is no page's (-1) stands for keys that are not seen.
         k_scales, k_biases, v_scales, v_biases: ``(..., D / kv_group)``, of the config's type, the
@@ -55,6 +56,7 @@ class Inputs:
     cu_q: mx.array | None = None
     cu_k: mx.array | None = None
     kv_lens: mx.array | None = None
+    kv_starts: mx.array | None = None
     block_table: mx.array | None = None
     k_scales: mx.array | None = None
     k_biases: mx.array | None = None

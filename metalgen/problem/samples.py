@@ -107,9 +107,11 @@ class _Sampler:
     def caches(self, kv_lens: list[int] | None) -> tuple[mx.array, mx.array]:
         """Keys and values; how long they are, and where, goes to the layout."""
         config, layout = self.config, self.layout
+        lengths = [self.kv_len] * self.batch if kv_lens is None else kv_lens
+        first = self.firsts(lengths) if config.kv_starts else [0] * self.batch
         if config.page_size is not None:
             assert kv_lens is not None
-            table, used = self.table(kv_lens, config.page_size)
+            table, used = self.table(kv_lens, first, config.page_size)
             layout["kv_lens"] = mx.array(kv_lens, mx.int32)
             layout["block_table"] = mx.array(table, mx.int32).reshape(self.batch, -1)
             seen = mx.array(used)
@@ -117,19 +119,31 @@ class _Sampler:
             assert kv_lens is not None
             starts = self.starts(kv_lens)
             layout["cu_k"] = mx.array(starts, mx.int32)
-            seen = mx.arange(starts[-1] + (5 if self.ragged else 0))[None] < starts[-1]
+            packed = [False] * (starts[-1] + (5 if self.ragged else 0))
+            for start, before, length in zip(starts, first, lengths, strict=False):
+                packed[start + before : start + length] = [True] * (length - before)
+            seen = mx.array(packed, mx.bool_)[None]
         else:
             places = mx.arange(self.kv_len)[None]
-            seen = mx.broadcast_to(places < self.kv_len, (self.batch, self.kv_len))
             if kv_lens is not None:
                 layout["kv_lens"] = mx.array(kv_lens, mx.int32)
-                seen = places < layout["kv_lens"][:, None]
+            seen = (places < mx.array(lengths)[:, None]) & (places >= mx.array(first)[:, None])
         return (
             self.cache("k", seen, config.head_dim),
             self.cache("v", seen, config.v_dim),
         )
 
-    def table(self, kv_lens: list[int], size: int) -> tuple[list[list[int]], list[list[bool]]]:
+    def firsts(self, lengths: list[int]) -> list[int]:
+        """The first key of each sequence: 0, none, half of them before it, then any."""
+        some = [0, *lengths[1:2], *(length // 2 for length in lengths[2:3])]
+        more = [self.choices.randint(0, length) for length in lengths[len(some) :]]
+        found = some + more if self.ragged else [0] * self.batch
+        self.layout["kv_starts"] = mx.array(found, mx.int32)
+        return found
+
+    def table(
+        self, kv_lens: list[int], first: list[int], size: int
+    ) -> tuple[list[list[int]], list[list[bool]]]:
         """A block table, its pages in any order, and which keys of which page are some."""
         width = -(-self.kv_len // size)
         needed = [-(-length // size) for length in kv_lens]
@@ -144,7 +158,7 @@ class _Sampler:
                 if self.ragged and needed[n] > 1 and self.choices.random() < 0.15:
                     continue  # a page of keys that are not seen
                 page = table[n][place] = numbers.pop()
-                used[page] = [place * size + slot < length for slot in range(size)]
+                used[page] = [first[n] <= place * size + slot < length for slot in range(size)]
         return table, used or [[False] * size]
 
     def cache(self, name: str, seen: mx.array, width: int) -> mx.array:

@@ -84,6 +84,9 @@ def sequences_of(
                 own = slice(0, int(np.clip(_integers(inputs.kv_lens)[n], 0, k.shape[2])))
             own_k, own_v = k[entry][:, own], v[entry][:, own]
             there = np.ones(own_k.shape[1], dtype=bool)
+        if features.get("kv_starts"):
+            there = there & (np.arange(there.size) >= _integers(inputs.kv_starts)[n])
+            own_k, own_v = (np.where(there[:, None], x, 0.0) for x in (own_k, own_v))
         yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there, own)
 
 

@@ -104,6 +104,9 @@ def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> 
     if paged and features.get("varlen"):  # all sequences' keys one after the other
         k, v = (_joined(x) for x in (k, v))
     at = _places(q, k, sequence_keys, on_page, features, inputs)
+    if inputs.kv_starts is not None:
+        begun = at.j >= inputs.kv_starts[at.b]
+        at = dataclasses.replace(at, there=begun if at.there is None else at.there & begun)
     if at.there is not None:  # what lies elsewhere may be anything, and 0 * nan is nan
         used = at.there.any(axis=(0, 1, 2)) if features.get("varlen") else at.there[:, 0, 0]
         used = mx.broadcast_to(used, (q.shape[0], k.shape[2]))[:, None, :, None]
@@ -141,7 +144,7 @@ def kept(call: Located, features: dict[str, Any]) -> mx.array:
 
 def _constant_places(inputs: Inputs) -> Inputs:
     """Without gradients of what says where things are, which MLX's gather refuses to give."""
-    names = ("cu_q", "cu_k", "kv_lens", "block_table", "rope_offset", "dropout_key")
+    names = ("cu_q", "cu_k", "kv_lens", "kv_starts", "block_table", "rope_offset", "dropout_key")
     found = {name: getattr(inputs, name) for name in names}
     constant: dict[str, Any] = {
         name: mx.stop_gradient(array) for name, array in found.items() if array is not None

@@ -13,6 +13,15 @@ FEATURES: dict[str, dict[str, Any]] = {
     "packed": {"varlen": True, "causal": True},
     "packed, with sinks": {"varlen": True, "sinks": True, "window_left": 20, "window_right": 3},
     "lengths": {"kv_lens": True, "causal": True},
+    "starts": {"kv_starts": True, "causal": True},
+    "starts, lengths and a window": {"kv_starts": True, "kv_lens": True, "window_left": 12},
+    "starts in quantized pages": {
+        "kv_starts": True,
+        "page_size": 16,
+        "kv_bits": 8,
+        "kv_group": 32,
+        "causal": True,
+    },
     "pages": {"page_size": 16, "causal": True},
     "packed pages": {"page_size": 8, "varlen": True, "causal": True},
     "4 bits": {"kv_bits": 4, "kv_group": 32},
@@ -43,6 +52,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 WHERE: dict[str, dict[str, Any]] = {
     "packed": {"varlen": True, "causal": True, "return_lse": True},
     "lengths": {"kv_lens": True, "sinks": True, "rope": "half"},
+    "starts": {"kv_starts": True, "window_left": 40},
+    "starts in packed sequences": {"kv_starts": True, "varlen": True, "sinks": True},
+    "starts in quantized rows": {"kv_starts": True, "kv_lens": True, "kv_bits": 4, "kv_group": 32},
     "pages": {"page_size": 8, "causal": True},
     "packed pages": {"page_size": 16, "varlen": True, "kv_bits": 8, "kv_group": 32},
 }

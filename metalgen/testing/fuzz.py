@@ -107,7 +107,7 @@ def made_up(number: int, limits: Limits, *, small: bool = False) -> Case:
     Chosen at random, not by Hypothesis, of whose 1,000 examples only half were different kernels.
     """
     random = Random(number)
-    config = _config(random, limits.language, small)
+    config = _with_more(Random(-1 - number), _config(random, limits.language, small))
     family = "forward" if config.block_mask else random.choice(("forward", "decode"))
     schedule = _schedule(random, config, limits, family, small)
     q_len = random.randint(1, random.choice((12, 80)) if family == "forward" else 12)
@@ -164,6 +164,12 @@ def _config(random: Random, target: str, small: bool) -> AttentionConfig:
         fields["max_work"] = maybe(MIN_WORK, share=0.1)
         fields["block_mask"] = fields["mask_mod"] is not None and random.random() < 0.5
     return AttentionConfig(**fields)
+
+
+def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
+    """A config with newer features, drawn apart, so that a number stands for what it always did."""
+    changes: dict[str, Any] = {"kv_starts": random.random() < 0.2}
+    return replace(config, **changes)
 
 
 def _schedule(
@@ -256,7 +262,7 @@ def hostile(case: Case, seed: int) -> Inputs:
     _, _, _, inputs = case.call()
     choices = np.random.default_rng(seed)
     changed: dict[str, Any] = {}
-    for name in ("cu_q", "cu_k", "kv_lens", "block_table", "rope_offset"):
+    for name in ("cu_q", "cu_k", "kv_lens", "kv_starts", "block_table", "rope_offset"):
         array = getattr(inputs, name)
         if array is not None:
             numbers = choices.choice(np.array(HOSTILE_NUMBERS, np.int32), array.shape)

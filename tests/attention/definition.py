@@ -31,6 +31,7 @@ class Facts:
     starts_q: list[int] | None = None
     starts_k: list[int] | None = None
     kv_lens: list[int] | None = None
+    kv_starts: list[int] | None = None
     table: list[list[int]] | None = None
     turns: tuple[str, Any, list[int] | None] | None = None
     score: Any = None
@@ -96,6 +97,8 @@ def definition(f: Facts) -> tuple[Any, Any]:
     out = np.zeros((*f.q.shape[:3], f.v.shape[3]))
     lse = np.full(f.q.shape[:3], -np.inf)
     for n, entry, rows, k, v, there in sequences(f):
+        if f.kv_starts is not None:
+            there &= np.arange(len(there)) >= f.kv_starts[n]
         for h in range(heads):
             own_k, own_v = (x[h * len(k) // heads] for x in (k, v))
             for i, row in enumerate(rows):

@@ -125,6 +125,10 @@ class Made:
                 self.random.randint(0, self.kv_len) for _ in range(count)
             ]
             self.options["kv_lens"] = self.integers(lengths, count)
+        if self.chance(0.2):
+            firsts = [self.random.randint(0, self.kv_len) for _ in range(count)]
+            self.places["kv_starts"] = firsts
+            self.options["kv_starts"] = self.integers(firsts, count)
         self.count = count
         q = self.odd(self.batch, self.heads, self.q_len, width)
         return q, self.odd(*shape, width), self.odd(*shape, values)

@@ -39,6 +39,8 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "lengths of floats": ({"kv_lens": mx.ones((2,))}, "kv_lens.dtype: expected int32, but got "),
     "lengths of too few": ({"kv_lens": mx.array([9])}, r"kv_lens.shape: expected \(2,\)"),
+    "starts of too few": ({"kv_starts": mx.array([9])}, r"kv_starts.shape: expected \(2,\)"),
+    "starts of floats": ({"kv_starts": mx.ones((2,))}, "kv_starts.dtype: expected int32, but got "),
     "lengths in rows": ({"kv_lens": mx.array([[9, 4]])}, "kv_lens.shape: expected 1 axis, but"),
     "lengths for a rope": (
         {"kv_lens": mx.array([9, 4, 1]), "rope": Rope()},
@@ -394,6 +396,7 @@ HOSTILE: dict[str, tuple[tuple[mx.array, ...], dict[str, Any], str]] = {
         {"cu_seqlens_q": CU, "cu_seqlens_k": mx.array([0, 8, 7])},
         "cu_seqlens_k",
     ),
+    "a start behind all keys": ((Q, K, K), {"kv_starts": mx.array([9, 10])}, "kv_starts"),
     "more keys than there are": ((Q, K, K), {"kv_lens": mx.array([9, 10])}, "kv_lens"),
     "a page that there is not": (
         (Q, PAGES, PAGES),

@@ -19,6 +19,7 @@ from attention_calls import (
     in_pages,
     packed,
     sdpa,
+    seen_by,
     turned,
 )
 
@@ -86,6 +87,44 @@ def test_lengths_hide_the_rest_of_a_cache(where: str, causal: bool) -> None:
     for n, length in enumerate(lengths):
         own = q[n : n + 1], k[n : n + 1, :, :length], v[n : n + 1, :, :length]
         assert_close(out[n : n + 1], sdpa(*own, mask="causal" if causal else None))
+
+
+@pytest.mark.parametrize("q_len", [1, 70])
+@pytest.mark.parametrize("causal", [False, True])
+def test_starts_hide_what_stands_before_a_sequence(where: str, causal: bool, q_len: int) -> None:
+    """Of a batch that is padded on the left: queries and keys keep their numbers."""
+    q, k, v = arrays(q_len, 90)
+    starts = [0, 41]
+    hidden = mx.arange(90)[:, None] < mx.array(starts)[:, None, None, None]
+    k, v = (mx.where(hidden, mx.nan, x) for x in (k, v))  # whatever lies there
+    out = attention(q, k, v, kv_starts=mx.array(starts), causal=causal, device=where)
+    for n, start in enumerate(starts):
+        seen = seen_by(q_len, 90)[:, start:] if causal else mx.ones((q_len, 90 - start), mx.bool_)
+        none = int((~seen.any(axis=1)).sum())  # queries of the padding, which come first
+        own = q[n : n + 1, :, none:], k[n : n + 1, :, start:], v[n : n + 1, :, start:]
+        assert_close(out[n : n + 1, :, none:], sdpa(*own, mask=seen[none:]))
+        assert not np.array(out[n, :, :none]).any()
+
+
+def test_starts_count_keys_of_each_sequence_and_page(where: str) -> None:
+    q, k, v, cu_q, cu_k = packed()
+    starts = mx.array([2, 0, 11, 3])
+    out = attention(
+        *(q, k, v), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, kv_starts=starts, device=where
+    )
+    for n, start in enumerate(starts.tolist()):
+        (a, b), (c, d) = ((int(cu[n]), int(cu[n + 1])) for cu in (cu_q, cu_k))
+        if d - c > start and b > a:
+            own = q[:, :, a:b], k[:, :, c + start : d], v[:, :, c + start : d]
+            assert_close(out[:, :, a:b], sdpa(*own))
+        else:
+            assert not np.array(out[:, :, a:b]).any()
+    q, k, v = arrays(3, 32)
+    places: dict[str, Any] = {"kv_lens": mx.array([19, 32]), "kv_starts": mx.array([9, 25])}
+    rows = attention(q, k, v, causal=True, device=where, **places)
+    table = mx.array(TABLE)
+    pages = in_pages(k), in_pages(v)
+    assert_close(attention(q, *pages, block_table=table, causal=True, device=where, **places), rows)
 
 
 @pytest.mark.parametrize("q_len", [1, 6])
