@@ -33,7 +33,7 @@ from metalgen.families import Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_mlx, config_features
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.tuning.timing.measure import chain
 
 REPEATS, GROUP = 9, 8
@@ -132,7 +132,7 @@ def ours(row: Row, changes: Sequence[str]) -> dict[str, float]:
     hit = lookup(
         Problem(row.config, row.batch * row.heads, row.q_len, row.kv_len),
         detect(),
-        template_hash(family, "cuda"),
+        template_hashes(family, "cuda"),
         limits=device.limits,
     )
     if hit and hit.schedule == base:

@@ -31,7 +31,7 @@ from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.problem.samples import sample_call
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 
 FORWARD = AttentionConfig(128, "bfloat16", causal=True)
 DECODE = AttentionConfig(128, "bfloat16", heads_per_kv=4, causal=True)
@@ -95,7 +95,7 @@ def tuned(row: Row) -> Schedule | None:
         row.config, row.batch * row.kv_heads * row.config.heads_per_kv, row.q_len, row.kv_len
     )
     hit = lookup(
-        problem, detect(), template_hash(row.family, "cuda"), limits=get_device("cuda").limits
+        problem, detect(), template_hashes(row.family, "cuda"), limits=get_device("cuda").limits
     )
     return hit.schedule if hit and hit.exact else None
 

@@ -28,7 +28,7 @@ from metalgen.database.lookup import lookup
 from metalgen.devices import get_device
 from metalgen.families.sizes import Problem
 from metalgen.reference import attention_float64
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.testing.mlx_kernels import run_attention
 
 HEADS, LENGTH = 2, 512
@@ -103,7 +103,7 @@ def traffic(folder: Path) -> None:
             theirs = per_product(runs[0])
             for length in (1024, 4096):
                 problem = Problem(config, 32, length, length)
-                hit = lookup(problem, get_chip(name), template_hash())
+                hit = lookup(problem, get_chip(name), template_hashes(problem.family, "metal"))
                 assert hit is not None and hit.exact, "tune left no row"
                 plain = AttentionConfig(dim, causal=True)
                 with simulator.record(checked=True) as runs:

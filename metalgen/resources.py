@@ -37,9 +37,9 @@ def remove_templates(root: Path) -> None:
     _added.remove(root)
 
 
-def added_templates() -> tuple[Path, ...]:
-    """The folders of other packages in which templates are looked for, in this order."""
-    return tuple(_added)
+def template_roots() -> tuple[Path, ...]:
+    """The folders in which templates are looked for, in this order."""
+    return (templates_dir(), *_added)
 
 
 def tuning_db_dir() -> Path:

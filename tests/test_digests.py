@@ -137,10 +137,14 @@ class Corpus:
         pairs = (word.partition("=") for word in words.split())
         return {name: value(name, text) if equals else True for name, equals, text in pairs}
 
+    def schedule(self, case: Case) -> Schedule:
+        """The schedule of a case."""
+        return decode_schedule(self.fields(case.schedule), case.family, case.language)
+
     def kernels(self, case: Case) -> Iterator[KernelSource]:
         """The kernels of a case, one for each step of its family."""
         config = AttentionConfig.from_dict(self.fields(case.config))
-        schedule = decode_schedule(self.fields(case.schedule), case.family, case.language)
+        schedule = self.schedule(case)
         for step in get_family(case.family).steps(schedule):
             yield render(config, schedule, step)
 

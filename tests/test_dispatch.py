@@ -163,7 +163,9 @@ def test_a_kernel_that_was_never_checked_is_checked_once(
     assert "check on reference: ok now, relative error" in kernel.explain()
     assert len(gpu.built) == 2  # to check, and to run
     with Store.open(own_database) as store:
-        check = store.find_check(with_lse(config), kernel.schedule, template_hash(), "reference")
+        check = store.find_check(
+            with_lse(config), kernel.schedule, template_hash(kernel.schedule), "reference"
+        )
     assert check is not None and check.ok and check.error is not None and check.error < 1e-3
 
     resolve.forget_kernels()
@@ -181,7 +183,9 @@ def test_a_wrong_kernel_is_never_dispatched(
     assert kernel.backend == "plain"
     assert "FALLBACK to plain MLX" in kernel.explain()
     with Store.open(own_database) as store:
-        check = store.find_check(with_lse(config), kernel.schedule, template_hash(), "reference")
+        check = store.find_check(
+            with_lse(config), kernel.schedule, template_hash(kernel.schedule), "reference"
+        )
     assert check is not None and check.status == "wrong"
     x = normal((1, 1, 5, 40))
     expected, _ = attention_float64(x, x, x, scale=40**-0.5)
@@ -205,7 +209,7 @@ def test_a_kernel_that_failed_is_on_record_as_in_tuning(
     kernel = metalgen.get_kernel(AttentionConfig(40))
     with Store.open(own_database) as store:
         own = with_lse(kernel.config)
-        check = store.find_check(own, kernel.schedule, template_hash(), "reference")
+        check = store.find_check(own, kernel.schedule, template_hash(kernel.schedule), "reference")
     assert check is not None
     message = "[metal::Device] Unable to build metal library; 1:2: error: no"
     assert (check.status, check.detail) == ("compile", message)

@@ -32,7 +32,7 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.samples import sample_call
 from metalgen.resources import add_templates, remove_templates, templates_dir
 from metalgen.schedules import Knob, Schedule
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hash, template_hashes
 from metalgen.source.render import render
 from metalgen.testing.rows import row
 from metalgen.testing.store_base import put
@@ -209,7 +209,7 @@ def test_a_modelled_run_stores_rows_that_a_call_finds(store: Store, the_simulato
     won = report.outcomes[0].winner
     assert won is not None and won.schedule.family == "brief"
     assert Measurement.from_record(won.to_record()).schedule == won.schedule
-    hit = lookup(brief, CHIP, template_hash(), database=store.path)
+    hit = lookup(brief, CHIP, template_hashes(brief.family, "metal"), database=store.path)
     assert hit is not None and hit.schedule == won.schedule
 
 
@@ -223,7 +223,7 @@ def test_a_measured_run_stores_rows_that_a_call_finds(store: Store, the_simulato
     report = tune([brief], CHIP, store, device=Timed(), trials=6, policy=POLICY)
     won = report.outcomes[0].winner
     assert won is not None and won.schedule.family == "brief" and won.provenance == "measured"
-    hit = lookup(brief, CHIP, template_hash(), database=store.path)
+    hit = lookup(brief, CHIP, template_hashes(brief.family, "metal"), database=store.path)
     assert hit is not None and hit.schedule == won.schedule
 
 
@@ -231,9 +231,11 @@ def test_a_call_runs_the_kernel_on_record(store: Store, the_simulator: str) -> N
     """A row of the feature itself, of the kind that a key has to name."""
     schedule = wooden()
     sizes = {"batch": 1, "heads": 2, "q_len": 16, "kv_len": 32}
-    put(store, row(schedule, 1e-4, problem=problem(), template_hash=template_hash()))
+    put(store, row(schedule, 1e-4, problem=problem(), template_hash=template_hash(schedule)))
     store.record_check(
-        *(config(), schedule, template_hash(), "simulator", "ok"), error=1e-7, family="brief"
+        *(config(), schedule, template_hash(schedule), "simulator", "ok"),
+        error=1e-7,
+        family="brief",
     )
     kernel = metalgen.get_kernel(config(), **sizes, device=the_simulator, chip=CHIP.name)
     assert kernel.family == "brief" and kernel.schedule == schedule

@@ -18,7 +18,7 @@ from metalgen.devices import get_device
 from metalgen.families import check_schedule, default_schedule, space
 from metalgen.families.sizes import Problem
 from metalgen.reference import attention_float64
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.source.render import render
 from metalgen.tuning.runner import tune
 
@@ -56,7 +56,7 @@ def test_a_tour(the_simulator: str, own_database: Path) -> None:
     assert winner.seconds is not None and winner.seconds <= outcome.default_seconds
 
     # It stored a row for each, and a look-up finds the winner.
-    hit = lookup(problem, chip, template_hash("forward", "metal"))
+    hit = lookup(problem, chip, template_hashes(problem.family, "metal"))
     assert hit is not None and hit.schedule == winner.schedule
 
     # A kernel is resolved by the same look-up, and is called with arrays.

@@ -189,7 +189,7 @@ def _gradients(config: AttentionConfig) -> Callable[[Set], NDArray[np.float64]]:
 
 def kernels(work: Work, device: Device, chip: Chip | None) -> dict[str, Kernel | str]:
     """Our kernels by name: the tuned one where one is on record, and the default one."""
-    from metalgen.source.hashes import template_hash
+    from metalgen.source.hashes import template_hashes
 
     config = work.config
     if device.language is None:
@@ -199,8 +199,8 @@ def kernels(work: Work, device: Device, chip: Chip | None) -> dict[str, Kernel |
         default = default_schedule(config, device.limits, problem.family)
     except MetalgenError as error:
         return {"ours": str(error)}
-    versions = template_hash(problem.family, device.language)
-    hit = lookup(problem, chip, versions, limits=device.limits)
+    templates = template_hashes(problem.family, device.language)
+    hit = lookup(problem, chip, templates, limits=device.limits)
     schedules = {"ours tuned": hit.schedule} if hit and hit.schedule != default else {}
     default_name = "ours tuned" if hit and hit.schedule == default else "ours default"
     schedules[default_name] = default

@@ -19,7 +19,6 @@ from metalgen.families.backward import backward_config, unsupported
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.reference import config_features, gradients_mlx
-from metalgen.source.hashes import template_hash
 
 FAMILIES = ("backward_rows", "backward_keys")
 
@@ -49,10 +48,8 @@ class KernelGradients:
             return None
         from metalgen.calls.verify_gradients import verify_gradients
 
-        assert self.device.language is not None
         for schedule in self.schedules:
-            versions = template_hash(schedule.family, self.device.language)
-            where = (self.device, backward_config(self.config), schedule, versions, self.path)
+            where = (self.device, backward_config(self.config), schedule, self.path)
             if not passes(*where, verify=verify_gradients):
                 self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
                 return None

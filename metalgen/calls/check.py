@@ -18,6 +18,7 @@ from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
+from metalgen.source.hashes import template_hash
 
 Verify = Callable[..., Verification]
 """``verify(device, config, schedule)``, as `metalgen.calls.verify.verify`."""
@@ -110,7 +111,6 @@ def run_check(
     device: Device,
     config: AttentionConfig,
     schedule: Schedule,
-    template_hash: str,
     verify: Verify | None = None,
 ) -> Check:
     """Run a kernel against the reference, and classify what comes of it.
@@ -118,7 +118,6 @@ def run_check(
     Args:
         device: what executes it.
         config, schedule: the kernel.
-        template_hash: of the present templates.
         verify: the check; None: `metalgen.calls.verify.verify`.
 
     Raises:
@@ -126,7 +125,7 @@ def run_check(
         NoRoom: the device is too small for the problem.
     """
     outcome = functools.partial(
-        Check, config, schedule, template_hash, device.name, family=schedule.family
+        Check, config, schedule, template_hash(schedule), device.name, family=schedule.family
     )
     try:
         result = (verify or verification.verify)(device, config, schedule)

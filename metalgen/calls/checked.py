@@ -9,6 +9,7 @@ from metalgen.devices import Device
 from metalgen.errors import DeviceError, MetalgenError
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
+from metalgen.source.hashes import template_hash
 
 if TYPE_CHECKING:
     from metalgen.calls.check import Verify
@@ -18,7 +19,6 @@ def passes(
     device: Device,
     config: AttentionConfig,
     schedule: Schedule,
-    versions: str,
     path: list[str],
     verify: Verify | None = None,
 ) -> bool:
@@ -27,18 +27,18 @@ def passes(
     Args:
         device: what executes it.
         config, schedule: the kernel.
-        versions: the template hash of its family.
         path: takes in what was found.
         verify: the check; None: that of attention (`metalgen.calls.verify.verify`).
     """
-    status = checked(config, schedule, versions, device=device.name, family=schedule.family)
+    kernel = (config, schedule, template_hash(schedule))
+    status = checked(*kernel, device=device.name, family=schedule.family)
     if status is not None:
         path.append(f"check on {device.name}: {status}, on record")
         return status == "ok"
     from metalgen.calls.check import CannotCheck, record_check, run_check
 
     try:
-        check = run_check(device, config, schedule, versions, verify)
+        check = run_check(device, config, schedule, verify)
     except (CannotCheck, DeviceError) as problem:  # the next process tries again
         path.append(f"check on {device.name}: not possible now: {problem}")
         return False

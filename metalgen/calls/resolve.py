@@ -21,7 +21,7 @@ from metalgen.errors import ArgumentError, InvalidSchedule, MetalgenError
 from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 
 if TYPE_CHECKING:
     from metalgen.chips import Chip
@@ -119,7 +119,7 @@ def pinned_kernel(
         )
     gradients = kernel_gradients(where, config, schedule, where.limits, path)
     own = with_lse(config, gradients)
-    if passes(where, own, schedule, template_hash("forward", where.language), path):
+    if passes(where, own, schedule, path):
         run = where.build(own, schedule)
         head = (config, where.name, "metalgen", "forward", schedule)
         return Kernel(*head, tuple(path), run, gradients)
@@ -183,8 +183,8 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
             _plain(config),
         )
     limits = _limits(device, chip)
-    versions = template_hash(family, device.language)
-    hit = lookup(problem, chip, versions, limits=limits, trace=path)
+    templates = template_hashes(family, device.language)
+    hit = lookup(problem, chip, templates, limits=limits, trace=path)
     fallback = "no kernel passed its check on this device"
     try:
         default = [default_schedule(config, limits, family)]
@@ -204,7 +204,7 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
     for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
         gradients = kernel_gradients(device, config, candidate, limits, path)
         own = with_lse(config, gradients)
-        if passes(device, own, candidate, versions, path):
+        if passes(device, own, candidate, path):
             run = device.build(own, candidate)
             head = (config, device.name, "metalgen", family, candidate)
             return Kernel(*head, tuple(path), run, gradients)

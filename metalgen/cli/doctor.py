@@ -36,7 +36,7 @@ def command(as_json: bool) -> None:
     click.echo(f"metalgen {found['metalgen']}, {found['python']}, {found['system']}")
     packages = ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v)
     click.echo(click.wrap_text(f"packages: {packages}", 80, subsequent_indent="  "))
-    click.echo(f"templates: {found['template_hash']} in {found['templates']}")
+    click.echo(f"templates: {found['templates']}")
     click.echo(f"chip: {found['chip'] or 'no known GPU on this machine'}")
     click.echo("devices:")
     rows = [(name, reason or "available") for name, reason in found["devices"].items()]
@@ -64,24 +64,23 @@ def examine() -> dict[str, Any]:
     from metalgen.devices import all_devices, default_device
     from metalgen.errors import MetalgenError
     from metalgen.resources import templates_dir
-    from metalgen.source.hashes import present_templates, template_hash
+    from metalgen.source.hashes import named_hashes
 
     try:
-        templates, current = str(templates_dir()), template_hash()
-        hashes = present_templates()
+        templates, hashes = str(templates_dir()), named_hashes()
     except MetalgenError as error:
-        templates, current, hashes = str(error), "missing", set()
+        templates, hashes = str(error), {}
     here = chips.detect()
     devices = {device.name: device.unavailable() for device in all_devices()}
     toolchain = _toolchain() if devices["simulator"] is None else None
-    database = _database(hashes)
+    database = _database({*hashes.values()})
     return {
         "metalgen": __version__,
         "python": f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "templates": templates,
-        "template_hash": current,
+        "template_hashes": hashes,
         "chip": here.name if here else None,
         "devices": devices,
         "default_device": default_device().name,

@@ -42,13 +42,13 @@ def command(
     from metalgen.database.hit import brief
     from metalgen.database.lookup import lookup
     from metalgen.families import APPLE
-    from metalgen.source.hashes import template_hash
+    from metalgen.source.hashes import template_hashes
 
     problem = sizes.problem(config)
     found, how = _chip(chip)
     path: list[str] = []
-    target = (found.limits if found else APPLE).language
-    hit = lookup(problem, found, template_hash(problem.family, target), trace=path)
+    language = (found.limits if found else APPLE).language
+    hit = lookup(problem, found, template_hashes(problem.family, language), trace=path)
     kernel = get_kernel(
         config,
         batch=sizes.batch,

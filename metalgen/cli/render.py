@@ -79,7 +79,7 @@ def command(
                 "config": config.to_dict(),
                 "schedule": schedule.to_dict(),
                 "place": place,
-                "template_hash": template_hash(family, limits.language),
+                "template_hash": template_hash(schedule),
                 "target": limits.language,
                 **kernels[0],
                 "combine": kernels[1] if len(kernels) > 1 else None,
@@ -104,10 +104,10 @@ def starting_point(
         return default_schedule(config, APPLE, problem.family), "default", APPLE
     from metalgen.chips import get_chip
     from metalgen.database.lookup import lookup
-    from metalgen.source.hashes import template_hash
+    from metalgen.source.hashes import template_hashes
 
     found = get_chip(chip)
-    hit = lookup(problem, found, template_hash(problem.family, found.limits.language))
+    hit = lookup(problem, found, template_hashes(problem.family, found.limits.language))
     if hit:
         return hit.schedule, f"{hit.place}, {hit.provenance}", found.limits
     return default_schedule(config, found.limits, problem.family), "default", found.limits

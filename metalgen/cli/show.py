@@ -36,12 +36,10 @@ def command(chip: str | None, as_json: bool) -> None:
     from metalgen.database.layout import user_database
     from metalgen.database.store import Store
     from metalgen.database.winners import winners
-    from metalgen.families import ORDINARY
-    from metalgen.languages import LANGUAGES
-    from metalgen.source.hashes import template_hash
+    from metalgen.source.hashes import named_hashes
 
     name = get_chip(chip).name if chip else None
-    current = {target: template_hash(ORDINARY, target) for target in LANGUAGES}
+    current = named_hashes()
     try:
         with Store.open(read_only=True) as store:
             rows = store.measurements(chip=name)

@@ -326,7 +326,7 @@ def _document(plan: Plan, chosen: Preset, report: Report) -> dict[str, Any]:
         "checker": plan.checker.name if plan.checker else None,
         "preset": chosen.name,
         "run": report.run,
-        "template_hash": report.template_hash,
+        "template_hashes": sorted(report.template_hashes),
         "stopped": report.stopped,
         "seconds": round(report.seconds, 3),
         "checks": report.checks,

@@ -19,7 +19,7 @@ import heapq
 import json
 import math
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ ROWS_TRIED = 16
 def lookup(
     problem: Problem,
     chip: Chip | None,
-    template_hash: str,
+    templates: Collection[str],
     *,
     database: Path | None = None,
     shipped: Path | None = None,
@@ -67,7 +67,8 @@ def lookup(
     Args:
         problem: config and sizes.
         chip: the chip to run on; None (unknown) finds pins only.
-        template_hash: hash of the current templates; rows of others do not count.
+        templates: the present template hashes of the problem's family, one for each kind; rows of
+            others do not count.
         database: the user's database; None means `user_database`.
         shipped: folder of the shipped records; None means the installed ones.
         limits: what a threadgroup may use; None means the chip's.
@@ -78,7 +79,7 @@ def lookup(
     if limits is None:
         limits = chip.limits if chip else APPLE
     with _reader(database, path) as connection:
-        search = _Search(problem, template_hash, limits, connection, shipped, path)
+        search = _Search(problem, templates, limits, connection, shipped, path)
         hit = search.pinned()
         if hit:
             return hit
@@ -157,14 +158,15 @@ class _Search:
     def __init__(
         self,
         problem: Problem,
-        template_hash: str,
+        templates: Collection[str],
         limits: Limits,
         connection: sqlite3.Connection | None,
         shipped: Path | None,
         path: list[str],
     ) -> None:
         self.problem = problem
-        self.template_hash = template_hash
+        self.templates = sorted(templates)
+        self.of_templates = f"IN ({', '.join('?' * len(self.templates))})"
         self.limits = limits
         self.connection = connection
         self.shipped = shipped
@@ -237,13 +239,14 @@ class _Search:
     ) -> Hit | None:
         if problem.key not in self.ids:
             return None
-        here = [self.ids[problem.key], self.template_hash, provenance, chip]
+        here = [self.ids[problem.key], *self.templates, provenance, chip]
         rows = []
         for key, seconds, default, mlx, error, *texts in self._rows(
             "SELECT s.key, m.seconds, m.default_seconds, m.mlx_seconds, m.error, m.policy, "
             "m.phase, m.detail, m.mlx_version, m.os "
             "FROM measurements m JOIN schedules s ON s.id = m.schedule "
-            "WHERE m.problem = ? AND m.template_hash = ? AND m.provenance = ? AND m.chip = ? "
+            f"WHERE m.problem = ? AND m.template_hash {self.of_templates} "
+            "AND m.provenance = ? AND m.chip = ? "
             "AND m.verified = 1 ORDER BY m.seconds LIMIT ?",
             [*here, MOST_ROWS],
         ):
@@ -261,8 +264,8 @@ class _Search:
         if provenance == "modelled" and len(rows) > 1:
             # Of all rows, checked or not: a check must not change which predictions are near.
             found = self._rows(
-                "SELECT min(seconds) FROM measurements WHERE problem = ? AND template_hash = ? "
-                "AND provenance = ? AND chip = ?",
+                "SELECT min(seconds) FROM measurements WHERE problem = ? AND template_hash "
+                f"{self.of_templates} AND provenance = ? AND chip = ?",
                 here,
             )
             least = found[0][0] if found and _is_time(found[0][0]) else None
@@ -317,9 +320,7 @@ class _Search:
 
     def _shipped(self, chip: str) -> dict[str, list[Measurement]]:
         if chip not in self.records:
-            self.records[chip] = shipped_buckets(
-                self.problem, chip, self.template_hash, self.shipped
-            )
+            self.records[chip] = shipped_buckets(self.problem, chip, self.templates, self.shipped)
         return self.records[chip]
 
     def _near(self, chips: Sequence[str]) -> dict[str, list[tuple[str, Problem]]]:
@@ -334,9 +335,10 @@ class _Search:
             for provenance, chip, heads, queries, keys in self._rows(
                 "SELECT m.provenance, m.chip, p.batch_heads, p.q_len, p.kv_len FROM problems p "
                 "JOIN measurements m ON m.problem = p.id WHERE p.config = ? AND p.family = ? AND "
-                f"m.template_hash = ? AND m.chip IN ({', '.join('?' * len(chips))}) AND "
-                "m.verified = 1 GROUP BY m.provenance, m.chip, p.id",
-                [config.key, family, self.template_hash, *chips],
+                f"m.template_hash {self.of_templates} AND "
+                f"m.chip IN ({', '.join('?' * len(chips))}) "
+                "AND m.verified = 1 GROUP BY m.provenance, m.chip, p.id",
+                [config.key, family, *self.templates, *chips],
             )
             if all(map(_is_size, (heads, queries, keys), MOST))
         }
@@ -366,10 +368,10 @@ class _Search:
         """Name the rows of this problem and chip that may not answer."""
         if self.problem.key not in self.ids:
             return
-        place = [self.ids[self.problem.key], chip, self.template_hash]
+        place = [self.ids[self.problem.key], chip, *self.templates]
         begin = "user database, this chip: "
         rows = "FROM measurements WHERE problem = ? AND chip = ? AND template_hash"
-        for (count,) in self._rows(f"SELECT count(*) {rows} <> ?", place):
+        for (count,) in self._rows(f"SELECT count(*) {rows} NOT {self.of_templates}", place):
             if count:
                 self.path.append(
                     f"{begin}{counted(count, 'row')} from other template versions, ignored; "
@@ -377,7 +379,7 @@ class _Search:
                 )
         if missed:
             for status, count in self._rows(
-                f"SELECT status, count(*) {rows} = ? GROUP BY 1", place
+                f"SELECT status, count(*) {rows} {self.of_templates} GROUP BY 1", place
             ):
                 rows_found = counted(count, "row")
                 self.path.append(

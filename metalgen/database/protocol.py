@@ -6,7 +6,7 @@ pass `metalgen.testing.stores.StoreConformance`, which says what each method pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -89,12 +89,12 @@ class TuningStore(Protocol):
         ...
 
     def add_measurements(
-        self, measurements: Iterable[Measurement], *, replace_predictions: bool = False
+        self, measurements: Iterable[Measurement], *, replace_predictions: Collection[str] = ()
     ) -> int:
         """Commit several measurements at once, all or none; returns how many were new.
 
-        With `replace_predictions` modelled rows of the same problem, templates and chip that
-        another version of the chip model made are removed. Measured rows never are.
+        With `replace_predictions`, template hashes, modelled rows of these about the same problem
+        and chip that another version of the chip model made are removed. Measured rows never are.
         """
         ...
 
@@ -157,7 +157,7 @@ class TuningStore(Protocol):
     def prune(
         self,
         *,
-        keep_templates: set[str] | None = None,
+        keep_templates: Collection[str] | None = None,
         provenance: str | None = None,
         chip: str | None = None,
         dry_run: bool = False,
@@ -165,6 +165,6 @@ class TuningStore(Protocol):
         """Remove measurements that fit every argument given; returns how many."""
         ...
 
-    def count_of_other_templates(self, present: set[str]) -> int:
+    def count_of_other_templates(self, present: Collection[str]) -> int:
         """How many measurements have a template hash that is none of these."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from metalgen.database.measurement import Measurement
@@ -19,7 +19,7 @@ def record_file(chip: str, folder: Path | None = None) -> Path:
 
 
 def shipped_buckets(
-    problem: Problem, chip: str, template_hash: str, folder: Path | None = None
+    problem: Problem, chip: str, templates: Collection[str], folder: Path | None = None
 ) -> dict[str, list[Measurement]]:
     """Verified shipped records of the problem's config and family on a chip, by problem key.
 
@@ -35,12 +35,12 @@ def shipped_buckets(
     # Lines are canonical, so the key occurs in them as it stands; only those are decoded.
     found: dict[str, list[Measurement]] = {}
     for line in lines:
-        if problem.config.key in line and template_hash in line:
+        if problem.config.key in line and any(each in line for each in templates):
             m = _decode(line)
             if (
                 m is not None
                 and m.chip == chip
-                and m.template_hash == template_hash
+                and m.template_hash in templates
                 and m.problem.config == problem.config
                 and m.problem.family == problem.family
             ):

@@ -66,10 +66,14 @@ class Refreshed:
 class Templates(Protocol):
     """What the present templates make of kernels, such as a `metalgen.source.digests.Present`."""
 
-    def template_hash(self, target: str) -> str:
-        """The hash of the present templates."""
+    @property
+    def template_hashes(self) -> Collection[str]:
+        """The present hashes of all families and kinds."""
 
-    def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
+    def template_hash(self, family: str, schedule: str, language: str) -> str:
+        """The present hash of a kernel's family and kind, by the schedule's key; empty: no kind."""
+
+    def source_hash(self, family: str, config: str, schedule: str, language: str) -> str | None:
         """The source hash of a kernel, by the keys of its config and schedule; None: no kernel."""
 
 
@@ -79,25 +83,25 @@ def _hashes_of(
     family: str,
     config: str,
     schedule: str,
-    target: str,
+    language: str,
 ) -> tuple[str, tuple[str, str]]:
     """What to do with a row of some template and source hash, and the hashes that it has then.
 
     The first is the name of a counter of `Refreshed`.
     """
     templates, source = known
-    now = present.template_hash(target)
+    now = present.template_hash(family, schedule, language)
     if templates == now and source:
         return "current", known
     if templates != now and not source:
         return "unknown", known
-    found = present.source_hash(family, config, schedule, target)
+    found = present.source_hash(family, config, schedule, language)
     if templates == now:
         return ("filled", (now, found)) if found else ("current", known)
-    return ("kept", (now, source)) if found == source else ("changed", known)
+    return ("kept", (now, source)) if now and found == source else ("changed", known)
 
 
-def _target_of(chip: str) -> str:
+def _language_of(chip: str) -> str:
     from metalgen.chips import get_chip
 
     try:
@@ -116,7 +120,7 @@ def refresh_rows(
         verdict, (templates, source) = _hashes_of(
             present,
             (m.template_hash, m.source_hash),
-            *(m.problem.family, m.problem.config.key, m.schedule.key, _target_of(m.chip)),
+            *(m.problem.family, m.problem.config.key, m.schedule.key, _language_of(m.chip)),
         )
         _count(counts, verdict)
         new = dataclasses.replace(m, template_hash=templates, source_hash=source)
@@ -189,7 +193,7 @@ class _Stored(NamedTuple):
     family: str
     config: str
     schedule: str
-    target: str
+    language: str
 
 
 class _Change(NamedTuple):
@@ -213,8 +217,9 @@ def _measurements(
         where += " AND problem IN (SELECT id FROM problems WHERE key IN (SELECT value FROM "
         where += "json_each(?)))"
         values.append(json.dumps([problem.key for problem in problems]))
-    done = f"template_hash IN ({', '.join('?' * len(LANGUAGES))}) AND source_hash <> ''"
-    values += [present.template_hash(target) for target in LANGUAGES]
+    hashes = sorted(present.template_hashes)
+    done = f"template_hash IN ({', '.join('?' * len(hashes))}) AND source_hash <> ''"
+    values += hashes
     counts.current += store.db.execute(
         f"SELECT count(*) FROM measurements WHERE {where} AND {done}", values
     ).fetchone()[0]
@@ -231,7 +236,7 @@ def _measurements(
         if asked is None:
             counts.unknown += 1  # someone edited the file
             continue
-        kernel = (asked.family, asked.config.key, schedules.get(schedule, ""), _target_of(name))
+        kernel = (asked.family, asked.config.key, schedules.get(schedule, ""), _language_of(name))
         yield _Stored(number, (templates, source), *kernel)
 
 
@@ -247,8 +252,8 @@ def _checks(store: Store, problems: Collection[Problem] | None) -> Iterator[_Sto
     ).fetchall():
         if wanted is None or (family, config) in wanted:
             # A GPU's device has the name of its language; the simulator executes Metal.
-            target = device if device in LANGUAGES else METAL.name
-            yield _Stored(number, (templates, source), family, config, schedule, target)
+            language = device if device in LANGUAGES else METAL.name
+            yield _Stored(number, (templates, source), family, config, schedule, language)
 
 
 def _changes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from metalgen.database.checks import KeepsChecks
@@ -88,14 +88,15 @@ class Store(KeepsChecks):
         return self.add_measurements([measurement]) == 1
 
     def add_measurements(
-        self, measurements: Iterable[Measurement], *, replace_predictions: bool = False
+        self, measurements: Iterable[Measurement], *, replace_predictions: Collection[str] = ()
     ) -> int:
         """Commit several measurements at once, all or none; returns how many were new.
 
         Args:
             measurements: each with its ``run`` begun before.
-            replace_predictions: first remove modelled rows of the same problem, templates and
-                chip that another version of the chip model made. Measured rows are never removed.
+            replace_predictions: template hashes: first remove modelled rows of these, about the
+                same problem and chip, that another version of the chip model made. Measured rows
+                are never removed.
         """
         added, kept = 0, []
         with self.writing():
@@ -104,11 +105,12 @@ class Store(KeepsChecks):
                 kept.append(m)
                 problem = self.id_of("problems", row_of(m.problem))
                 if replace_predictions and m.provenance == "modelled":
-                    stale.add((problem, m.template_hash, m.chip, m.cores, m.policy))
+                    stale.add((problem, m.chip, m.cores, m.policy))
                 added += self._insert(m, problem)
             for *group, policy in stale:
-                where = "provenance = 'modelled' AND problem = ? AND template_hash = ? "
-                where += "AND chip = ? AND cores = ?"
+                where = "provenance = 'modelled' AND problem = ? AND chip = ? AND cores = ? "
+                where += f"AND template_hash IN ({', '.join('?' * len(replace_predictions))})"
+                group += replace_predictions
                 found = self.db.execute(
                     f"SELECT DISTINCT policy FROM measurements WHERE {where}", group
                 ).fetchall()
@@ -245,7 +247,7 @@ class Store(KeepsChecks):
     def prune(
         self,
         *,
-        keep_templates: set[str] | None = None,
+        keep_templates: Collection[str] | None = None,
         provenance: str | None = None,
         chip: str | None = None,
         dry_run: bool = False,
@@ -274,7 +276,7 @@ class Store(KeepsChecks):
                 self.db.execute(f"DELETE FROM measurements WHERE {condition}", values)
         return int(count)
 
-    def count_of_other_templates(self, present: set[str]) -> int:
+    def count_of_other_templates(self, present: Collection[str]) -> int:
         """How many measurements have a template hash that is none of these."""
         with explained(self.path):
             rows = self.db.execute(

@@ -64,7 +64,7 @@ class Standing(NamedTuple):
 
 
 def ranks(problem: Problem, rows: Sequence[Standing], least: float | None = None) -> list[Rank]:
-    """The rank of each of several rows of one problem, chip and template hash.
+    """The rank of each of several rows of one problem and chip, and of the same templates.
 
     Measured rows come before modelled ones; then those by the present software, with a cold cache,
     by launches that waited for one another, of the finals, without a reservation; then the quicker
@@ -101,10 +101,13 @@ def ranks(problem: Problem, rows: Sequence[Standing], least: float | None = None
 
 
 def ordered(rows: Iterable[Measurement]) -> list[Measurement]:
-    """Rows of any problems and chips, the best first; whether they passed a check plays no part."""
-    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    """Rows of any problems and chips, the best first; whether they passed a check plays no part.
+
+    All are of the present templates, or none.
+    """
+    groups: dict[tuple[str, str], list[Measurement]] = {}
     for m in rows:
-        groups.setdefault((m.problem.key, m.chip, m.template_hash), []).append(m)
+        groups.setdefault((m.problem.key, m.chip), []).append(m)
     ranked: list[tuple[Rank, int, Measurement]] = []
     for group in groups.values():
         found = ranks(group[0].problem, [Standing.of(m) for m in group])

@@ -264,3 +264,10 @@ def extra_inputs(config: AttentionConfig) -> list[str]:
     """A kernel's inputs in addition to q, k, v and the scale, in order."""
     names = [name for each in config.features for name in each.kernel_inputs(config)]
     return names + [name for each in config.features for name in each.launch_inputs(config)]
+
+
+def hidden_rows(config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
+    """Sizes by which some rows see no key, for configs that hide later keys."""
+    if config.causal or config.window_right is not None:
+        return [(schedule.bk + 9, schedule.bk + 1)]
+    return []

@@ -216,6 +216,10 @@ class BackwardKeys(Backward):
     def steps(self, schedule: Schedule) -> tuple[GradientStep, ...]:
         return self.each if schedule.apart else (self.main,)
 
+    @property
+    def possible_steps(self) -> tuple[GradientStep, ...]:
+        return (self.main, *self.each)
+
 
 def made_by(schedule: Schedule) -> list[str]:
     """Which gradients the kernels of a schedule make, in order."""

@@ -75,6 +75,11 @@ class Step(abc.ABC):
         """Where features find themselves; None where the template has no hooks for them."""
         return None
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether features may add code to its template."""
+        return type(self).site is not Step.site
+
     def math_mode(self, schedule: Schedule) -> str:
         """Metal's math mode."""
         return "safe"
@@ -127,6 +132,11 @@ class Family(abc.ABC):
 
     def steps(self, schedule: Schedule) -> tuple[Step, ...]:
         """The kernels that a call runs, in order."""
+        return (self.main,)
+
+    @property
+    def possible_steps(self) -> tuple[Step, ...]:
+        """All kernels that a call may run, whatever its schedule."""
         return (self.main,)
 
     def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:  # noqa: B027

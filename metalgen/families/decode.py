@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from metalgen.families.attention import Attend, AttentionFamily, AttentionStep, Combine
+from metalgen.families.attention import Attend, AttentionFamily, AttentionStep, Combine, hidden_rows
 from metalgen.families.base import at_most
 from metalgen.families.counts import CallCounts, combine_counts, decode_counts
-from metalgen.families.forward import hidden_rows
 from metalgen.families.launch import Launch, attention_launches
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
@@ -42,6 +41,10 @@ class Decode(AttentionFamily):
 
     def steps(self, schedule: Schedule) -> tuple[AttentionStep, ...]:
         return (self.main, COMBINE) if schedule.partials > 1 else (self.main,)
+
+    @property
+    def possible_steps(self) -> tuple[AttentionStep, ...]:
+        return (self.main, COMBINE)
 
     def takes(self, config: AttentionConfig, q_len: int) -> bool:
         return q_len <= DECODE_QUERIES and not config.one_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metalgen.families.attention import Attend, AttentionFamily
+from metalgen.families.attention import Attend, AttentionFamily, hidden_rows
 from metalgen.families.counts import CallCounts, forward_counts
 from metalgen.families.launch import Launch, attention_launches
 from metalgen.problem.config import AttentionConfig
@@ -46,13 +46,6 @@ class Forward(AttentionFamily):
     ) -> CallCounts:
         sizes = {"batch_heads": batch_heads, "q_len": q_len, "kv_len": kv_len}
         return CallCounts(forward_counts(config, schedule, **sizes), batch_heads, kv_len)
-
-
-def hidden_rows(config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
-    """Sizes by which some rows see no key, for configs that hide later keys."""
-    if config.causal or config.window_right is not None:
-        return [(schedule.bk + 9, schedule.bk + 1)]
-    return []
 
 
 FORWARD = Forward()

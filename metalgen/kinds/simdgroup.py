@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from metalgen.kinds.base import LABELS, Kind, Require, own_source, value_parts, value_width
-from metalgen.kinds.operands import Operands, operand
-from metalgen.kinds.simdgroup_plan import FRAGMENT as FRAGMENT
+from metalgen.kinds.operands import FRAGMENT, Operands, operand
 from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES, SimdgroupPlan, simdgroup_plan
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule

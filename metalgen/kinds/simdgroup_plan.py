@@ -11,11 +11,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from metalgen.kinds.operands import Operand, Operands, Product
+from metalgen.kinds.operands import FRAGMENT, Operand, Operands, Product
 from metalgen.schedules import Schedule
 
-FRAGMENT = 8
-"""Rows and columns of a simdgroup matrix."""
 ROW_PAD_BYTES = 16
 """Bytes added to a row in threadgroup memory, so that rows start in different banks."""
 

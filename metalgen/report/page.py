@@ -351,7 +351,10 @@ def _facts(r: Result) -> list[tuple[str, str]]:
         ("system", _all(m.os for m in r.rows)),
         ("MLX", _all(m.mlx_version for m in r.rows)),
         ("metalgen", _all(m.metalgen_version for m in r.rows)),
-        ("templates", r.template_hash + ("" if r.current else " (not the present ones)")),
+        (
+            "templates",
+            ", ".join(r.template_hashes) + ("" if r.current else " (not the present ones)"),
+        ),
         ("dates", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
         (
             "rows",

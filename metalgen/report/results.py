@@ -36,7 +36,7 @@ class Result:
     """The rows of one problem on one chip, of one provenance, one policy and one set of templates.
 
     Args:
-        problem, chip, cores, device, provenance, template_hash, policy: what they share.
+        problem, chip, cores, device, provenance, template_hashes, policy: what they share.
         rows: in the order in which they were committed, where the sources tell.
         notes: of the latest run that took part in them.
         current: whether the present templates made them; others are never dispatched.
@@ -48,7 +48,7 @@ class Result:
     cores: int
     device: str
     provenance: str
-    template_hash: str
+    template_hashes: tuple[str, ...]
     policy: str
     rows: tuple[Measurement, ...]
     notes: Notes
@@ -168,11 +168,12 @@ def _ratio(seconds: float | None, winner: Measurement | None) -> float | None:
 
 def results(sources: Sources) -> list[Result]:
     """The results of some rows: measured before modelled, the present templates first, by gain."""
+    current = present_templates()
     groups: dict[tuple[object, ...], list[Measurement]] = {}
     for m in sources.rows:
-        key = (m.provenance, m.chip, m.cores, m.problem.key, m.device, m.template_hash, m.policy)
+        templates = "" if m.template_hash in current else m.template_hash  # several kinds'
+        key = (m.provenance, m.chip, m.cores, m.problem.key, m.device, templates, m.policy)
         groups.setdefault(key, []).append(m)
-    current = present_templates()
     found = []
     for rows in groups.values():
         first = rows[0]
@@ -181,7 +182,7 @@ def results(sources: Sources) -> list[Result]:
         found.append(
             Result(
                 *(first.problem, first.chip, first.cores, first.device, first.provenance),
-                *(first.template_hash, first.policy, tuple(rows)),
+                *(tuple(sorted({m.template_hash for m in rows})), first.policy, tuple(rows)),
                 next((notes for notes in noted if notes), Notes()),
                 first.template_hash in current,
             )

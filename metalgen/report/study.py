@@ -61,7 +61,7 @@ def study_name(r: Result) -> str:
     return (
         f"{r.chip} {r.provenance} {p.config} BH={p.batch_heads} {p.q_len}x{p.kv_len}"
         + ("" if p.family == ORDINARY else f" {p.family}")
-        + ("" if r.current else f" templates {r.template_hash}")
+        + ("" if r.current else f" templates {r.template_hashes[0]}")
     )
 
 
@@ -129,7 +129,7 @@ def _add(storage: BaseStorage, name: str, r: Result) -> None:
         "cores": r.cores,
         "provenance": r.provenance,
         "device": r.device,
-        "template_hash": r.template_hash,
+        "template_hashes": list(r.template_hashes),
         "policy": r.policy,
         "default": str(r.default) if r.default else None,
         "default_milliseconds": _milliseconds(r.default_seconds),

@@ -10,6 +10,7 @@ from metalgen.schedules.schedule import (
     forget_schedules,
     kinds_of,
     schedule_type,
+    schedule_types,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "forget_schedules",
     "kinds_of",
     "schedule_type",
+    "schedule_types",
 ]

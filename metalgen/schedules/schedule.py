@@ -221,6 +221,11 @@ def schedule_type(family: str, kind: str) -> type[Schedule]:
         raise ArgumentError("schedule", f"a family and a kind among {known}", got) from None
 
 
+def schedule_types() -> tuple[type[Schedule], ...]:
+    """The types of all schedules: of each family with each kind, or in each language."""
+    return tuple(_types.values())
+
+
 def all_knobs() -> dict[str, Knob]:
     """Every knob of schedules with a kind, by name; choices are those of all of them together."""
     found: dict[str, Knob] = {}

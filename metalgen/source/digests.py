@@ -10,10 +10,15 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Collection
 
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule, decode_schedule, get_family, language_of
 from metalgen.problem.config import AttentionConfig
+from metalgen.source.hashes import present_templates, template_hash
+
+FAULTS = (MetalgenError, ValueError, RecursionError)
+"""What reading keys of configs and schedules may raise."""
 
 
 def source_hash(config: AttentionConfig, schedule: Schedule) -> str:
@@ -26,10 +31,7 @@ def source_hash(config: AttentionConfig, schedule: Schedule) -> str:
     Raises:
         InvalidSchedule, ArgumentError: as `metalgen.source.render.render`.
     """
-    from metalgen.source.hashes import template_hash
-
-    versions = template_hash(schedule.family, language_of(schedule))
-    return _source_hash(config, schedule, versions)
+    return _source_hash(config, schedule, template_hash(schedule))
 
 
 class Present:
@@ -37,28 +39,38 @@ class Present:
 
     def __init__(self) -> None:
         self._sources: dict[tuple[str, str, str, str], str | None] = {}
-        self._templates: dict[str, str] = {}
+        self._schedules: dict[tuple[str, str, str], Schedule | None] = {}
 
-    def template_hash(self, target: str) -> str:
-        """The hash of the present templates."""
-        if target not in self._templates:
-            from metalgen.source.hashes import template_hash
+    @property
+    def template_hashes(self) -> Collection[str]:
+        """The present hashes of all families and kinds."""
+        return present_templates()
 
-            self._templates[target] = template_hash(language=target)
-        return self._templates[target]
+    def template_hash(self, family: str, schedule: str, language: str) -> str:
+        """The present hash of a kernel's family and kind, by the schedule's key; empty: no kind."""
+        found = self._schedule(family, schedule, language)
+        return template_hash(found) if found else ""
 
-    def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
+    def source_hash(self, family: str, config: str, schedule: str, language: str) -> str | None:
         """The source hash of a kernel, by the keys of its config and schedule; None: no kernel."""
-        place = (family, config, schedule, target)
-        if place not in self._sources:
+        kernel = (family, config, schedule, language)
+        if kernel not in self._sources:
+            found = self._schedule(family, schedule, language)
             try:
-                self._sources[place] = source_hash(
-                    AttentionConfig.from_dict(json.loads(config)),
-                    decode_schedule(json.loads(schedule), family, target),
-                )
-            except (MetalgenError, ValueError, RecursionError):
-                self._sources[place] = None
-        return self._sources[place]
+                made = AttentionConfig.from_dict(json.loads(config))
+                self._sources[kernel] = source_hash(made, found) if found else None
+            except FAULTS:
+                self._sources[kernel] = None
+        return self._sources[kernel]
+
+    def _schedule(self, family: str, key: str, language: str) -> Schedule | None:
+        own = (family, key, language)
+        if own not in self._schedules:
+            try:
+                self._schedules[own] = decode_schedule(json.loads(key), family, language)
+            except FAULTS:
+                self._schedules[own] = None
+        return self._schedules[own]
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -13,7 +13,8 @@ from metalgen.families import Limits, Schedule, Step, check_schedule, get_family
 from metalgen.kinds import get_kind
 from metalgen.languages import Language, get_language
 from metalgen.problem.config import AttentionConfig
-from metalgen.resources import added_templates, templates_dir
+from metalgen.resources import template_roots
+from metalgen.source.templates import body_of, feature_macros, header_of, libraries
 
 if TYPE_CHECKING:
     import jinja2
@@ -80,9 +81,9 @@ def render(config: AttentionConfig, schedule: Schedule, step: Step | None = None
     )
     check_schedule(config, schedule, limits)
     context, env = _context(config, schedule, language, step), _environment()
-    room = f"kinds/{get_kind(schedule.kind).templates}" if schedule.kind else _room(language)
-    header = env.get_template(f"{room}/header.jinja").render(context)
-    body = _tidy(env.get_template(f"families/{step.template}.jinja").render(context))
+    folder = get_kind(schedule.kind).templates if schedule.kind else ""
+    header = env.get_template(header_of(language.name, folder)).render(context)
+    body = _tidy(env.get_template(body_of(step)).render(context))
     # The first kernels' names were digests with their math mode; those without products had none.
     mode = step.math_mode(schedule)
     digest = hashlib.sha256("\0".join((header, body, *([mode] if schedule.kind else []))).encode())
@@ -113,13 +114,13 @@ def _context(
         "T": element,
         "F": "float" if getattr(schedule, "fragment", "input") == "float32" else element,
         "Out": "float" if context.get("partial") else element,
-        "language_library": f"{_room(language)}/language.jinja",
     }
+    context |= libraries(language.name, "")
     if (operands := step.operands(config, schedule)) is not None:
         kind = get_kind(schedule.kind)
         plan = kind.plan(operands, schedule)
         constants |= plan.constants
-        context |= {"plan": plan, "tile_library": f"kinds/{kind.templates}/tile.jinja"}
+        context |= {"plan": plan} | libraries(language.name, kind.templates)
     if (site := step.site(config, schedule)) is not None:
         hooked = hooks(config, site, _feature)
         constants |= hooked["hook_constants"]
@@ -127,12 +128,8 @@ def _context(
     return context | {"constants": constants}
 
 
-def _room(language: Language) -> str:
-    return f"languages/{language.name}"
-
-
 def _environment() -> jinja2.Environment:
-    return _environment_of((templates_dir(), *added_templates()))
+    return _environment_of(template_roots())
 
 
 @functools.cache
@@ -151,7 +148,7 @@ def _environment_of(roots: tuple[Path, ...]) -> jinja2.Environment:
 
 def _feature(name: str, **variables: Any) -> Any:
     """The macros of a feature file."""
-    return _environment().get_template(f"features/{name}.jinja").make_module(variables)
+    return _environment().get_template(feature_macros(name)).make_module(variables)
 
 
 def _tidy(text: str) -> str:

@@ -11,7 +11,7 @@ import copy
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +121,7 @@ class PlainStore:
         return self.add_measurements([measurement]) == 1
 
     def add_measurements(
-        self, measurements: Iterable[Measurement], *, replace_predictions: bool = False
+        self, measurements: Iterable[Measurement], *, replace_predictions: Collection[str] = ()
     ) -> int:
         added, predictions = 0, []
         with self._writing() as kept:
@@ -134,9 +134,9 @@ class PlainStore:
                 if exchange.identity(m) not in map(exchange.identity, kept.rows):
                     kept.rows.append(self._as_checked(m))
                     added += 1
-            if replace_predictions:
-                old = [m for m in kept.rows if any(_replaces(new, m) for new in predictions)]
-                kept.rows = [m for m in kept.rows if m not in old]
+            of_templates = [m for m in kept.rows if m.template_hash in replace_predictions]
+            old = [m for m in of_templates if any(_replaces(new, m) for new in predictions)]
+            kept.rows = [m for m in kept.rows if m not in old]
         return added
 
     def _as_checked(self, m: Measurement) -> Measurement:
@@ -160,7 +160,7 @@ class PlainStore:
     def prune(
         self,
         *,
-        keep_templates: set[str] | None = None,
+        keep_templates: Collection[str] | None = None,
         provenance: str | None = None,
         chip: str | None = None,
         dry_run: bool = False,
@@ -175,7 +175,7 @@ class PlainStore:
                 kept.rows = [m for m in kept.rows if m not in gone]
         return len(gone)
 
-    def count_of_other_templates(self, present: set[str]) -> int:
+    def count_of_other_templates(self, present: Collection[str]) -> int:
         return sum(m.template_hash not in present for m in self._kept.rows)
 
     # Checks and pins
@@ -355,7 +355,7 @@ def _replaces(new: Measurement, old: Measurement) -> bool:
     """Whether a prediction is by another version of the chip model than an older one."""
 
     def asked(m: Measurement) -> tuple[Any, ...]:
-        return m.provenance, m.problem, m.template_hash, m.chip, m.cores
+        return m.provenance, m.problem, m.chip, m.cores
 
     return asked(new) == asked(old) and _model(new.policy) != _model(old.policy)
 

@@ -62,7 +62,7 @@ class OnStore:
         return lookup(
             problem,
             CHIP,
-            template_hash,
+            {template_hash},
             database=store.path,
             shipped=store.path.parent / "none",
             neighbours=NEIGHBOURS,

@@ -84,7 +84,7 @@ def some_call(draw: random.Random, path: Path) -> Call:
         def add(store: TuningStore, merge: object) -> object:
             run = store.begin_run("M3Max", 1)
             mine = [replace(m, run=run) for m in rows]
-            return store.add_measurements(mine, replace_predictions=again)
+            return store.add_measurements(mine, replace_predictions={HASH} if again else ())
 
         return add
     if kind == "merge":

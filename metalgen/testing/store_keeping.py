@@ -150,7 +150,7 @@ class KeepsRecords(OnStore):
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            store.add_measurements(broken(), replace_predictions=True)
+            store.add_measurements(broken(), replace_predictions={HASH})
         assert store.measurements() == [kept]
         stranger = replace(kept, schedule=THIRD, run="no such run")
         with pytest.raises(DatabaseError):
@@ -173,12 +173,12 @@ class KeepsRecords(OnStore):
         ]
         kept = put(store, *stay, modelled(**old), modelled(SECOND, **old))
         new = modelled(SECOND, 2e-3, policy=policy("b", 9), run=kept[0].run)
-        assert store.add_measurements([new], replace_predictions=True) == 1
+        assert store.add_measurements([new], replace_predictions={HASH}) == 1
         assert store.measurements() == [*kept[:4], new]
         fewer = replace(new, policy=policy("b", 5))  # the same model, asked about fewer schedules
-        assert store.add_measurements([fewer], replace_predictions=True) == 1
+        assert store.add_measurements([fewer], replace_predictions={HASH}) == 1
         measured = replace(kept[0], policy=policy("c", 9))
-        assert store.add_measurements([measured], replace_predictions=True) == 1
+        assert store.add_measurements([measured], replace_predictions={HASH}) == 1
         assert store.measurements() == [*kept[:4], new, fewer, measured]
 
     def test_problems_are_those_with_a_row_in_the_order_of_their_keys(

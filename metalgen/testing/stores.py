@@ -365,7 +365,7 @@ class StoreConformance(KeepsRecords):
         failed = [m for m in rows if m.schedule == checked[0]]
         assert [(m.status, m.verified) for m in failed] == [("wrong", False)]
         assert [m for m in rows if m.verified] == [winner]
-        hit = self.look_up(store, template_hash=template_hash())
+        hit = self.look_up(store, template_hash=template_hash(FIRST))
         assert hit is not None
         assert (hit.schedule, hit.provenance) == (checked[1], "modelled")
         assert run() == winner

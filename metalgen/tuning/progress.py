@@ -74,18 +74,19 @@ class Report:
 
     ``stopped`` is None, ``"budget"`` or ``"interrupted"``; ``checks`` counts the kernels that were
     executed against the reference in this run; ``kept`` rows of other templates that were kept
-    when it began, because their kernels are the same.
+    when it began, because their kernels are the same; ``template_hashes`` are those of the families
+    and kinds that were tuned.
     """
 
     run: str
     chip: str
     provenance: str
-    template_hash: str
     outcomes: list[Outcome] = field(default_factory=list)
     stopped: str | None = None
     seconds: float = 0.0
     checks: int = 0
     kept: int = 0
+    template_hashes: set[str] = field(default_factory=set)
 
 
 class BudgetSpent(Exception):

@@ -18,7 +18,6 @@ from metalgen.devices import Device
 from metalgen.errors import ArgumentError
 from metalgen.families.sizes import Problem
 from metalgen.source.digests import Present
-from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import BudgetSpent, Observer, Report
 from metalgen.tuning.search.named import DEFAULT_SAMPLER, check_sampler
 from metalgen.tuning.sessions.measured import MeasuredSession
@@ -101,9 +100,8 @@ def tune(
     if device:
         check_sampler(sampler)
     executing = checker or device
-    versions = template_hash("forward", (executing.language if executing else None) or "metal")
     start = clock()
-    report = Report("", chip.name, "measured" if device else "modelled", versions)
+    report = Report("", chip.name, "measured" if device else "modelled")
     deadline = math.inf if budget is None else start + budget
     policy = policy or Policy()
     executor: Executor | None = None
@@ -122,7 +120,7 @@ def tune(
     common: dict[str, Any] = {
         "chip": chip,
         "store": store,
-        "checker": Checker(store, executing, versions, verify),
+        "checker": Checker(store, executing, verify),
         "report": report,
         "trials": trials,
         "seed": seed,

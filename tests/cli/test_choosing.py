@@ -15,7 +15,7 @@ from metalgen.cli.app import run
 from metalgen.database.lookup import lookup
 from metalgen.database.store import Store
 from metalgen.families.sizes import Problem
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.tuning.presets import preset, preset_names
 
 TUNE = ["tune", "--chip", "M3Max"]
@@ -132,7 +132,7 @@ def test_a_shape_of_ones_own_is_tuned_checked_and_found_again(
         rows = store.measurements()
     assert {row.problem for row in rows} == {wanted}
     (winner,) = [row for row in rows if row.verified]
-    hit = lookup(wanted, get_chip("M3Max"), template_hash("forward", "metal"))
+    hit = lookup(wanted, get_chip("M3Max"), template_hashes(wanted.family, "metal"))
     assert hit is not None and hit.schedule == winner.schedule
 
 

@@ -22,7 +22,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, decode_schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import named_hashes, template_hash
 from metalgen.source.render import render
 from metalgen.tuning.presets import preset
 from metalgen.tuning.runner import tune
@@ -268,7 +268,7 @@ def test_render_prints_the_source_of_the_default_schedule(
     assert found["config"] == CONFIG.to_dict()
     assert found["schedule"] == default_schedule(CONFIG).to_dict()
     assert (found["header"], found["source"]) == (source.header, source.source)
-    assert found["template_hash"] == template_hash()
+    assert found["template_hash"] == template_hash(default_schedule(CONFIG))
 
 
 def test_features_of_a_config_are_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +360,7 @@ def test_show_sets_winners_against_the_default(
 def test_rows_of_other_templates_are_counted_and_do_not_win(
     tuned: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metalgen.source.hashes.template_hash", lambda *_, **__: "f" * 16)
+    monkeypatch.setattr("metalgen.source.hashes.named_hashes", lambda: {"any": "f" * 16})
     printed = text(capsys, "show")
     count = document(capsys, "show")["rows_of_other_templates"]
     assert count > 1
@@ -414,7 +414,7 @@ def test_doctor_tells_devices_versions_and_the_state_of_the_database(
     found = document(capsys, "doctor")
     assert {"metal", "simulator", "reference"} <= set(found["devices"])
     assert found["devices"]["reference"] is None
-    assert found["template_hash"] == template_hash()
+    assert found["template_hashes"] == named_hashes()
     assert found["packages"]["mlx"]
     assert found["database"]["path"] == str(tuned)
     assert found["database"]["usable"] is True

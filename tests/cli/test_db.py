@@ -19,7 +19,7 @@ from metalgen.families import Schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import source_hash
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hash, template_hashes
 
 CONFIG = AttentionConfig(head_dim=64)
 PROBLEM = Problem(CONFIG, 32, 1024, 1024)
@@ -30,7 +30,7 @@ SECOND = Schedule(bq=32, bk=16, bd=64, simdgroups=4)
 def row(schedule: Schedule = FIRST, **changes: object) -> Measurement:
     """A final on M3Max that was measured and checked."""
     fields: dict[str, object] = {
-        "template_hash": template_hash(), "chip": "M3Max", "cores": 40, "device": "metal",
+        "template_hash": template_hash(schedule), "chip": "M3Max", "cores": 40, "device": "metal",
         "provenance": "measured", "policy": "p", "phase": "final", "verified": True,
         "seconds": 1e-3, "samples": (1e-3,), "created": "2026-11-21T08:00:00Z",
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_refresh_keeps_rows_of_the_same_kernel_in_databases_and_files(
     assert f"{mine}: 1 row, 1 of the present templates, 1 of these without a source" in out
     assert "tune again" in out
     assert db("verify", "--canonical", file) == 0
-    now = {"template_hash": template_hash()}
+    now = {"template_hash": template_hash(FIRST)}
     assert dataclasses.replace(kept, **now).to_line() in file.read_text().splitlines()
     assert held(mine)[0].source_hash == source_hash(CONFIG, FIRST)
     capsys.readouterr()
@@ -272,7 +272,9 @@ def test_prune_wants_to_be_told_what_to_remove(
 
 def test_a_pin_answers_look_ups_until_it_is_removed(mine: Path) -> None:
     def found() -> Schedule | None:
-        hit = lookup(PROBLEM, get_chip("M3Max"), template_hash(), database=mine)
+        hit = lookup(
+            PROBLEM, get_chip("M3Max"), template_hashes(PROBLEM.family, "metal"), database=mine
+        )
         return hit.schedule if hit else None
 
     assert found() == FIRST

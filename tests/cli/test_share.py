@@ -42,7 +42,7 @@ def row(seconds: float = 1e-3, q_len: int = 1024, **fields: Any) -> Measurement:
     shared: dict[str, Any] = {
         "chip": "M3Max",
         "cores": CHIP.cores,
-        "template_hash": template_hash("forward", "metal"),
+        "template_hash": template_hash(schedule),
         "device": "metal",
         "provenance": "measured",
         "policy": "{}",

@@ -33,7 +33,7 @@ from metalgen.families import Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.reference import attention_float64
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hash, template_hashes
 from metalgen.testing.rows import FIRST, SECOND, THIRD, modelled, row
 
 CONFIG = AttentionConfig(head_dim=64, causal=True)
@@ -49,7 +49,7 @@ SAMPLE, ALL, CHUNK = 500, 10_000, 500
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound database with rows of every kind, checks, runs and a pin, in one file."""
     path = tmp_path_factory.mktemp("sound") / "sound.db"
-    known: dict[str, Any] = {"template_hash": template_hash(), "verified": True}
+    known: dict[str, Any] = {"template_hash": template_hash(FIRST), "verified": True}
     with Store.open(path) as store:
         number = store.begin_run("M3Max", 0, {"trials": 3})
         known["run"] = number
@@ -265,15 +265,20 @@ def try_damaged(sound: Path, folder: Path, numbers: range) -> dict[str, int]:
     path = folder / "mine.db"
     (folder / "records").mkdir()
     shutil.copyfile(sound, folder / "sound.db")
-    good = row(SECOND, 5e-3, problem=FORWARD, policy="q", template_hash=template_hash())
+    good = row(SECOND, 5e-3, problem=FORWARD, policy="q", template_hash=template_hash(SECOND))
     (folder / "good.jsonl").write_text(good.to_line() + "\n")
     counts: dict[str, int] = {"0": 0, "1": 0, "2": 0}
     for number in numbers:
         draw = damaged(number, sound, path)
         broken = path.read_bytes()
         try:
-            lookup(FORWARD, get_chip("M3Max"), template_hash(), shipped=folder / "none")
-            checked(CONFIG, FIRST, template_hash())
+            lookup(
+                FORWARD,
+                get_chip("M3Max"),
+                template_hashes(FORWARD.family, "metal"),
+                shipped=folder / "none",
+            )
+            checked(CONFIG, FIRST, template_hash(FIRST))
             last_chip()
             assert path.read_bytes() == broken  # a look-up writes nothing
             call(draw.choice(("M3Max", "M3", None)))
@@ -385,7 +390,9 @@ def test_a_name_that_is_not_text_is_opened_and_printed(
     path = tmp_path / os.fsdecode(b"\xffmine.db")
     shutil.copyfile(sound, path)
     monkeypatch.setenv("METALGEN_DB", str(path))
-    hit = lookup(FORWARD, get_chip("M3Max"), template_hash(), shipped=tmp_path)
+    hit = lookup(
+        FORWARD, get_chip("M3Max"), template_hashes(FORWARD.family, "metal"), shipped=tmp_path
+    )
     assert hit is not None and hit.schedule == FIRST
     for line in ("show", "db stats", "db export", "doctor", "db unpin *", "report -o @r.html"):
         done = subprocess.run(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import metalgen.resources
 import metalgen.source.hashes
 import metalgen.source.render
 from metalgen.chips import get_chip
@@ -61,11 +62,10 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     shutil.copytree(templates_dir(), copy)
 
     def forget() -> None:
-        template_hash.cache_clear()
+        metalgen.source.hashes._hash.cache_clear()
         metalgen.source.render._environment_of.cache_clear()
 
-    for module in (metalgen.source.render, metalgen.source.hashes):
-        monkeypatch.setattr(module, "templates_dir", lambda: copy)
+    monkeypatch.setattr(metalgen.resources, "templates_dir", lambda: copy)
     forget()
     yield copy
     monkeypatch.undo()
@@ -80,7 +80,7 @@ def edit(templates: Path, name: str, old_text: str, new_text: str) -> None:
     path.write_text(text.replace(old_text, new_text, 1))
     stamp = path.stat().st_mtime + 10
     os.utime(path, (stamp, stamp))
-    template_hash.cache_clear()
+    metalgen.source.hashes._hash.cache_clear()
     metalgen.source.render._environment_of.cache_clear()
 
 
@@ -149,15 +149,15 @@ def test_comments_names_and_spacing_are_not_code_and_texts_are() -> None:
 def test_an_edit_of_comments_or_spacing_keeps_every_row(
     templates: Path, tmp_path: Path, name: str, before: str, after: str
 ) -> None:
-    was = template_hash()
+    was = template_hash(FIRST)
     rows = [row(s, template_hash=was, source_hash=source_hash(CONFIG, s)) for s in (FIRST, SECOND)]
     split = source_hash(CONFIG, SPLIT)
-    rows.append(row(SPLIT, problem=DECODE, template_hash=was, source_hash=split))
+    rows.append(row(SPLIT, problem=DECODE, template_hash=template_hash(SPLIT), source_hash=split))
     edit(templates, name, before, after)
-    assert template_hash() != was
+    assert template_hash(FIRST) != was
     found, counts = refresh_rows(rows, Present())
     assert counts == Refreshed(kept=3)
-    assert found == [dataclasses.replace(m, template_hash=template_hash()) for m in rows]
+    assert found == [dataclasses.replace(m, template_hash=template_hash(m.schedule)) for m in rows]
 
 
 def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alone(
@@ -166,7 +166,7 @@ def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alo
     h200 = get_chip("H200")
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     schedule = default_schedule(config, h200.limits)
-    was = template_hash("forward", "cuda")
+    was = template_hash(schedule)
     measured = row(
         *(schedule, 1e-3),
         problem=dataclasses.replace(PROBLEM, config=config),
@@ -176,12 +176,12 @@ def test_an_edit_of_comments_keeps_rows_of_a_cuda_chip_and_leaves_the_others_alo
         template_hash=was,
         source_hash=source_hash(config, schedule),
     )
-    apple = row(template_hash=template_hash(), source_hash=source_hash(CONFIG, FIRST))
+    apple = row(template_hash=template_hash(FIRST), source_hash=source_hash(CONFIG, FIRST))
     edit(templates, "languages/cuda/copies.jinja", "\n", "\n// A remark in the CUDA header.\n")
-    assert template_hash("forward", "cuda") != was
+    assert template_hash(schedule) != was
     found, counts = refresh_rows([measured, apple], Present())
     assert counts == Refreshed(current=1, kept=1)
-    assert found[0].template_hash == template_hash("forward", "cuda")
+    assert found[0].template_hash == template_hash(schedule)
     assert found[1] == apple
     edit(templates, "languages/cuda/copies.jinja", "\n", "\nstruct another {};\n")
     assert refresh_rows(found, Present())[1] == Refreshed(current=1, changed=1)
@@ -205,7 +205,7 @@ def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
     templates: Path,
 ) -> None:
     """The combine step belongs to decode kernels of several splits only."""
-    was, whole = template_hash(), dataclasses.replace(SPLIT, splits=1)
+    was, whole = template_hash(SPLIT), dataclasses.replace(SPLIT, splits=1)
     rows = [
         row(s, problem=DECODE, template_hash=was, source_hash=source_hash(CONFIG, s))
         for s in (SPLIT, whole)
@@ -213,7 +213,7 @@ def test_an_edit_of_one_step_loses_the_rows_that_run_it_and_keeps_the_others(
     edit(templates, "families/combine.jinja", ";", "; int unused = 0;")
     found, counts = refresh_rows(rows, Present())
     assert counts == Refreshed(kept=1, changed=1)
-    assert {m.schedule: m.template_hash for m in found} == {SPLIT: was, whole: template_hash()}
+    assert {m.schedule: m.template_hash for m in found} == {SPLIT: was, whole: template_hash(SPLIT)}
 
 
 def test_a_kernel_that_can_no_longer_be_rendered_has_changed() -> None:
@@ -227,7 +227,7 @@ def test_a_kernel_that_can_no_longer_be_rendered_has_changed() -> None:
 
 
 def test_a_refresh_keeps_rows_of_the_same_kernel_and_removes_none(tmp_path: Path) -> None:
-    now = template_hash()
+    now = template_hash(FIRST)
     rows = [
         old(FIRST),
         old(SECOND, source_hash="0" * 16),
@@ -260,14 +260,14 @@ def test_a_refresh_keeps_rows_of_the_same_kernel_and_removes_none(tmp_path: Path
 def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path) -> None:
     a = old(samples=(1e-3, 2e-3), seconds=1.5e-3, mlx_seconds=4e-3)
     b = old(template_hash="e" * 16, samples=(5e-3,), seconds=5e-3, mlx_seconds=3e-3)
-    c = dataclasses.replace(a, template_hash=template_hash(), samples=(3e-3,), seconds=3e-3)
+    c = dataclasses.replace(a, template_hash=template_hash(FIRST), samples=(3e-3,), seconds=3e-3)
     path = filled(tmp_path / "t.db", a, b, c)
     with Store.open(path) as store:
         assert refresh_store(store, Present()) == Refreshed(current=1, kept=2, joined=2)
         (found,) = store.measurements()
     expected = exchange.join(
-        exchange.join(c, dataclasses.replace(a, template_hash=template_hash())),
-        dataclasses.replace(b, template_hash=template_hash()),
+        exchange.join(c, dataclasses.replace(a, template_hash=template_hash(FIRST))),
+        dataclasses.replace(b, template_hash=template_hash(FIRST)),
     )
     assert expected.samples == (1e-3, 2e-3, 3e-3, 5e-3) and expected.mlx_seconds == 3e-3
     assert dataclasses.replace(found, run="") == expected
@@ -278,7 +278,7 @@ def test_rows_of_one_measurement_are_joined_as_a_merge_joins_them(tmp_path: Path
 
 
 def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: Path) -> None:
-    now, digest = template_hash(), source_hash(CONFIG, FIRST)
+    now, digest = template_hash(FIRST), source_hash(CONFIG, FIRST)
     with Store.open(filled(tmp_path / "t.db", row(FIRST, template_hash=now))) as store:
         known = {"source_hash": digest}
         store.record_check(CONFIG, FIRST, OLD, "metal", "wrong", detail="no", error=0.5, **known)
@@ -296,7 +296,7 @@ def test_checks_move_with_their_kernels_and_a_failure_outlives_a_pass(tmp_path: 
 
 def test_a_kept_row_is_verified_where_its_kernel_passed_meanwhile(tmp_path: Path) -> None:
     with Store.open(filled(tmp_path / "t.db", old(FIRST), old(SECOND))) as store:
-        store.record_check(CONFIG, FIRST, template_hash(), "metal", "ok", error=1e-4)
+        store.record_check(CONFIG, FIRST, template_hash(FIRST), "metal", "ok", error=1e-4)
         refresh_store(store, Present())
         found = {m.schedule: (m.verified, m.error) for m in store.measurements()}
     assert found == {FIRST: (True, 1e-4), SECOND: (False, None)}
@@ -332,17 +332,17 @@ def test_a_row_that_changed_while_kernels_were_rendered_is_left_alone(tmp_path: 
     class Slow(Present):
         """Another process refreshes the first row and removes the second one meanwhile."""
 
-        def source_hash(self, family: str, config: str, schedule: str, target: str) -> str | None:
+        def source_hash(self, family: str, config: str, schedule: str, language: str) -> str | None:
             with contextlib.closing(sqlite3.connect(path)) as other:
                 other.execute("UPDATE measurements SET template_hash = ? WHERE id = 1", ["a" * 16])
                 other.execute("DELETE FROM measurements WHERE id = 2")
                 other.commit()
-            return super().source_hash(family, config, schedule, target)
+            return super().source_hash(family, config, schedule, language)
 
     with Store.open(path) as store:
         refresh_store(store, Slow())
         hashes = {m.schedule: m.template_hash for m in store.measurements()}
-    assert hashes == {FIRST: "a" * 16, THIRD: template_hash()}
+    assert hashes == {FIRST: "a" * 16, THIRD: template_hash(THIRD)}
 
 
 def test_databases_and_record_files_come_to_the_same(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_databases_and_record_files_come_to_the_same(tmp_path: Path) -> None:
         m = row(
             *(schedule, sorted(samples)[1]),
             problem=dataclasses.replace(PROBLEM, q_len=draw.choice((512, 1024))),
-            template_hash=draw.choice((OLD, "e" * 16, "d" * 16, template_hash())),
+            template_hash=draw.choice((OLD, "e" * 16, "d" * 16, template_hash(FIRST))),
             source_hash=draw.choice((source_hash(CONFIG, schedule), "0" * 16, "")),
             samples=tuple(sorted(samples)),
             verified=draw.random() < 0.5,
@@ -379,7 +379,9 @@ def test_a_record_file_is_refreshed_in_canonical_form(tmp_path: Path) -> None:
     path.write_text("".join(m.to_line() + "\n" for m in rows))
     text, counts = refreshed_records(path, Present())
     assert counts == Refreshed(kept=2, unknown=1)
-    expected = [dataclasses.replace(m, template_hash=template_hash()) for m in rows[:2]] + rows[2:]
+    expected = [
+        dataclasses.replace(m, template_hash=template_hash(FIRST)) for m in rows[:2]
+    ] + rows[2:]
     assert text.splitlines() == sorted(exchange.canonical(m).to_line() for m in expected)
 
 
@@ -398,8 +400,7 @@ def test_every_shipped_row_of_the_present_templates_is_of_the_kernel_that_render
     for path in sorted(tuning_db_dir().glob("*.jsonl")):
         for line in path.read_text().splitlines():
             m = Measurement.from_line(line)
-            target = get_chip(m.chip).limits.language
-            if m.template_hash == template_hash(m.problem.family, target):
+            if m.template_hash == template_hash(m.schedule):
                 digest = source_hash(m.problem.config, m.schedule)
                 assert m.source_hash == digest, (path.name, str(m.problem), str(m.schedule))
                 seen += 1

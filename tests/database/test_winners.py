@@ -27,7 +27,7 @@ from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.report.results import results
 from metalgen.report.sources import read_sources
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hash, template_hashes
 from metalgen.testing.rows import CHIP, FIRST, HASH, NEIGHBOURS, PROBLEM, SECOND, THIRD, row
 from metalgen.testing.rows import modelled as predicted
 from metalgen.tuning.runner import tune
@@ -68,11 +68,18 @@ def tuned(
 def named(problem: Problem, chip: str, path: Path, capsys: Any) -> dict[str, Schedule]:
     """What everything that names a winner answers for a problem on a chip, apart from ``tune``."""
     found: dict[str, Schedule] = {}
-    hit = lookup(problem, get_chip(chip), template_hash(), shipped=path.parent / "none")
+    hit = lookup(
+        problem,
+        get_chip(chip),
+        template_hashes(problem.family, "metal"),
+        shipped=path.parent / "none",
+    )
     assert hit is not None and hit.exact
     found["look-up"] = hit.schedule
     with Store.open(path, read_only=True) as store:
-        won = winner(store.measurements(problem, chip=chip, template_hash=template_hash()))
+        templates = template_hashes(problem.family, "metal")
+        rows = store.measurements(problem, chip=chip)
+        won = winner(m for m in rows if m.template_hash in templates)
     assert won is not None
     found["rule"] = won.schedule
     capsys.readouterr()
@@ -143,7 +150,7 @@ def test_a_pin_that_was_used_and_taken_away_leaves_the_winner_as_it_was(
             forget_kernels()
             sizes = {"heads": 9, "q_len": 4096, "device": "simulator", "chip": "M3Max"}
             assert get_kernel(GROUPED, **sizes).schedule == schedule
-            assert store.find_check(GROUPED, schedule, template_hash()) is not None
+            assert store.find_check(GROUPED, schedule, template_hash(schedule)) is not None
             assert store.unpin(problem)
     assert agreed(problem, "M3Max", path, capsys) == first
 
@@ -157,7 +164,12 @@ def test_fewer_trials_of_the_same_problem_name_the_same_winner_everywhere(
         with Store.open(path, read_only=True) as store:
             rows = store.measurements(problem, chip="M3Max")
         assert winner(rows) is not None
-        hit = lookup(problem, get_chip("M3Max"), template_hash(), shipped=path.parent / "none")
+        hit = lookup(
+            problem,
+            get_chip("M3Max"),
+            template_hashes(problem.family, "metal"),
+            shipped=path.parent / "none",
+        )
         assert hit is not None
         assert found == hit.schedule == winner(rows).schedule  # type: ignore[union-attr]
 

@@ -30,7 +30,7 @@ def row(schedule: Schedule = DEFAULT, seconds: float | None = 1e-3, **changes: A
     """A row of a search on M3Max, measured, unless `changes` say otherwise."""
     fields: dict[str, Any] = {
         "problem": PROBLEM,
-        "template_hash": template_hash(),
+        "template_hash": template_hash(schedule),
         "chip": "M3Max",
         "cores": 40,
         "device": "metal",

@@ -30,6 +30,7 @@ from metalgen.database import exchange
 from metalgen.database.measurement import Measurement
 from metalgen.database.store import Store
 from metalgen.families import Schedule, decode_schedule, enumerate_valid
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.progress import BudgetSpent, Progress
 from metalgen.tuning.runner import tune
 from metalgen.tuning.search.candidates import Candidates, candidates
@@ -319,12 +320,13 @@ def stop(worker: TuningStudy) -> None:
     worker._heart.stop()
 
 
-FACTS = {"chip": "H200", "cores": 132, "device": "cuda", "template_hash": "0" * 16, "policy": "p"}
+FACTS = {"chip": "H200", "cores": 132, "device": "cuda", "policy": "p"}
 
 
 def measured(schedule: Schedule, seconds: float | None = 1e-3, **changes: Any) -> Measurement:
     """The row that a worker of `FACTS` makes of a schedule."""
-    fields: dict[str, Any] = {"problem": SMALL, "provenance": "measured", **FACTS, **changes}
+    fields: dict[str, Any] = {"problem": SMALL, "provenance": "measured", **FACTS}
+    fields |= {"template_hash": template_hash(schedule), **changes}
     return Measurement(schedule=schedule, seconds=seconds, **fields)
 
 
@@ -482,7 +484,6 @@ def test_the_best_are_raced_once_and_again_after_more_was_measured(team: Team) -
         ("chip", "H100"),
         ("cores", 60),
         ("device", "metal"),
-        ("template_hash", "1" * 16),
         ("policy", "another"),
     ],
 )
@@ -492,6 +493,15 @@ def test_a_worker_unlike_the_others_is_refused_by_name(
     team.join()
     with pytest.raises(StorageError, match=f"of workers with {name} {FACTS[name]}, and .* {value}"):
         team.join(**{name: value})
+
+
+def test_a_worker_with_other_templates_is_refused(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    team.join()
+    monkeypatch.setattr("metalgen.tuning.study.trials.template_hash", lambda made: "1" * 16)
+    with pytest.raises(StorageError, match="of workers with template_hashes .*, and .* .'1111"):
+        team.join()
 
 
 def test_a_worker_of_a_metalgen_with_other_schedules_is_refused(

@@ -20,7 +20,7 @@ from metalgen.database.store import Store
 from metalgen.families import Limits, Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.tuning.runner import tune
 from metalgen.tuning.sessions.measured import MeasuredSession
 from metalgen.tuning.timing import racing
@@ -70,7 +70,7 @@ def test_a_finalist_that_fails_in_the_race_is_a_row_and_the_others_race_without_
         assert finals[plain.schedule].detail == "the launch failed"
         assert outcome.winner is not None and outcome.winner.schedule != plain.schedule
         assert len([m for m in finals.values() if m.status == "ok"]) == 4
-        hit = lookup(SMALL, CHIP, template_hash(), database=other.path)
+        hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=other.path)
         assert hit is not None and hit.schedule == outcome.winner.schedule
         gpu = FakeGpu(Clock())
         (again,) = on_gpu(other, gpu, FakeVerify(), trials=15).outcomes

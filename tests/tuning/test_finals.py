@@ -20,7 +20,7 @@ from metalgen.database.store import Store
 from metalgen.families import Schedule, default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.tuning.progress import Outcome
 from metalgen.tuning.runner import tune
 from metalgen.tuning.timing.measure import Policy, Timing
@@ -63,7 +63,9 @@ def race_on(
 def found(store: Store, shipped: Path | None = None) -> Hit:
     """What a look-up answers."""
     database = store.path if shipped is None else Path("no such database")
-    hit = lookup(SMALL, CHIP, template_hash(), database=database, shipped=shipped)
+    hit = lookup(
+        SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=database, shipped=shipped
+    )
     assert hit is not None
     return hit
 

@@ -60,14 +60,15 @@ READER = textwrap.dedent(
     from metalgen.problem.config import AttentionConfig
     from metalgen.database.lookup import lookup
     from metalgen.families.sizes import Problem
-    from metalgen.source.hashes import template_hash
+    from metalgen.source.hashes import template_hashes
 
     problem = Problem(AttentionConfig(head_dim=8), 2, 16, 16, family="forward")
-    chip, versions, count, path = get_chip("M3Max"), template_hash(), 0, Path(sys.argv[1])
+    chip, count, path = get_chip("M3Max"), 0, Path(sys.argv[1])
+    templates = template_hashes(problem.family, "metal")
     start = time.process_time()
     while not Path(sys.argv[2]).exists():
         trace = []
-        lookup(problem, chip, versions, database=path, trace=trace)
+        lookup(problem, chip, templates, database=path, trace=trace)
         bad = [line for line in trace if "not used" in line]
         if bad:
             print("BAD", bad)

@@ -26,7 +26,7 @@ from metalgen.families.counts import forward_counts
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.simulator import errors as simulator
-from metalgen.source.hashes import template_hash
+from metalgen.source.hashes import template_hashes
 from metalgen.tuning.progress import Progress, Report
 from metalgen.tuning.runner import tune
 
@@ -132,7 +132,7 @@ def test_a_modelled_winner_says_what_of_its_config_is_not_priced(store: Store) -
 
 def test_a_winner_can_be_looked_up_and_says_that_it_is_modelled(store: Store) -> None:
     report = model(store, FakeVerify(), [SMALL])
-    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert hit is not None and report.outcomes[0].winner is not None
     assert hit.schedule == report.outcomes[0].winner.schedule
     assert (hit.place, hit.provenance) == ("user database, this chip", "modelled")
@@ -153,7 +153,7 @@ def test_a_wrong_candidate_is_recorded_as_wrong_and_the_next_best_takes_its_plac
     rows = {m.schedule: m for m in store.measurements(SMALL)}
     assert [rows[s].status for s in ranked[:4]] == ["wrong", "wrong", "ok", "ok"]
     assert [rows[s].verified for s in ranked[:4]] == [False, False, True, False]
-    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert hit is not None and hit.schedule == ranked[2]
 
 
@@ -196,7 +196,7 @@ def test_a_run_of_fewer_trials_takes_nothing_away(store: Store) -> None:
     assert best is not None
     few = model(store, FakeVerify(), [SMALL], trials=1).outcomes[0]
     assert few.tried == 1 and few.winner == best and best.schedule != DEFAULT
-    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert hit is not None and hit.schedule == best.schedule
 
 
@@ -207,7 +207,7 @@ def test_after_eight_failures_a_problem_has_no_winner(store: Store) -> None:
     assert outcome.winner is None
     assert outcome.note == "the best 8 failed their checks"
     assert len(verify.asked) == 8
-    assert lookup(SMALL, CHIP, template_hash(), database=store.path) is None
+    assert lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path) is None
 
 
 def test_without_anything_that_executes_there_is_no_winner_but_the_rows_are_kept(
@@ -360,7 +360,7 @@ def test_a_measured_search_races_the_best_against_the_default_and_mlx(store: Sto
     assert outcome.winner.schedule == best[0]
     assert outcome.default_seconds == pytest.approx(cost(search[0].schedule), rel=0.01)
     assert (report.provenance, outcome.tried, outcome.new) == ("measured", 20, 20)
-    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert hit is not None
     assert (hit.schedule, hit.provenance, hit.exact) == (best[0], "measured", True)
 
@@ -435,14 +435,14 @@ def test_another_mlx_measures_anew_and_starts_from_what_won_under_the_earlier_on
     for module in ("session", "measured"):
         monkeypatch.setattr(f"metalgen.tuning.sessions.{module}.host", lambda: later)
     monkeypatch.setattr("metalgen.database.winners.host", lambda: later)
-    stale = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    stale = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert stale is not None and stale.stale
     gpu = FakeGpu(Clock())
     report = on_gpu(store, gpu, FakeVerify(), trials=12)
     assert report.outcomes[0].new == 12
     assert before is not None
     assert gpu.built[:2] == [default_schedule(SMALL.config), before.schedule]
-    fresh = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    fresh = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert fresh is not None and fresh.exact and not fresh.stale
 
 
@@ -474,7 +474,7 @@ def test_what_won_by_other_templates_is_tried_first_also_from_shipped_records(
 def test_measured_rows_outrank_modelled_ones_of_the_same_chip(store: Store) -> None:
     model(store, FakeVerify(), [SMALL])
     measured = on_gpu(store, FakeGpu(Clock()), FakeVerify()).outcomes[0].winner
-    hit = lookup(SMALL, CHIP, template_hash(), database=store.path)
+    hit = lookup(SMALL, CHIP, template_hashes(SMALL.family, "metal"), database=store.path)
     assert hit is not None and measured is not None
     assert (hit.schedule, hit.provenance) == (measured.schedule, "measured")
 

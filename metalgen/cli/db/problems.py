@@ -36,7 +36,8 @@ def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool)
     with Store.open(read_only=True) as store:
         rows = store.measurements(problem, chip=get_chip(chip).name if chip else None)
     current = present_templates()
-    rows = sorted(ordered(rows), key=lambda m: (m.template_hash not in current, not m.verified))
+    groups = ([m for m in rows if (m.template_hash in current) is now] for now in (True, False))
+    rows = [m for group in groups for m in sorted(ordered(group), key=lambda m: not m.verified)]
     if as_json:
         print_json({"problem": problem_fields(problem), "rows": [m.to_record() for m in rows]})
         return

@@ -160,7 +160,6 @@ class MeasuredSession(Session):
             "chip": self.chip.name,
             "cores": self.chip.cores,
             "device": self.device.name,
-            "template_hash": self.report.template_hash,
             "policy": self.policy_key,
         }
         trials = Trials(self.storage, self.problem, facts, points, self.share)
@@ -218,11 +217,11 @@ class MeasuredSession(Session):
         name = self.chip.name
         earlier = self.store.measurements(self.problem, chip=name, provenance="measured")
         shipped = (m for m in recorded(self.problem, [name]) if m.problem == self.problem)
-        present = (self.report.template_hash, self.policy_key)
         other = [
             m
             for m in (*earlier, *shipped)
-            if (m.template_hash, m.policy) != present and m.provenance == "measured"
+            if m.provenance == "measured"
+            and (m.template_hash not in self.templates or m.policy != self.policy_key)
         ]
         stale = ordered(m for m in other if m.status == "ok")
         try:
@@ -355,13 +354,7 @@ class MeasuredSession(Session):
 
     def _used_instead(self, won: Measurement) -> str:
         """Why calls use another row than the one that won now; empty where they do not."""
-        rows = self.store.measurements(
-            self.problem,
-            chip=self.chip.name,
-            template_hash=self.report.template_hash,
-            provenance=self.provenance,
-        )
-        best = winner(rows)
+        best = winner(self.present())
         if best is None or best.schedule == won.schedule:
             return ""
         how = "with a cold cache" if Standing.of(won).warm else "under another policy"

@@ -15,7 +15,7 @@ from metalgen.chips.counts import covers
 from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered, winner
 from metalgen.families import Limits, Schedule
-from metalgen.imports import code_digest
+from metalgen.imports import code_digest, modules_behind
 from metalgen.tuning.progress import Outcome, Rejected
 from metalgen.tuning.search.ranking import rank
 from metalgen.tuning.sessions.session import CHECKS_A_PROBLEM, Session
@@ -27,7 +27,7 @@ KEPT = 64
 @functools.cache
 def model_version() -> str:
     """8 hexadecimal digits that change when a prediction of the chip model might."""
-    return code_digest("metalgen.chips.model").hex()[:8]
+    return code_digest(modules_behind(["metalgen.chips.model"])).hex()[:8]
 
 
 class ModelledSession(Session):
@@ -58,7 +58,7 @@ class ModelledSession(Session):
             rows = self._rank(candidates, policy)
             new = len(candidates)
         else:  # of other versions of the model, which came from elsewhere, none is kept
-            self.store.add_measurements(rows, replace_predictions=True)
+            self.store.add_measurements(rows, replace_predictions=self.templates)
         rows = [m for m in ordered(self._predictions()) if m.status == "ok"]
         default = next((m.seconds for m in rows if m.schedule == self.default), None)
         self.show(
@@ -98,17 +98,12 @@ class ModelledSession(Session):
         rows = [
             self.row(s, "model", policy, seconds=times[s], default_seconds=default) for s in kept
         ]
-        self.store.add_measurements(rows, replace_predictions=True)
+        self.store.add_measurements(rows, replace_predictions=self.templates)
         return self.rows(policy)
 
     def _predictions(self) -> list[Measurement]:
         """All that is predicted of the present problem, whichever schedules were asked about."""
-        return self.store.measurements(
-            self.problem,
-            chip=self.chip.name,
-            template_hash=self.report.template_hash,
-            provenance=self.provenance,
-        )
+        return self.present()
 
     def _first_that_passes(
         self, rows: list[Measurement]

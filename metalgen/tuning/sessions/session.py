@@ -13,6 +13,7 @@ from metalgen.database.protocol import TuningStore
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, enumerate_valid
 from metalgen.families.sizes import Problem
+from metalgen.source.hashes import template_hash, template_hashes
 from metalgen.tuning.progress import BudgetSpent, Observer, Outcome, Progress, Report
 from metalgen.tuning.timing.measure import Clock
 from metalgen.tuning.workers.checker import Checker
@@ -55,6 +56,7 @@ class Session(abc.ABC):
     math_modes: ClassVar[tuple[str, ...]]
 
     problem: Problem = field(init=False)
+    templates: frozenset[str] = field(init=False)
     progress: Progress = field(init=False)
     valid: tuple[Schedule, ...] = field(init=False)
     default: Schedule = field(init=False)
@@ -80,6 +82,8 @@ class Session(abc.ABC):
         """
         config, limits, family = problem.config, self.limits, problem.family
         self.problem = problem
+        self.templates = template_hashes(family, limits.language)
+        self.report.template_hashes |= self.templates
         self.progress = Progress(problem, number, problems, self.provenance == "modelled")
         try:
             self.default = default_schedule(config, limits, family)
@@ -127,22 +131,21 @@ class Session(abc.ABC):
         return left
 
     def rows(self, policy: str, phase: str = "search") -> list[Measurement]:
-        """What the store holds of this problem under the current templates and a policy."""
-        return self.store.measurements(
-            self.problem,
-            chip=self.chip.name,
-            template_hash=self.report.template_hash,
-            provenance=self.provenance,
-            policy=policy,
-            phase=phase,
-        )
+        """What the store holds of this problem under the present templates and a policy."""
+        return self.present(policy=policy, phase=phase)
+
+    def present(self, **fields: Any) -> list[Measurement]:
+        """What the store holds of this problem under the present templates, of these fields."""
+        own: dict[str, Any] = {"chip": self.chip.name, "provenance": self.provenance}
+        found = self.store.measurements(self.problem, **own, **fields)
+        return [m for m in found if m.template_hash in self.templates]
 
     def row(self, schedule: Schedule, device: str, policy: str, **fields: Any) -> Measurement:
         """A new row of this run."""
         known: dict[str, Any] = {
             "problem": self.problem,
             "schedule": schedule,
-            "template_hash": self.report.template_hash,
+            "template_hash": template_hash(schedule),
             "source_hash": self.checker.source_hash(self.problem.config, schedule),
             "chip": self.chip.name,
             "cores": self.chip.cores,

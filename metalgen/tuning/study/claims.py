@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 
 from metalgen.database.measurement import Measurement
 from metalgen.families import Schedule
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.study.heart import Heart
 from metalgen.tuning.study.pruning import make_pruner
 from metalgen.tuning.study.sampling import Sampling
@@ -183,6 +184,7 @@ class TuningStudy:
 
     def _given_up(self, schedule: Schedule) -> Measurement:
         fields = {"provenance": "measured", "status": "timeout", **self.trials.facts}
+        fields["template_hash"] = template_hash(schedule)
         return Measurement(self.trials.problem, schedule, **fields)
 
     # Claims and outcomes

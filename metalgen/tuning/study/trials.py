@@ -27,6 +27,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families import Schedule, decode_schedule
 from metalgen.families.sizes import Problem
 from metalgen.kinds import get_kind
+from metalgen.source.hashes import template_hash
 from metalgen.tuning.search.candidates import Candidates
 from metalgen.tuning.study.heart import BEAT
 from metalgen.tuning.study.storage import StorageError, explained, masked
@@ -79,7 +80,8 @@ class Trials:
     Args:
         storage: where the study is: in memory for a worker that is alone.
         problem: what is tuned.
-        facts: what all workers must have in common: chip, policy, templates and the like.
+        facts: what all workers must have in common: chip, policy and the like. Their templates
+            must be the same, too.
         candidates: the valid schedules.
         share: where workers meet; None for a worker that is alone.
 
@@ -100,6 +102,7 @@ class Trials:
         self.facts = dict(facts)
         self.candidates = candidates
         self.share = share
+        self.templates = {*map(template_hash, {*map(type, candidates.schedules)})}
         self.worker = uuid.uuid4().hex
         self._beats: dict[int, tuple[object, float]] = {}
         self.name, self.study = self._open()
@@ -113,7 +116,8 @@ class Trials:
         name = f"{self.title}: {str(self.problem)[:200]} [{_digest(self.problem.key)}]"
         choices = list(self.candidates.finite.choices.items())
         # Optuna takes no other choices of a parameter later on.
-        mine = {"problem": self.problem.key, "space": _digest(json.dumps(choices)), **self.facts}
+        own = {"problem": self.problem.key, "space": _digest(json.dumps(choices))}
+        mine = own | {"template_hashes": sorted(self.templates)} | self.facts
         with self._explained():
             try:
                 study = self.storage.create_new_study([StudyDirection.MINIMIZE], name)
@@ -249,7 +253,8 @@ class Trials:
                 m = Measurement.from_record(parse_object(line))
                 check(m)
                 facts = {name: getattr(m, name) for name in self.facts}
-                if m.problem != self.problem or facts != self.facts:
+                known = facts == self.facts and m.template_hash == template_hash(m.schedule)
+                if m.problem != self.problem or not known:
                     raise ValueError("a row of another problem, chip, policy or template")
                 if key not in (FINALS, m.schedule.key):
                     raise ValueError("a row of another schedule")

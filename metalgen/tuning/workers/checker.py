@@ -7,6 +7,7 @@ from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
+from metalgen.source.hashes import template_hash
 
 
 class Checker:
@@ -15,7 +16,6 @@ class Checker:
     Args:
         store: where checks are kept.
         device: what executes the kernels, or None: nothing can be checked here.
-        template_hash: of the current templates.
         verify: `metalgen.calls.verify.verify`; another one for tests.
     """
 
@@ -23,12 +23,10 @@ class Checker:
         self,
         store: TuningStore,
         device: Device | None,
-        template_hash: str,
         verify: Verify | None = None,
     ) -> None:
         self.store = store
         self.device = device
-        self.template_hash = template_hash
         self._verify = verify
         self.checked = 0
 
@@ -38,7 +36,7 @@ class Checker:
 
     def known(self, config: AttentionConfig, schedule: Schedule) -> Check | None:
         """The check on record: a failed one on any device, else one on this device, or None."""
-        kernel = (config, schedule, self.template_hash)
+        kernel = (config, schedule, template_hash(schedule))
         found = self.store.find_check(*kernel, family=schedule.family)
         if found is None or not found.ok or self.device is None or not self.device.is_gpu:
             return found
@@ -60,10 +58,10 @@ class Checker:
             return found
         if self.device is None:
             raise CannotCheck("no device here executes kernels")
-        kernel = (config, schedule, self.template_hash)
-        found = run_check(self.device, *kernel, self._verify)
+        found = run_check(self.device, config, schedule, self._verify)
         self.checked += 1
         record_check(self.store, found)
+        kernel = (config, schedule, found.template_hash)
         kept = self.store.find_check(*kernel, self.device.name, family=schedule.family)
         assert kept is not None, "it was recorded"
         return kept  # what is on record counts
