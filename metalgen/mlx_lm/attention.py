@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen import switches
-from metalgen.calls.options import KNOWN_OPTIONS, Options
+from metalgen.calls.options import Options
 from metalgen.devices import default_device
 from metalgen.errors import ArgumentError
 from metalgen.mlx_lm import counts
@@ -16,9 +16,6 @@ from metalgen.mlx_lm.masks import Mask, MaskRules
 from metalgen.ops.attention import attention
 from metalgen.ops.flex_attention import flex_attention
 from metalgen.ops.sdpa import attend
-
-STARTS = "kv_starts"
-_HAS_STARTS = STARTS in KNOWN_OPTIONS
 
 
 @dataclass
@@ -142,10 +139,7 @@ def _by_rules(
         keys, values = (_newest(x, rules.ring, rules.window) for x in (keys, values))
         return attention(queries, keys, values, scale=scale, **options)
     if rules.starts is not None:
-        if not _HAS_STARTS:
-            options["mask"] = rules.array("this version has no kv_starts")
-            return attention(queries, keys, values, scale=scale, **options)
-        options[STARTS] = rules.starts  # type: ignore[literal-required]
+        options["kv_starts"] = rules.starts
     options["causal"] = rules.q_len > 1 or rules.window is not None
     if rules.window is not None:
         options["window_left"] = rules.window - 1
