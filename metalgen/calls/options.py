@@ -29,6 +29,7 @@ class SharedOptions(TypedDict, total=False):
     dropout_key: mx.array | None
     kv_lens: mx.array | None
     kv_starts: mx.array | None
+    q_offset: int | mx.array | None
     block_table: mx.array | None
     rope: Rope | None
     deterministic: bool

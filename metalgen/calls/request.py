@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -296,6 +296,9 @@ def _inputs(
             "v_scales": value[1],
             "v_biases": value[2],
         }
+    offset = found.get("q_offset")
+    if offset is not None and offset.ndim == 0:
+        found["q_offset"] = mx.broadcast_to(offset, (_count(q, found),))
     rope = options.get("rope")
     if rope is not None:
         found["rope_freqs"] = rope.turns(config.head_dim)
@@ -309,12 +312,23 @@ def _inputs(
     )
 
 
+def _count(q: mx.array, found: Mapping[str, Any]) -> int:
+    """Number of sequences."""
+    cu_q = found.get("cu_q")
+    return int(q.shape[0]) if cu_q is None else max(1, cu_q.size - 1)
+
+
 def _offsets(
     offset: int | mx.array | None, q: mx.array, key: mx.array, found: dict[str, Any]
 ) -> mx.array:
-    """Positions of the sequences' first queries, ``(N,)``; by default the end of their keys."""
+    """Positions of the sequences' first queries, ``(N,)``.
+
+    By default their numbers, where these are given, or the end of their keys.
+    """
     cu_q, cu_k, kv_lens = (found.get(name) for name in ("cu_q", "cu_k", "kv_lens"))
-    count = q.shape[0] if cu_q is None else max(1, cu_q.size - 1)
+    count = _count(q, found)
+    if offset is None and "q_offset" in found:
+        return cast(mx.array, found["q_offset"])
     if isinstance(offset, mx.array):
         given = integers("rope.offset", offset, 0, 1)
         assert given is not None

@@ -21,6 +21,7 @@ from metalgen.features.functions import Functions
 from metalgen.features.lengths import Lengths
 from metalgen.features.lse import LogSumExp
 from metalgen.features.max_work import MaxWork
+from metalgen.features.offset import Offset
 from metalgen.features.pages import Pages
 from metalgen.features.quantized import Quantized
 from metalgen.features.rotary import Rotary
@@ -91,6 +92,7 @@ for _feature in (
     Varlen(),
     Lengths(),
     Starts(),
+    Offset(),
     Pages(),
     Quantized(),
     Rotary(),

@@ -45,6 +45,7 @@ class Fields:
     tf32: bool = False
     max_work: int | None = None
     kv_starts: bool = False
+    q_offset: bool = False
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     features: ClassVar[tuple[Any, ...]] = ()
@@ -67,8 +68,8 @@ class Fields:
 
     @property
     def has_extents(self) -> bool:
-        """Whether calls say which keys each sequence has, so that sequences of a call differ."""
-        return self.varlen or self.has_lengths or self.kv_starts
+        """Whether calls say where each sequence's rows are, so that sequences of a call differ."""
+        return self.varlen or self.has_lengths or self.kv_starts or self.q_offset
 
     @property
     def itemsize(self) -> int:

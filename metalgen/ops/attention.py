@@ -104,6 +104,10 @@ def attention(
         kv_starts: ``(N,)`` int32, which of each sequence's keys is the first that is there, as in a
             batch padded on the left: those before it are not looked at, and tiles of them are
             skipped. Keys and queries are counted as without it. Pages and packed keys may have it.
+        q_offset: an integer, or ``(N,)`` int32: query i has the number ``q_offset + i`` in its
+            sequence, as of a block of a longer one: for causal masks, windows and ALiBi, in place
+            of ``i + kv_len - q_len``; for dropout and functions, in place of i; and by default for
+            `rope`. Any integers; a query before all keys sees none causally. Not with block masks.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
             page_size, D)``, quantized or not, of 8 to 256 keys, a multiple of 8; key j of sequence
             n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number that is

@@ -29,6 +29,7 @@ class Sequence:
         q, k, v: ``(H, Lq, D)``, ``(Hkv, Lk, D)`` and ``(Hkv, Lk, Dv)``.
         there: ``(Lk,)``, whether a key is there at all.
         keys: its rows of k and v; None where they are pages.
+        offset: the number of its first query, where the call gives one.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Sequence:
     v: Float64
     there: NDArray[np.bool_]
     keys: slice | None
+    offset: int | None = None
 
 
 def attention(
@@ -87,7 +89,8 @@ def sequences_of(
         if features.get("kv_starts"):
             there = there & (np.arange(there.size) >= _integers(inputs.kv_starts)[n])
             own_k, own_v = (np.where(there[:, None], x, 0.0) for x in (own_k, own_v))
-        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there, own)
+        offset = int(_integers(inputs.q_offset)[n]) if features.get("q_offset") else None
+        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there, own, offset)
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,15 @@ def places_of(s: Sequence) -> dict[str, Array]:
     return {
         "b": np.full((1, 1, 1), s.number, np.int32),
         "h": np.arange(s.q.shape[0], dtype=np.int32)[:, None, None],
-        "q": np.arange(s.q.shape[1], dtype=np.int32)[:, None],
+        "q": np.arange(s.q.shape[1], dtype=np.int32)[:, None] + np.int32(s.offset or 0),
         "kv": np.arange(s.k.shape[1], dtype=np.int32),
     }
+
+
+def own_keys(s: Sequence) -> Array:
+    """The key at each query's own position."""
+    queries = places_of(s)["q"]
+    return queries + s.k.shape[1] - s.q.shape[1] if s.offset is None else queries
 
 
 def changed(
@@ -137,7 +146,7 @@ def changed(
 ) -> Float64:
     """Scores after everything that changes them, before masks."""
     places = places_of(s)
-    i, j, kv_len = places["q"], places["kv"], s.k.shape[1]
+    j, kv_len = places["kv"], s.k.shape[1]
     scores = raw
     if (cap := features.get("softcap")) is not None:
         scores = cap * np.tanh(scores / cap)
@@ -145,9 +154,9 @@ def changed(
         captured = [_captured(a) for a in inputs.score]
         scores = parse(text).evaluate(np, {**places, "score": scores}, captured)
         scores = np.broadcast_to(scores, raw.shape)
-    own = i + kv_len - s.q.shape[1]  # the key at a query's own position
     if features.get("alibi"):
-        scores = scores - as_float64(inputs.alibi_slopes)[:, None, None] * np.abs(own - j)
+        slopes = as_float64(inputs.alibi_slopes)[:, None, None]
+        scores = scores - slopes * np.abs(own_keys(s) - j)
     if features.get("bias"):
         scores = scores + _entry(inputs.bias, s, shape)[:, :, :kv_len]
     return scores
@@ -157,11 +166,10 @@ def weights_of(
     s: Sequence, shape: tuple[int, ...], scale: float, features: dict[str, Any], inputs: Inputs
 ) -> Weights:
     """The softmax of a sequence of a call, whose q has a shape."""
-    heads, q_len = s.q.shape[:2]
-    kv_len = s.k.shape[1]
+    heads = s.q.shape[0]
     places = places_of(s)
     h, i, j = places["h"], places["q"], places["kv"]
-    own = i + kv_len - q_len  # the key at a query's own position
+    own = own_keys(s)
     q = _turned(s.q, features, inputs, s.number) if features.get("rope") else s.q
     k, v = (np.repeat(x, heads // x.shape[0], axis=0) for x in (s.k, s.v))
     raw = scale * (q @ np.swapaxes(k, 1, 2))
@@ -178,7 +186,7 @@ def weights_of(
     if (text := features.get("mask_mod")) is not None:
         seen = seen & parse(text).evaluate(np, places, [_captured(a) for a in inputs.mask])
     if features.get("array_mask"):
-        seen = seen & (_entry(inputs.array_mask, s, shape)[:, :, :kv_len] != 0)
+        seen = seen & (_entry(inputs.array_mask, s, shape)[:, :, : s.k.shape[1]] != 0)
     scores = np.where(seen, scores, -np.inf)
 
     # Softmax, and the values

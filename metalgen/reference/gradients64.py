@@ -17,6 +17,7 @@ from metalgen.reference.float64 import (
     arrays_of,
     as_float64,
     changed,
+    own_keys,
     places_of,
     rotated,
     sequences_of,
@@ -100,8 +101,8 @@ def _add(
             heads = x.reshape(x.shape[0] // group, group, *x.shape[1:]).sum(axis=1)
             found[name][s.entry][:, s.keys] += heads
     if "alibi_slopes" in found:
-        own = places_of(s)["q"] + s.k.shape[1] - s.q.shape[1]
-        found["alibi_slopes"] -= (dy * np.abs(own - places_of(s)["kv"])).sum(axis=(1, 2))
+        distance = np.abs(own_keys(s) - places_of(s)["kv"])
+        found["alibi_slopes"] -= (dy * distance).sum(axis=(1, 2))
     if "bias" in found:
         _add_broadcast(found["bias"], dy, s.number)
     for number, array in enumerate(inputs.score):

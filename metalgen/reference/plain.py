@@ -24,11 +24,12 @@ class Places:
     Args:
         b: batch entry, or packed sequence, of a row.
         h: query head.
-        i: query, counted in its sequence.
+        i: query, counted in its sequence: from 0, or from the call's `q_offset`.
         j: key, counted in its sequence.
-        own: the key at the query's own position, ``i + kv_len - q_len``.
+        own: the key at the query's own position, ``i + kv_len - q_len``, or with `q_offset` i.
         there: booleans, whether a key is there at all; None: all are.
         rows: booleans, whether a row belongs to any sequence; None: all do.
+        row: query, counted from 0; None: as `i`.
     """
 
     b: mx.array
@@ -38,6 +39,7 @@ class Places:
     own: mx.array
     there: mx.array | None = None
     rows: mx.array | None = None
+    row: mx.array | None = None
 
 
 def attention_plain(
@@ -104,6 +106,9 @@ def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> 
     if paged and features.get("varlen"):  # all sequences' keys one after the other
         k, v = (_joined(x) for x in (k, v))
     at = _places(q, k, sequence_keys, on_page, features, inputs)
+    if inputs.q_offset is not None:
+        number = at.i + inputs.q_offset[at.b]
+        at = dataclasses.replace(at, i=number, own=number, row=at.i)
     if inputs.kv_starts is not None:
         begun = at.j >= inputs.kv_starts[at.b]
         at = dataclasses.replace(at, there=begun if at.there is None else at.there & begun)
@@ -144,7 +149,10 @@ def kept(call: Located, features: dict[str, Any]) -> mx.array:
 
 def _constant_places(inputs: Inputs) -> Inputs:
     """Without gradients of what says where things are, which MLX's gather refuses to give."""
-    names = ("cu_q", "cu_k", "kv_lens", "kv_starts", "block_table", "rope_offset", "dropout_key")
+    names = (
+        *("cu_q", "cu_k", "kv_lens", "kv_starts", "q_offset"),
+        *("block_table", "rope_offset", "dropout_key"),
+    )
     found = {name: getattr(inputs, name) for name in names}
     constant: dict[str, Any] = {
         name: mx.stop_gradient(array) for name, array in found.items() if array is not None
@@ -297,7 +305,8 @@ def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> m
 def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:
     freqs, offset = inputs.rope_freqs, inputs.rope_offset
     assert freqs is not None and offset is not None
-    position = (offset[at.b] + at.i).astype(mx.float32)  # (B or 1, 1, L, 1) or (L, 1)
+    row = at.i if at.row is None else at.row
+    position = (offset[at.b] + row).astype(mx.float32)  # (B or 1, 1, L, 1) or (L, 1)
     angles = position * freqs
     cos, sin = mx.cos(angles), mx.sin(angles)
     turns = 2 * freqs.size

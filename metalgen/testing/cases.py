@@ -22,6 +22,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         "kv_group": 32,
         "causal": True,
     },
+    "offset": {"q_offset": True, "causal": True, "alibi": True, "dropout": 0.2},
+    "offset in packed sequences": {"q_offset": True, "varlen": True, "window_left": 12},
     "pages": {"page_size": 16, "causal": True},
     "packed pages": {"page_size": 8, "varlen": True, "causal": True},
     "4 bits": {"kv_bits": 4, "kv_group": 32},

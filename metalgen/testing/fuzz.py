@@ -39,6 +39,8 @@ GROUPED_DIMS = (32, 64, 96, 128)
 RARE_DIMS = (192, 256, 576)
 SMALL = {"head_dim": 72, "simdgroups": 2, "row_blocks": 2, "bk": 32, "splits": 8}
 """Most of each in a small case."""
+HOSTILE = ("cu_q", "cu_k", "kv_lens", "kv_starts", "q_offset", "block_table", "rope_offset")
+"""Inputs that say where things are, which may contain anything."""
 HOSTILE_NUMBERS = (-(2**31), -100, -1, 0, 1, 3, 7, 8, 100, 2**20, 2**31 - 1)
 
 
@@ -169,6 +171,7 @@ def _config(random: Random, target: str, small: bool) -> AttentionConfig:
 def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
     """A config with newer features, drawn apart, so that a number stands for what it always did."""
     changes: dict[str, Any] = {"kv_starts": random.random() < 0.2}
+    changes["q_offset"] = random.random() < 0.2 and not config.block_mask
     return replace(config, **changes)
 
 
@@ -262,11 +265,11 @@ def hostile(case: Case, seed: int) -> Inputs:
     _, _, _, inputs = case.call()
     choices = np.random.default_rng(seed)
     changed: dict[str, Any] = {}
-    for name in ("cu_q", "cu_k", "kv_lens", "kv_starts", "block_table", "rope_offset"):
+    for name in HOSTILE:
         array = getattr(inputs, name)
         if array is not None:
             numbers = choices.choice(np.array(HOSTILE_NUMBERS, np.int32), array.shape)
-            if name == "rope_offset":  # positions are added to, and read nothing
+            if name in ("rope_offset", "q_offset"):  # they are added to, and read nothing
                 numbers = numbers // 2
             kept = choices.random(array.shape) < choices.choice([0.0, 0.5])
             changed[name] = mx.array(np.where(kept, np.array(array), numbers))

@@ -32,6 +32,7 @@ class Facts:
     starts_k: list[int] | None = None
     kv_lens: list[int] | None = None
     kv_starts: list[int] | None = None
+    q_offset: list[int] | None = None
     table: list[list[int]] | None = None
     turns: tuple[str, Any, list[int] | None] | None = None
     score: Any = None
@@ -121,6 +122,8 @@ def row_of(
     n, entry, h, i, row = at
     o, j = f.options, np.arange(len(keys))
     own = i + len(keys) - q_len
+    if f.q_offset is not None:
+        own = i = i + f.q_offset[n]
     s = (len(query) ** -0.5 if f.scale is None else f.scale) * (keys @ query)
     if "softcap" in o:
         s = o["softcap"] * np.tanh(s / o["softcap"])
@@ -149,7 +152,8 @@ def turned(f: Facts, query: Any, n: int, i: int, q_len: int, kv_len: int) -> Any
     if f.turns is None:
         return query
     style, radians, offsets = f.turns
-    position = i + (kv_len - q_len if offsets is None else offsets[n])
+    first = kv_len - q_len if f.q_offset is None else f.q_offset[n]
+    position = i + (first if offsets is None else offsets[n])
     angles = np.float64(np.float32(position) * np.float32(radians))
     c, half = np.arange(len(radians)), len(radians)
     x, y = (c, c + half) if style == "half" else (2 * c, 2 * c + 1)

@@ -126,6 +126,12 @@ class Made:
             ]
             self.options["kv_lens"] = self.integers(lengths, count)
         if self.chance(0.2):
+            low = -self.q_len if self.chance(0.5) else 0
+            one = self.chance(0.5)
+            offsets = [self.random.randint(low, self.kv_len) for _ in range(count)]
+            self.places["q_offset"] = offsets[:1] * count if one else offsets
+            self.options["q_offset"] = offsets[0] if one else self.integers(offsets, count)
+        if self.chance(0.2):
             firsts = [self.random.randint(0, self.kv_len) for _ in range(count)]
             self.places["kv_starts"] = firsts
             self.options["kv_starts"] = self.integers(firsts, count)
@@ -210,7 +216,8 @@ class Made:
             return
         mask = self.facts.mask = self.random.choice(masks)
         sizes = self.batch, self.heads, self.q_len, self.kv_len
-        if self.packed or 0 in sizes or self.chance(0.3):
+        alone = self.packed or "q_offset" in self.options
+        if alone or 0 in sizes or self.chance(0.3):
             self.options["mask_mod"] = mask
         else:
             size = self.random.choice((8, 32, 5, (16, 64), 1000))

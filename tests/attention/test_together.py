@@ -23,7 +23,14 @@ from attention_calls import (
 )
 
 import metalgen
-from metalgen import Rope, alibi_slopes, attention, flex_attention
+from metalgen import (
+    ArgumentError,
+    Rope,
+    alibi_slopes,
+    attention,
+    create_block_mask,
+    flex_attention,
+)
 from metalgen.calls import resolve
 from metalgen.testing.devices import normal
 
@@ -51,6 +58,55 @@ def test_a_quantized_paged_cache_with_sinks_a_window_and_rotary_queries(where: s
         query = turned(q[n : n + 1], length - 1, base=150000.0)
         own = (x[n : n + 1, :, first:length] for x in (k, v))
         assert_close(out[n : n + 1], sdpa(query, *own, sinks=sinks), tolerance=2e-3)
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (11, 20), (36, 1)])
+def test_a_block_of_a_longer_sequence_has_the_rows_that_the_whole_has(
+    where: str, first: int, count: int
+) -> None:
+    """Masks, slopes, dropout, functions and rotary embedding count its queries from `q_offset`."""
+    q, k, v = arrays(37, 37)
+    table = normal((40, 40), seed=5)
+    options: dict[str, Any] = {
+        "score_mod": lambda s, b, h, i, j: s + table[i, j],
+        "mask_mod": lambda b, h, i, j: (i + j + b) % 5 > 0,
+        "causal": True,
+        "window_left": 15,
+        "alibi_slopes": alibi_slopes(4),
+        "dropout": 0.3,
+        "dropout_key": mx.random.key(3),
+        "rope": Rope(),
+        "device": where,
+    }
+    whole = flex_attention(q, k, v, **options)[:, :, first : first + count]
+    block = q[:, :, first : first + count]
+    for offset in (first, mx.array([first, first])):
+        assert_close(flex_attention(block, k, v, q_offset=offset, **options), whole, 3e-6)
+    without = {name: x for name, x in options.items() if name not in ("score_mod", "mask_mod")}
+    whole = attention(q, k, v, **without)[:, :, first : first + count]
+    part = attention(block, k, v, q_offset=first, **without | {"rope": Rope(offset=first)})
+    assert_close(part, whole, 3e-6)
+
+
+def test_each_sequence_stands_where_its_own_offset_says(where: str) -> None:
+    q, k, v, cu_q, cu_k = packed()
+    offsets = mx.array([3, 0, -4, 100])
+    keywords: dict[str, Any] = {"causal": True, "q_offset": offsets, "device": where}
+    out = attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **keywords)
+    for n, offset in enumerate(offsets.tolist()):
+        (a, b), (c, d) = ((int(cu[n]), int(cu[n + 1])) for cu in (cu_q, cu_k))
+        seen = mx.arange(d - c) <= mx.arange(b - a)[:, None] + offset
+        none = 4 if offset == -4 else 0  # queries before all keys
+        own = q[:, :, a + none : b], k[:, :, c:d], v[:, :, c:d]
+        assert_close(out[:, :, a + none : b], sdpa(*own, mask=seen[none:]))
+        assert not np.array(out[:, :, a : a + none]).any()
+
+
+def test_a_block_mask_takes_no_offset() -> None:
+    q, k, v = arrays(8, 8)
+    blocks = create_block_mask(lambda b, h, i, j: j <= i, None, None, 8, 8)
+    with pytest.raises(ArgumentError, match="^block_mask: expected its default with q_offset"):
+        flex_attention(q, k, v, block_mask=blocks, q_offset=3)
 
 
 def test_functions_of_the_users_own_combine_with_the_rest(where: str) -> None:
