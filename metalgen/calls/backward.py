@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import mlx.core as mx
 
 from metalgen.calls.checked import passes
+from metalgen.database.lookup import lookup
 from metalgen.devices import Device, Runner
 from metalgen.devices.backward import GradientRunner
 from metalgen.devices.mlx_attention import differentiates_in_linear_memory
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, get_attention
 from metalgen.families.backward import backward_config, unsupported
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.reference import config_features, gradients_mlx
+from metalgen.source.hashes import template_hashes
+
+if TYPE_CHECKING:
+    from metalgen.chips import Chip
 
 FAMILIES = ("backward_rows", "backward_keys")
 
@@ -32,6 +38,7 @@ class KernelGradients:
         config: of the forward pass.
         schedules: of the rows of queries, and of the rows of keys; None: there are no kernels.
         forward: the schedule of the forward kernel.
+        sources: where the schedules come from, if not by default.
         path: how they were checked; empty until the first gradient.
     """
 
@@ -39,6 +46,7 @@ class KernelGradients:
     config: AttentionConfig
     schedules: tuple[Schedule, Schedule] | None
     forward: Schedule
+    sources: list[str] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
 
     @functools.cached_property
@@ -46,11 +54,8 @@ class KernelGradients:
         """The kernels, checked; None where there are none, or one of them does not pass."""
         if self.schedules is None:
             return None
-        from metalgen.calls.verify_gradients import verify_gradients
-
         for schedule in self.schedules:
-            where = (self.device, backward_config(self.config), schedule, self.path)
-            if not passes(*where, verify=verify_gradients):
+            if not passes(self.device, backward_config(self.config), schedule, self.path):
                 self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
                 return None
         return self.device.build_gradients(self.config, self.schedules)
@@ -98,7 +103,7 @@ class KernelGradients:
         if self.schedules is None:
             return "plain MLX operations, in blocks of queries: memory grows with the length"
         names = ", ".join(str(schedule) for schedule in self.schedules)
-        checked = "; ".join(self.path) or "checked with the first gradient"
+        checked = "; ".join([*self.sources, *(self.path or ["checked with the first gradient"])])
         return f"metalgen's backward kernels ({names}; {checked})"
 
 
@@ -113,20 +118,34 @@ def with_lse(config: AttentionConfig, gradients: KernelGradients | None) -> Atte
     return replace(config, return_lse=True)
 
 
+class Where(NamedTuple):
+    """What runs kernels, and whose records say which.
+
+    Args:
+        device: the device.
+        limits: what kernels may use.
+        chip: whose tuning records; None: nobody's.
+    """
+
+    device: Device
+    limits: Limits
+    chip: Chip | None = None
+
+
 def kernel_gradients(
-    device: Device, config: AttentionConfig, forward: Schedule, limits: Limits, path: list[str]
+    where: Where, problem: Problem, forward: Schedule, path: list[str]
 ) -> KernelGradients | None:
     """What computes the gradients of a config from the results of a kernel; None: MLX's function.
 
     That keeps those that it computes in linear memory.
 
     Args:
-        device: what runs kernels.
-        config: of the forward pass.
+        where: what runs kernels.
+        problem: of the forward pass: config and sizes.
         forward: the schedule of its kernel.
-        limits: what kernels may use.
         path: takes in why there are none.
     """
+    device, config = where.device, problem.config
     assert device.language is not None
     if differentiates_in_linear_memory(config, device.language):
         return None
@@ -134,9 +153,27 @@ def kernel_gradients(
     if reason := unsupported(bare):
         path.append(f"gradients: backward kernels do not support {reason}")
         return KernelGradients(device, config, None, forward)
+    sources: list[str] = []
     try:
-        rows, keys = (default_schedule(bare, limits, family) for family in FAMILIES)
+        rows, keys = (_schedule(where, problem, family, sources) for family in FAMILIES)
     except InvalidSchedule as error:
         path.append(f"gradients: no backward kernel fits: {error.detail}")
         return KernelGradients(device, config, None, forward)
-    return KernelGradients(device, config, (rows, keys), forward)
+    return KernelGradients(device, config, (rows, keys), forward, sources)
+
+
+def _schedule(where: Where, problem: Problem, family: str, sources: list[str]) -> Schedule:
+    """The best schedule of a backward family on record, or the default one."""
+    assert where.device.language is not None
+    bare = backward_config(problem.config)
+    own = Problem(bare, problem.batch_heads, problem.q_len, problem.kv_len, family)
+    hit = lookup(
+        own,
+        where.chip,
+        template_hashes(family, where.device.language),
+        limits=where.limits,
+    )
+    if hit is None:
+        return default_schedule(bare, where.limits, family)
+    sources.append(f"{family}: {hit.place}, {hit.provenance}")
+    return hit.schedule

@@ -12,16 +12,25 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from metalgen.calls import verify as verification
+from metalgen.calls import verify_gradients as backward
 from metalgen.calls.verify import Verification, of_compiler
 from metalgen.database.protocol import Check, TuningStore
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, InvalidSchedule, MetalgenError
-from metalgen.families import Schedule
+from metalgen.families import AttentionFamily, Schedule, get_family
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.hashes import template_hash
 
 Verify = Callable[..., Verification]
 """``verify(device, config, schedule)``, as `metalgen.calls.verify.verify`."""
+
+
+def verify_kernel(device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
+    """The check of a kernel of any family against the float64 reference."""
+    if isinstance(get_family(schedule.family), AttentionFamily):
+        return verification.verify(device, config, schedule)
+    return backward.verify_gradients(device, config, schedule)
+
 
 NO_ROOM = ("out of memory", "insufficient memory", "unable to allocate")
 """How MLX says on Metal and CUDA that the device has no memory left."""
@@ -118,7 +127,7 @@ def run_check(
     Args:
         device: what executes it.
         config, schedule: the kernel.
-        verify: the check; None: `metalgen.calls.verify.verify`.
+        verify: the check; None: that of the family.
 
     Raises:
         CannotCheck: the device failed, not the kernel.
@@ -128,7 +137,7 @@ def run_check(
         Check, config, schedule, template_hash(schedule), device.name, family=schedule.family
     )
     try:
-        result = (verify or verification.verify)(device, config, schedule)
+        result = (verify or verify_kernel)(device, config, schedule)
     except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
         status, detail = failure_status(error), first_line(error)
         if no_memory(error):  # a check is small: something else took it all

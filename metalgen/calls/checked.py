@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from metalgen.database.lookup import checked
 from metalgen.devices import Device
 from metalgen.errors import DeviceError, MetalgenError
@@ -11,16 +9,12 @@ from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.hashes import template_hash
 
-if TYPE_CHECKING:
-    from metalgen.calls.check import Verify
-
 
 def passes(
     device: Device,
     config: AttentionConfig,
     schedule: Schedule,
     path: list[str],
-    verify: Verify | None = None,
 ) -> bool:
     """Whether a kernel was checked on this device; checks it, and records that, if it never was.
 
@@ -28,7 +22,6 @@ def passes(
         device: what executes it.
         config, schedule: the kernel.
         path: takes in what was found.
-        verify: the check; None: that of attention (`metalgen.calls.verify.verify`).
     """
     kernel = (config, schedule, template_hash(schedule))
     status = checked(*kernel, device=device.name, family=schedule.family)
@@ -38,7 +31,7 @@ def passes(
     from metalgen.calls.check import CannotCheck, record_check, run_check
 
     try:
-        check = run_check(device, config, schedule, verify)
+        check = run_check(device, config, schedule)
     except (CannotCheck, DeviceError) as problem:  # the next process tries again
         path.append(f"check on {device.name}: not possible now: {problem}")
         return False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metalgen import switches
 from metalgen.arguments import check_positive
-from metalgen.calls.backward import kernel_gradients, with_lse
+from metalgen.calls.backward import Where, kernel_gradients, with_lse
 from metalgen.calls.checked import passes
 from metalgen.calls.kernel import Kernel
 from metalgen.database.hit import Hit
@@ -117,7 +117,8 @@ def pinned_kernel(
         return Kernel(
             config, "reference", "plain", "forward", schedule, tuple(path), _plain(config)
         )
-    gradients = kernel_gradients(where, config, schedule, where.limits, path)
+    problem = Problem(config, TYPICAL_HEADS, TYPICAL_LENGTH, TYPICAL_LENGTH)
+    gradients = kernel_gradients(Where(where, where.limits), problem, schedule, path)
     own = with_lse(config, gradients)
     if passes(where, own, schedule, path):
         run = where.build(own, schedule)
@@ -202,7 +203,7 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
         path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
         return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
     for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
-        gradients = kernel_gradients(device, config, candidate, limits, path)
+        gradients = kernel_gradients(Where(device, limits, chip), problem, candidate, path)
         own = with_lse(config, gradients)
         if passes(device, own, candidate, path):
             run = device.build(own, candidate)

@@ -31,12 +31,25 @@ def choosing_options(function: Any) -> Any:
         shell_complete=_presets,
         help="What to tune: default, all, a family (qwen3) or a model (llama-3-8b).",
     )
+    @click.option(
+        "--backward",
+        is_flag=True,
+        help="Tune the backward kernels of the problems with many queries, instead of the forward.",
+    )
     @config_options
     @functools.wraps(function)
     def wrapper(
-        *args: Any, preset_name: str, config: AttentionConfig, sizes: Sizes, **kwargs: Any
+        *args: Any,
+        preset_name: str,
+        backward: bool,
+        config: AttentionConfig,
+        sizes: Sizes,
+        **kwargs: Any,
     ) -> Any:
-        return function(*args, chosen=_chosen(preset_name, config, sizes), **kwargs)
+        from metalgen.tuning.presets import of_gradients
+
+        chosen = _chosen(preset_name, config, sizes)
+        return function(*args, chosen=of_gradients(chosen) if backward else chosen, **kwargs)
 
     return wrapper
 

@@ -104,11 +104,16 @@ def command(
     marked as modelled, and kernels are executed on the simulator. Each winner is checked against
     the float64 reference. Ctrl-C keeps everything; the same command goes on from there.
     """
+    from metalgen.families import AttentionFamily, get_family
     from metalgen.tuning.runner import check_arguments, tune
 
     check_arguments(trials, budget, seed)
     plan = make_plan(chip, device_name)
     measuring.check(plan.device)
+    families = (get_family(problem.family) for problem in chosen.problems)
+    if plan.device is None and not all(isinstance(f, AttentionFamily) for f in families):
+        expected = "a device that measures: the chip model does not predict backward kernels"
+        raise ArgumentError("backward", expected, plan.chip.name)
     share = sharing.arguments(plan.device)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)

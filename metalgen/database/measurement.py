@@ -16,7 +16,7 @@ from metalgen.arguments import as_number
 from metalgen.database.layout import MAX_TEXT, PHASES, PROVENANCES, STATUSES
 from metalgen.database.schedules import schedule_on
 from metalgen.errors import ArgumentError
-from metalgen.families import Schedule, attention_families
+from metalgen.families import Schedule, tuned_families
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 
@@ -141,8 +141,8 @@ class Measurement:
             name: fields.pop(name, None)
             for name in ("config", "family", "batch_heads", "q_len", "kv_len", "schedule")
         }
-        if shape["family"] not in [*attention_families()]:
-            known = ", ".join(attention_families())
+        if shape["family"] not in [*tuned_families()]:
+            known = ", ".join(tuned_families())
             raise ArgumentError("family", f"one of {known}", shape["family"])
         problem = Problem(
             AttentionConfig.from_dict(shape["config"]),

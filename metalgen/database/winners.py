@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from metalgen.database.layout import CHAINED, PHASES, PROVENANCES, WARM
 from metalgen.database.measurement import Measurement, host
 from metalgen.errors import MetalgenError
-from metalgen.families import decode_schedule, get_attention
+from metalgen.families import decode_schedule, get_tuned
 from metalgen.families.sizes import Problem
 
 GRAIN = 1.01
@@ -141,7 +141,7 @@ def bytes_read(problem: Problem, schedule: str) -> float:
     sizes = {"batch_heads": problem.batch_heads, "q_len": problem.q_len, "kv_len": problem.kv_len}
     try:
         found = decode_schedule(json.loads(schedule), problem.family)
-        return get_attention(problem.family).bytes_read(problem.config, found, **sizes)
+        return get_tuned(problem.family).bytes_read(problem.config, found, **sizes)
     except (MetalgenError, ValueError, ArithmeticError, RecursionError):
         return math.inf
 

@@ -12,7 +12,9 @@ from metalgen.families.registry import (
     choose_family,
     get_attention,
     get_family,
+    get_tuned,
     register,
+    tuned_families,
     unregister,
 )
 from metalgen.families.rules import (
@@ -51,10 +53,12 @@ __all__ = [
     "enumerate_valid",
     "get_attention",
     "get_family",
+    "get_tuned",
     "is_valid",
     "language_of",
     "register",
     "space",
     "threadgroup_bytes",
+    "tuned_families",
     "unregister",
 ]

@@ -6,7 +6,7 @@ import abc
 import math
 from typing import Any
 
-from metalgen.families.base import Dispatch, Family, Output, Step
+from metalgen.families.base import Dispatch, Output, Step, TunedFamily
 from metalgen.families.counts import CallCounts
 from metalgen.families.launch import Launch, split_keys
 from metalgen.families.operands import attention_operands
@@ -162,17 +162,14 @@ class Combine(AttentionStep):
         return Dispatch((groups, 1, 1), outputs[: 1 + config.return_lse])
 
 
-class AttentionFamily(Family):
+class AttentionFamily(TunedFamily):
     """A family whose calls compute attention; what is tuned.
 
     Attributes:
         head_rows: whether the rows of all heads that share a KV head make a block.
-        deterministic_q_len: number of queries of the problem that stands for all deterministic
-            calls of a config.
     """
 
     head_rows: bool = False
-    deterministic_q_len: int
     main: AttentionStep
     own = ("q",)
     traversed = ("k", "v")

@@ -14,7 +14,7 @@ from typing import Any
 
 from metalgen.errors import ArgumentError
 from metalgen.families.attention import AttentionStep, extra_inputs
-from metalgen.families.base import Dispatch, Family, Output
+from metalgen.families.base import Dispatch, Output, TunedFamily
 from metalgen.families.launch import Launch
 from metalgen.features.base import Site
 from metalgen.kinds import Kind, get_kind
@@ -149,11 +149,12 @@ def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
     )
 
 
-class Backward(Family):
+class Backward(TunedFamily):
     """Gradients by rows of queries, or by rows of keys."""
 
     main: GradientStep
     together = True
+    deterministic_q_len = 4096
 
     def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
         """Those of the kind; ``bq`` counts owned rows, ``bk`` the rows of a pass."""

@@ -143,6 +143,37 @@ class Family(abc.ABC):
         """The family's own rules for schedules."""
 
 
+class TunedFamily(Family):
+    """A family whose kernels are tuned: rows are about problems of it.
+
+    Attributes:
+        deterministic_q_len: number of queries of the problem that stands for all deterministic
+            calls of a config.
+    """
+
+    deterministic_q_len: int
+
+    def bytes_read(
+        self,
+        config: AttentionConfig,
+        schedule: Schedule,
+        *,
+        batch_heads: int,
+        q_len: int,
+        kv_len: int,
+    ) -> int:
+        """Bytes of Q, K and V that a call reads, where that tells schedules apart; else 0.
+
+        Args:
+            batch_heads: batch entries times query heads.
+            q_len, kv_len: number of queries and of keys, from 1.
+
+        Raises:
+            InvalidSchedule: a schedule with a kind that is not counted.
+        """
+        return 0
+
+
 def at_most(knobs: tuple[Knob, ...], most: dict[str, int]) -> tuple[Knob, ...]:
     """Knobs of which a search tries only values up to a bound, by name."""
 

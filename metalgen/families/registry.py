@@ -6,7 +6,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families.append import APPEND
 from metalgen.families.attention import AttentionFamily
 from metalgen.families.backward import BACKWARD_KEYS, BACKWARD_ROWS
-from metalgen.families.base import Family
+from metalgen.families.base import Family, TunedFamily
 from metalgen.families.decode import DECODE
 from metalgen.families.forward import FORWARD
 from metalgen.kinds import KINDS, Kind, kinds_in
@@ -75,6 +75,23 @@ def get_attention(name: str) -> AttentionFamily:
     if isinstance(family, AttentionFamily):
         return family
     raise ArgumentError("family", f"one of {', '.join(attention_families())}", name)
+
+
+def tuned_families() -> dict[str, TunedFamily]:
+    """Families that problems may be of, by name."""
+    return {n: own for n, own in FAMILIES.items() if isinstance(own, TunedFamily)}
+
+
+def get_tuned(name: str) -> TunedFamily:
+    """The family of a name, of which problems may be.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if isinstance(family, TunedFamily):
+        return family
+    raise ArgumentError("family", f"one of {', '.join(tuned_families())}", name)
 
 
 def choose_family(config: AttentionConfig, q_len: int) -> AttentionFamily:

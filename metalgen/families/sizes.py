@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from metalgen.arguments import check_integer
 from metalgen.families import DECODE_QUERIES as DECODE_QUERIES
-from metalgen.families import choose_family, get_attention
+from metalgen.families import choose_family, get_tuned
 from metalgen.problem.config import AttentionConfig
 
 MAX_LENGTH = 1 << 24
@@ -28,7 +28,7 @@ class Problem:
         config: the attention to compute.
         batch_heads: batch entries times query heads.
         q_len, kv_len: number of queries and of keys.
-        family: name of a family of attention; left empty, it is the one that takes so many queries
+        family: name of a family that is tuned; left empty, it is the one that takes so many queries
             of the config (`metalgen.families.choose_family`).
 
     A deterministic config has one problem per family, whatever the sizes.
@@ -51,7 +51,7 @@ class Problem:
             object.__setattr__(self, name, check_integer(name, getattr(self, name), 1, most))
         if not self.family:
             object.__setattr__(self, "family", choose_family(self.config, self.q_len).name)
-        family = get_attention(self.family)
+        family = get_tuned(self.family)
         if self.config.deterministic:  # one schedule, whatever else is in the call
             for name, size in (("batch_heads", 32), ("kv_len", 4096)):
                 object.__setattr__(self, name, size)
@@ -78,4 +78,6 @@ class Problem:
         return ratio * max(1, self.batch_heads // ratio)
 
     def __str__(self) -> str:
-        return f"{self.config} BH={self.batch_heads} Lq={self.q_len} Lk={self.kv_len}"
+        own = choose_family(self.config, self.q_len).name
+        family = "" if self.family == own else f" {self.family}"
+        return f"{self.config} BH={self.batch_heads} Lq={self.q_len} Lk={self.kv_len}{family}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from metalgen.database.measurement import Measurement
 from metalgen.database.winners import ordered
 from metalgen.errors import MetalgenError
-from metalgen.families import Schedule, attention_families, default_schedule
+from metalgen.families import Schedule, default_schedule, tuned_families
 from metalgen.families.sizes import Problem
 from metalgen.report.sources import ORDERLESS, Notes, Sources
 from metalgen.schedules import all_knobs
@@ -197,7 +197,7 @@ def results(sources: Sources) -> list[Result]:
 def _place(r: Result) -> tuple[object, ...]:
     p = r.problem
     sizes = (p.config.head_dim, p.config.key, p.batch_heads, p.q_len, p.kv_len)
-    rest = (r.chip, [*attention_families()].index(p.family), *sizes, r.policy, r.cores)
+    rest = (r.chip, [*tuned_families()].index(p.family), *sizes, r.policy, r.cores)
     return (r.provenance, not r.current, -(r.gain or 0.0), *rest)
 
 

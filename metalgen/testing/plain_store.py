@@ -30,7 +30,7 @@ from metalgen.database.measurement import (
 )
 from metalgen.database.protocol import Check, Run
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families import Limits, Schedule, check_schedule, get_attention
+from metalgen.families import Limits, Schedule, check_schedule, get_tuned
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 
@@ -348,7 +348,7 @@ class PlainStore:
 
 def _bytes_read(problem: Problem, schedule: Schedule) -> int:
     sizes = {"batch_heads": problem.batch_heads, "q_len": problem.q_len, "kv_len": problem.kv_len}
-    return get_attention(problem.family).bytes_read(problem.config, schedule, **sizes)
+    return get_tuned(problem.family).bytes_read(problem.config, schedule, **sizes)
 
 
 def _replaces(new: Measurement, old: Measurement) -> bool:

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from metalgen.errors import ArgumentError
-from metalgen.families.sizes import Problem
+from metalgen.families.backward import (
+    BACKWARD_KEYS,
+    BACKWARD_ROWS,
+    backward_config,
+    unsupported,
+)
+from metalgen.families.sizes import DECODE_QUERIES, Problem
 from metalgen.problem.config import AttentionConfig
 
 PREFILL = (512, 2048, 8192)
@@ -210,6 +216,34 @@ def preset(name: str) -> Preset:
     hint = f"; the nearest: {', '.join(near)}" if near else ""
     families = ", ".join(_FAMILIES)
     raise ArgumentError("preset", f"default, all, a family ({families}) or a model{hint}", name)
+
+
+def of_gradients(chosen: Preset) -> Preset:
+    """The problems of backward kernels that training with the problems of a preset has.
+
+    Two for each problem of many queries: gradients of queries, and of keys and values. (What LoRA
+    and full fine-tuning differ in, the gradients of weights, is no attention.)
+
+    Raises:
+        ArgumentError: backward kernels support none of them.
+    """
+    sources: dict[Problem, tuple[str, ...]] = {}
+    for problem in chosen.problems:
+        bare = backward_config(problem.config)
+        if problem.q_len <= DECODE_QUERIES or unsupported(bare):
+            continue
+        for family in (BACKWARD_ROWS, BACKWARD_KEYS):
+            own = replace(problem, config=bare, family=family.name)
+            labels = chosen.models.get(problem.key, ())
+            sources[own] = tuple(dict.fromkeys((*sources.get(own, ()), *labels)))
+    if not sources:
+        expected = "problems of more than 64 queries that backward kernels support"
+        raise ArgumentError("backward", expected, ", ".join(map(str, chosen.problems)))
+    return Preset(
+        chosen.name,
+        tuple(sources),
+        {problem.key: labels for problem, labels in sources.items() if labels},
+    )
 
 
 def _collect(

@@ -21,6 +21,7 @@ from metalgen.devices import Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
 from metalgen.devices.mlx_attention import computes, mlx_runner
 from metalgen.errors import ArgumentError
+from metalgen.families import AttentionFamily, get_family
 from metalgen.families.sizes import Problem
 from metalgen.problem.inputs import Inputs, needs_inputs
 from metalgen.problem.samples import Call, sample_call
@@ -338,7 +339,8 @@ def members(call: Call) -> list[mx.array]:
 def mlx_baseline(problem: Problem) -> Runner | None:
     """MLX's own attention, where it computes the same thing; None where it does not."""
     config = problem.config
-    if not computes(config):
+    backward = not isinstance(get_family(problem.family), AttentionFamily)
+    if backward or not computes(config):
         return None
     if config.causal and problem.q_len > problem.kv_len:  # rows that see no key: NaN there
         return None

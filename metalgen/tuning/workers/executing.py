@@ -13,7 +13,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from metalgen.calls.check import KernelFailure, NoRoom, require_working
+from metalgen.calls.check import KernelFailure, NoRoom, require_working, verify_kernel
+from metalgen.calls.runners import runner_of
 from metalgen.calls.verify import Verification
 from metalgen.devices import Device, Runner
 from metalgen.devices.marking import UNWRITTEN, is_unwritten, marked_outputs
@@ -130,7 +131,7 @@ class Here(Executor):
         ):
             self._built.clear()
         with self._watched():
-            runner = self.device.build(problem.config, schedule)
+            runner = runner_of(self.device, problem.config, schedule)
             q, k, v, inputs = arrays(problem, 0, q_len=1, kv_len=1)
             more = (inputs,) if needs_inputs(problem.config) else ()
             with marked_outputs():
@@ -168,10 +169,8 @@ class Here(Executor):
             return race(bench, runners, default.key if default else None, deadline)
 
     def verify(self, device: Device, config: AttentionConfig, schedule: Schedule) -> Verification:
-        from metalgen.calls.verify import verify
-
         with self._watched():
-            return verify(self.device, config, schedule)
+            return verify_kernel(self.device, config, schedule)
 
     def close(self) -> None:
         self._bench = None
