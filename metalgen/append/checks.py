@@ -65,6 +65,8 @@ def config_of(
         raise ArgumentError("v.dtype", f"{k.dtype}, as k has", str(v.dtype))
     if rope is not None and not isinstance(rope, Rope):
         raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
+    if rope is not None and rope.one_position:
+        raise ArgumentError("rope.one_position", "False for keys, which turn as they stand", True)
     bits, group = _quantization(key, k)
     for name, array, axes in (("block_table", block_table, 2), ("cu_seqlens", cu_seqlens, 1)):
         if array is not None:

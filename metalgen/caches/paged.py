@@ -39,7 +39,7 @@ class PagedKVCache:
         pages: pages of the pool (one more is allocated, where rows go that have no place).
         kv_heads, head_dim, value_head_dim, dtype: what rows look like; values are as wide as keys
             where `value_head_dim` is None.
-        page_size: rows of a page: a multiple of 8 from 8 to 256.
+        page_size: rows of a page: a multiple of 8 from 8 to 65,536.
         bits, group_size, rope, device: as in `metalgen.KVCache`.
 
     Attributes:
@@ -70,7 +70,9 @@ class PagedKVCache:
             value_dim = check_integer("value_head_dim", value_head_dim, MIN_HEAD_DIM, MAX_HEAD_DIM)
         rows = as_integer(page_size)
         if rows is None or rows % 8 or not MIN_PAGE <= rows <= MAX_PAGE:
-            raise ArgumentError("page_size", "a multiple of 8 from 8 to 256", page_size)
+            raise ArgumentError(
+                "page_size", f"a multiple of 8 from {MIN_PAGE} to {MAX_PAGE}", page_size
+            )
         page_size = rows
         most = (MAX_ROWS - 1) // (kv_heads * page_size) - 1  # and the spare one
         if pages > most:

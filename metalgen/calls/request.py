@@ -247,12 +247,14 @@ def _config(
             fields[name] = given
         elif given is not None and name in _SWITCHES:
             fields[_SWITCHES[name]] = True
+    slopes = options.get("alibi_slopes")
+    fields["alibi_by_sequence"] = isinstance(slopes, mx.array) and slopes.ndim == 2
     if bits is not None:
         fields |= {"kv_bits": bits, "kv_group": group}
     if options.get("block_table") is not None:
         fields |= {"page_size": key.shape[2], "kv_lens": False}
     if (rope := options.get("rope")) is not None:
-        fields |= {"rope": rope.style, "rope_dims": rope.dims}
+        fields |= {"rope": rope.style, "rope_dims": rope.dims, "rope_fixed": rope.one_position}
     if functions is not NO_FUNCTIONS:
         fields["score_mod"] = None if functions.score is None else functions.score.graph.text
         fields["mask_mod"] = None if functions.mask is None else functions.mask.graph.text

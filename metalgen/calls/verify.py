@@ -78,7 +78,7 @@ def verify(
     for number, (queries, keys) in enumerate(shapes):
         q, k, v, given = sample_call(
             config,
-            batch=SEQUENCES if config.has_extents else 1,
+            batch=SEQUENCES if config.differs_by_sequence else 1,
             q_len=queries,
             kv_len=keys,
             seed=seed + number,

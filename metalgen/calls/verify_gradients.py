@@ -49,7 +49,7 @@ def verify_gradients(
     for number, (queries, keys) in enumerate(check_sizes(config, schedule)):
         call = sample_call(
             config,
-            batch=SEQUENCES if config.has_extents else 1,
+            batch=SEQUENCES if config.differs_by_sequence else 1,
             q_len=queries,
             kv_len=keys,
             seed=seed + number,

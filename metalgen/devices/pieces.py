@@ -74,7 +74,7 @@ def _piece(
         if each.cut == "entries":
             found[each.name] = x[own]
         elif each.cut == "heads":
-            found[each.name] = x[rows]
+            found[each.name] = x[rows] if x.ndim == 1 else x[own, rows]
         elif each.cut == "keys":
             found[each.name] = x[cached, columns]
         elif each.cut == "scores":

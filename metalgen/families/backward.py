@@ -251,6 +251,7 @@ def backward_config(config: AttentionConfig) -> AttentionConfig:
         config,
         rope=None,
         rope_dims=None,
+        rope_fixed=False,
         sinks=False,
         return_lse=False,
         deterministic=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 
-from metalgen.features.alibi import Alibi
+from metalgen.features.alibi import Alibi, AlibiBySequence
 from metalgen.features.array_mask import ArrayMask
 from metalgen.features.base import Feature, Field, OptionalInput
 from metalgen.features.bias import Bias
@@ -97,6 +97,7 @@ for _feature in (
     Quantized(),
     Rotary(),
     Alibi(),
+    AlibiBySequence(),
     Bias(),
     ArrayMask(),
     Sinks(),

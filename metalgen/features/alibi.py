@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from metalgen.features.arrays import per_head, vector
+from metalgen.errors import ArgumentError
+from metalgen.features.arrays import Arrays, per_head, per_sequence
 from metalgen.features.base import (
     Feature,
     Field,
@@ -26,7 +28,23 @@ if TYPE_CHECKING:
 
 def _slopes(sampler: Sampler) -> mx.array:
     heads = mx.arange(1, sampler.heads + 1, dtype=mx.float32)
-    return mx.power(2.0, -8 * heads / sampler.heads)
+    slopes = mx.power(2.0, -8 * heads / sampler.heads)
+    if not sampler.config.alibi_by_sequence:
+        return slopes
+    return slopes / mx.arange(1, sampler.batch + 1, dtype=mx.float32)[:, None]
+
+
+def _shape(array: mx.array, arrays: Arrays) -> str | None:
+    wanted = [per_sequence(arrays)] if arrays.config.alibi_by_sequence else []
+    shape = (*wanted, per_head(arrays))
+    return None if array.shape == shape else str(shape)
+
+
+def _converted(option: str, x: Any, config: Fields) -> mx.array | None:
+    found = numbers(option, x)
+    if found is not None and found.ndim not in (1, 2):
+        raise ArgumentError(f"{option}.shape", "(H,) or (N, H)", found.shape)
+    return found
 
 
 class Alibi(Feature):
@@ -39,9 +57,9 @@ class Alibi(Feature):
         OptionalInput(
             "alibi_slopes",
             ("float32",),
-            vector(per_head),
+            _shape,
             option="alibi_slopes",
-            convert=lambda option, x, config: numbers(option, x),
+            convert=_converted,
             sample=_slopes,
             contents=finite,
             cut="heads",
@@ -51,4 +69,24 @@ class Alibi(Feature):
     adds = True
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
-        return Hooks(adds={"alibi": Macros("alibi")})
+        entry = "min(sequence, sequences - 1)" if config.varlen else "sequence"
+        entry = entry if config.alibi_by_sequence else ""
+        return Hooks(adds={"alibi": Macros("alibi", {"entry": entry})})
+
+
+class AlibiBySequence(Feature):
+    """The slopes are those of each sequence."""
+
+    name = "alibi_by_sequence"
+    fields = (Field("alibi_by_sequence", switch, False),)
+    rank = 1
+
+    def check(self, config: Fields) -> None:
+        if not config.alibi:
+            raise ArgumentError("alibi_by_sequence", "False without alibi", True)
+
+    def words(self, config: Fields) -> Iterable[str]:
+        yield "by sequence"
+
+    def hooks(self, config: Fields, site: Site) -> Hooks:
+        return Hooks(variables={"sequences": True})

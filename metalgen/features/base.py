@@ -68,7 +68,7 @@ HALF_UNIT = f"{2 / math.log(2):.9e}f"
 
 Cut = Literal["whole", "entries", "heads", "scores", "keys"]
 """How an input is cut for a call in pieces: not at all; by its first axis, as batch entries or as
-query heads; as ``(B, H, ...)``, each of which may be 1; as keys and values are."""
+query heads, and of two axes as both; as ``(B, H, ...)``, each of which may be 1; as keys are."""
 Binding = Literal["contiguous", "broadcast", "rows"]
 """How an input is bound: without gaps; broadcast to ``(B, H, Lq, Lk)``; as rows."""
 Contents = Callable[[Any, Arrays], Iterable[tuple[Any, str]]]

@@ -46,6 +46,8 @@ class Fields:
     max_work: int | None = None
     kv_starts: bool = False
     q_offset: bool = False
+    alibi_by_sequence: bool = False
+    rope_fixed: bool = False
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     features: ClassVar[tuple[Any, ...]] = ()
@@ -67,9 +69,10 @@ class Fields:
         return self.kv_lens or self.page_size is not None
 
     @property
-    def has_extents(self) -> bool:
-        """Whether calls say where each sequence's rows are, so that sequences of a call differ."""
-        return self.varlen or self.has_lengths or self.kv_starts or self.q_offset
+    def differs_by_sequence(self) -> bool:
+        """Whether sequences of a call differ in more than their rows."""
+        places = self.varlen or self.has_lengths or self.kv_starts or self.q_offset
+        return places or self.alibi_by_sequence
 
     @property
     def itemsize(self) -> int:

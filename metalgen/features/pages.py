@@ -14,7 +14,7 @@ from metalgen.features.base import Feature, Field, Hooks, Macros, OptionalInput,
 from metalgen.features.conversions import integers
 from metalgen.features.fields import Fields
 
-MIN_PAGE, MAX_PAGE = 8, 256
+MIN_PAGE, MAX_PAGE = 8, 1 << 16
 
 
 def _page_size(name: str, value: Any, config: Fields) -> int | None:
@@ -22,7 +22,7 @@ def _page_size(name: str, value: Any, config: Fields) -> int | None:
         return None
     size = check_integer(name, value, MIN_PAGE, MAX_PAGE)
     if size % 8:
-        raise ArgumentError(name, "a multiple of 8 from 8 to 256", size)
+        raise ArgumentError(name, f"a multiple of 8 from {MIN_PAGE} to {MAX_PAGE}", size)
     return size
 
 

@@ -11,7 +11,7 @@ from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays, per_sequence, vector
 from metalgen.features.base import Feature, Field, Hooks, OptionalInput, Site, unused
-from metalgen.features.checks import one_of
+from metalgen.features.checks import one_of, switch
 from metalgen.features.contents import finite
 from metalgen.features.fields import Fields
 
@@ -34,6 +34,10 @@ def _dims(name: str, value: Any, config: Fields) -> int | None:
         return None
     dims = _even(name, value, config)
     return None if dims == config.head_dim else dims
+
+
+def _fixed(name: str, value: Any, config: Fields) -> bool:
+    return switch(name, value, config) and config.rope is not None
 
 
 def _even(name: str, value: Any, config: Fields) -> int:
@@ -69,6 +73,7 @@ class Rotary(Feature):
     fields = (
         Field("rope", _style, None, "rope.style"),
         Field("rope_dims", _dims, None, "rope.dims"),
+        Field("rope_fixed", _fixed, False, "rope.one_position"),
     )
     inputs = (
         OptionalInput(
@@ -98,6 +103,8 @@ class Rotary(Feature):
 
     def words(self, config: Fields) -> Iterable[str]:
         yield f"rope:{config.rope}" + (f"{config.rotary_dim}" if config.rope_dims else "")
+        if config.rope_fixed:
+            yield "at one position"
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         position = "rope_offset[sequence]"
@@ -110,5 +117,6 @@ class Rotary(Feature):
                 "rope": config.rope,
                 "turned": config.rotary_dim,
                 "first_position": position,
+                "rope_steps": not config.rope_fixed,
             },
         )

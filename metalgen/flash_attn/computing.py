@@ -1,19 +1,13 @@
-"""What all functions of flash-attn's interface come down to: one call of metalgen's attention.
-
-Slopes of each batch entry, which metalgen's kernels do not take yet, are said by a score function,
-which is exact.
-"""
+"""What all functions of flash-attn's interface come down to: one call of metalgen's attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from metalgen.ops.attention import attention
-from metalgen.ops.flex_attention import flex_attention
 from metalgen.problem.config import MIN_HEAD_DIM
 
 PROBABILITY_COLUMNS = 512
@@ -30,7 +24,6 @@ class Call:
         options: of `metalgen.attention`.
         scale: None means ``1 / sqrt(D)``.
         slopes: of ALiBi, ``(H,)`` or ``(N, H)``.
-        own: ``(N,)``, or an integer for all: key at the position of each sequence's first query.
     """
 
     q: mx.array
@@ -39,7 +32,6 @@ class Call:
     options: dict[str, Any]
     scale: float | None = None
     slopes: mx.array | None = None
-    own: mx.array | int = 0
 
     def run(self) -> tuple[mx.array, mx.array]:
         """Output ``(B, H, Lq, Dv)`` and log-sum-exp ``(B, H, Lq)``."""
@@ -47,15 +39,9 @@ class Call:
         scale = width**-0.5 if self.scale is None and width else self.scale
         q, k, v = (_wide_enough(x) for x in (self.q, self.k, self.v))
         options = dict(self.options)
-        score = None
-        if self.slopes is not None and self.slopes.ndim == 1:
+        if self.slopes is not None:
             options["alibi_slopes"] = self.slopes
-        elif self.slopes is not None:
-            score = slopes_of_entries(self.slopes, self.own, options.pop("softcap", None))
-        if score is None:
-            out, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
-        else:
-            out, lse = flex_attention(q, k, v, score, scale=scale, return_lse=True, **options)
+        out, lse = attention(q, k, v, scale=scale, return_lse=True, **options)
         return (out[..., :v_width] if out.shape[3] > v_width else out), lse
 
     def probabilities(self, keys: int) -> mx.array:
@@ -84,20 +70,3 @@ def _wide_enough(x: mx.array) -> mx.array:
     """Rows of zeros behind, where they are narrower than metalgen's kernels take; as flash-attn."""
     missing = MIN_HEAD_DIM - x.shape[3]
     return mx.pad(x, [(0, 0)] * 3 + [(0, missing)]) if missing > 0 else x
-
-
-def slopes_of_entries(
-    slopes: mx.array, own: mx.array | int, softcap: float | None
-) -> Callable[..., Any]:
-    """The score function of slopes ``(N, H)``: ``-slope * |own + i - j|``, after the cap.
-
-    A kernel with slopes for each entry will replace it.
-    """
-    starts = mx.full((slopes.shape[0],), own, mx.int32) if isinstance(own, int) else own
-
-    def score_mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        if softcap is not None:
-            score = softcap * mx.tanh(score / softcap)
-        return score - slopes[b, h] * mx.abs(starts[b] + q_idx - kv_idx)
-
-    return score_mod

@@ -88,7 +88,6 @@ def flash_attn_func(
         options=_options(own, dropout_p, causal, window_size, softcap),
         scale=scale,
         slopes=slopes(alibi_slopes, q.shape[0], q.shape[2]),
-        own=k.shape[1] - q.shape[1],
     )
     out, lse = call.run()
     out = out.swapaxes(1, 2)
@@ -346,7 +345,6 @@ class _Packed:
             options=options,
             scale=scale,
             slopes=slopes,
-            own=self._of_parts(self.keys - self.queries, 0),
         )
 
     def _of_parts(self, x: mx.array, other: int) -> mx.array:

@@ -148,7 +148,6 @@ def flash_attn_with_kvcache(
         options={"device": own.device, "chip": own.chip, **options},
         scale=softmax_scale,
         slopes=slopes(alibi_slopes, sequences, q.shape[2]),
-        own=(room if lengths is None else lengths) - q.shape[1],
     )
     out, lse = call.run()
     found = [out.swapaxes(1, 2)]

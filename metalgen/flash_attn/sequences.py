@@ -45,8 +45,7 @@ def spread(x: mx.array, other: int) -> mx.array:
 def pages_of(cache: mx.array, table: mx.array) -> tuple[mx.array, mx.array]:
     """Pages of a size that metalgen's kernels take, and their table.
 
-    Pages that a multiple of 8 from 8 to 256 divides become several, by views. Of others the
-    sequences' pages are copied.
+    Pages larger than these become several, by views; those that 8 does not divide are copied.
 
     Args:
         cache: ``(pages, page_size, Hkv, D)``, any size. A dense cache is one page for each entry.

@@ -80,8 +80,8 @@ def attention(
             ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
             (A window of W keys up to the own one is causal, window_left W - 1.)
         softcap: C; a scaled score x becomes ``C * tanh(x / C)``.
-        alibi_slopes: ``(H,)``; a score falls by ``slope * |i + kv_len - q_len - j|``
-            (`metalgen.alibi_slopes` gives the usual ones).
+        alibi_slopes: ``(H,)``, or ``(N, H)`` for each sequence; a score falls by
+            ``slope * |i + kv_len - q_len - j|`` (`metalgen.alibi_slopes` gives the usual ones).
         bias: added to the scores; float32 or q's type; ``(B, H, Lq, Lk)``, or fewer axes, or 1 for
             any, by NumPy's rules of broadcasting.
         mask: ``"causal"``, or of the same shapes booleans, whether a key is seen, or floats, which
@@ -109,9 +109,9 @@ def attention(
             of ``i + kv_len - q_len``; for dropout and functions, in place of i; and by default for
             `rope`. Any integers; a query before all keys sees none causally. Not with block masks.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
-            page_size, D)``, quantized or not, of 8 to 256 keys, a multiple of 8; key j of sequence
-            n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number that is
-            no page's, such as -1, stands for keys that are not seen. With `kv_lens`.
+            page_size, D)``, quantized or not, of 8 to 65,536 keys, a multiple of 8; key j of
+            sequence n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number
+            that is no page's, such as -1, stands for keys that are not seen. With `kv_lens`.
         rope: `metalgen.Rope`; queries turn with their position in the kernel. Keys come turned.
         deterministic: a row's bits depend on nothing but its own sequence, and on whether there
             are more than 64 queries (packed: on `max_seqlen_q`, where given).

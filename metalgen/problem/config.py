@@ -74,6 +74,7 @@ class AttentionConfig(Fields):
             count queries and keys from 0, whatever the lengths.
         block_mask: calls come with a block mask, which lists the blocks that `mask_mod` leaves.
         alibi: calls bring slopes ``(H,)``; a score has ``-slope * |i + kv_len - q_len - j|`` added.
+        alibi_by_sequence: the slopes are those of each sequence, ``(N, H)``.
         bias: calls bring an array, broadcast to ``(B, H, Lq, Lk)``, that is added to the scores.
         array_mask: calls bring booleans, broadcast to ``(B, H, Lq, Lk)``: whether a key is seen.
         sinks: calls bring a logit for each query head, ``(H,)``: a key without a value.
@@ -87,7 +88,7 @@ class AttentionConfig(Fields):
             are not looked at. All are counted from 0 nevertheless.
         q_offset: calls bring the number of each sequence's first query, ``(N,)``, in place of
             ``kv_len - q_len`` for masks and ALiBi, and of 0 for functions and dropout.
-        page_size: keys of a page, 8 to 256, a multiple of 8: k and v are pages ``(pages, Hkv,
+        page_size: keys of a page, 8 to 65,536, a multiple of 8: k and v are pages ``(pages, Hkv,
             page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
         kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups
             of 32, 64 or 128; calls bring their scales and biases.
@@ -95,6 +96,7 @@ class AttentionConfig(Fields):
             turn together) or ``"pairs"`` (2 c and 2 c + 1). Calls bring frequencies and offsets;
             keys come turned already (see `metalgen.append_kv`).
         rope_dims: how many columns turn; None: all.
+        rope_fixed: all queries of a sequence turn as its first one does.
         deterministic: a row's bits depend on nothing but its own sequence, and on whether there
             are more than 64 queries: not on the batch, nor on what was tuned for it.
         tf32: float32 products of CUDA kernels may keep 11 bits of each factor; Metal has no such

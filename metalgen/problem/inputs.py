@@ -42,7 +42,7 @@ class Inputs:
             first axes as k's and v's.
         rope_freqs: ``(rope_dims / 2,)`` float32, radians a position.
         rope_offset: ``(N,)``, the position of each sequence's first query.
-        alibi_slopes: ``(H,)`` float32.
+        alibi_slopes: ``(H,)`` float32, or ``(N, H)``.
         bias: ``(B, H, Lq, Lk)`` or 1 for any, float32 or of the config's type.
         array_mask: the same in booleans.
         sinks: ``(H,)`` float32.

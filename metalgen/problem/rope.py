@@ -37,6 +37,9 @@ class Rope:
             sequence, ``(N,)``, of integers. None: `metalgen.attention` puts the queries at the end
             of the keys, at ``kv_len - q_len``.
 
+        one_position: all rows of a sequence turn as its first one, such as the queries of several
+            candidates for one token. Of queries only.
+
     Raises:
         ArgumentError: a value of the wrong type or out of range.
     """
@@ -47,6 +50,7 @@ class Rope:
     style: str = "half"
     scale: float = 1.0
     offset: int | mx.array | None = None
+    one_position: bool = False
 
     def __post_init__(self) -> None:
         dims = as_integer(self.dims)
@@ -70,6 +74,8 @@ class Rope:
                 raise ArgumentError("rope.freqs", "1 axis of floating-point periods", got)
         elif freqs is not None:
             raise ArgumentError("rope.freqs", "an mlx.core.array of periods, or None", freqs)
+        if not isinstance(self.one_position, bool):
+            raise ArgumentError("rope.one_position", "True or False", self.one_position)
         offset = self.offset
         if offset is None or isinstance(offset, mx.array):
             return

@@ -155,8 +155,9 @@ def changed(
         scores = parse(text).evaluate(np, {**places, "score": scores}, captured)
         scores = np.broadcast_to(scores, raw.shape)
     if features.get("alibi"):
-        slopes = as_float64(inputs.alibi_slopes)[:, None, None]
-        scores = scores - slopes * np.abs(own_keys(s) - j)
+        slopes = as_float64(inputs.alibi_slopes)
+        slopes = slopes if slopes.ndim == 1 else slopes[s.number]
+        scores = scores - slopes[:, None, None] * np.abs(own_keys(s) - j)
     if features.get("bias"):
         scores = scores + _entry(inputs.bias, s, shape)[:, :, :kv_len]
     return scores
@@ -220,7 +221,8 @@ def rotated(
 ) -> Float64:
     """Rows of a sequence rotated by their positions, or (-1) back; angles in float32."""
     freqs = np.array(inputs.rope_freqs, dtype=np.float32)
-    positions = int(_integers(inputs.rope_offset)[number]) + np.arange(q.shape[1])
+    steps = np.arange(q.shape[1]) * (not features.get("rope_fixed", False))
+    positions = int(_integers(inputs.rope_offset)[number]) + steps
     angles = (positions.astype(np.float32)[:, None] * freqs).astype(np.float64)
     angles = direction * angles
     if features["rope"] == "half":

@@ -102,7 +102,9 @@ def _add(
             found[name][s.entry][:, s.keys] += heads
     if "alibi_slopes" in found:
         distance = np.abs(own_keys(s) - places_of(s)["kv"])
-        found["alibi_slopes"] -= (dy * distance).sum(axis=(1, 2))
+        slopes = found["alibi_slopes"]
+        own = slopes if slopes.ndim == 1 else slopes[s.number]
+        own -= (dy * distance).sum(axis=(1, 2))
     if "bias" in found:
         _add_broadcast(found["bias"], dy, s.number)
     for number, array in enumerate(inputs.score):

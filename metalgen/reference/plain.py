@@ -248,7 +248,9 @@ def _changed(scores: mx.array, at: Places, features: dict[str, Any], inputs: Inp
         scores = mx.broadcast_to(found, scores.shape)
     if inputs.alibi_slopes is not None:
         distance = mx.abs(at.own - at.j).astype(mx.float32)
-        scores = scores - inputs.alibi_slopes[:, None, None] * distance
+        slopes = inputs.alibi_slopes
+        each = slopes[:, None, None] if slopes.ndim == 1 else slopes[at.b, at.h]
+        scores = scores - each * distance
     if inputs.bias is not None:
         scores = scores + inputs.bias.astype(mx.float32)
     return scores
@@ -291,7 +293,7 @@ def _is_floating(array: mx.array) -> bool:
 
 def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> mx.array:
     """Queries ``(B, H, Lq, D)`` rotated by their positions, in float32, rounded to their type."""
-    features = {"rope": config.rope, "varlen": config.varlen}
+    features = {"rope": config.rope, "rope_fixed": config.rope_fixed}
     rows = mx.arange(q.shape[2], dtype=mx.int32)[:, None]
     b, i = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None], rows
     if config.varlen:
@@ -306,6 +308,7 @@ def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -
     freqs, offset = inputs.rope_freqs, inputs.rope_offset
     assert freqs is not None and offset is not None
     row = at.i if at.row is None else at.row
+    row = row * (not features.get("rope_fixed", False))
     position = (offset[at.b] + row).astype(mx.float32)  # (B or 1, 1, L, 1) or (L, 1)
     angles = position * freqs
     cos, sin = mx.cos(angles), mx.sin(angles)

@@ -6,6 +6,7 @@ from typing import Any
 
 FEATURES: dict[str, dict[str, Any]] = {
     "ALiBi": {"alibi": True, "causal": True},
+    "ALiBi by sequence": {"alibi": True, "alibi_by_sequence": True, "varlen": True},
     "bias": {"bias": True},
     "array mask": {"array_mask": True, "causal": True},
     "sinks": {"sinks": True, "window_left": 9},
@@ -31,6 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "quantized pages": {"kv_bits": 4, "kv_group": 64, "page_size": 24},
     "rotary, halves": {"rope": "half", "causal": True},
     "rotary, pairs in part": {"rope": "pairs", "rope_dims": 24, "kv_lens": True},
+    "rotary at one position": {"rope": "half", "rope_fixed": True, "causal": True},
     "deterministic": {"deterministic": True, "varlen": True, "causal": True},
     "everything on scores": {
         "softcap": 20.0,

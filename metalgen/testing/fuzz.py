@@ -172,6 +172,10 @@ def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
     """A config with newer features, drawn apart, so that a number stands for what it always did."""
     changes: dict[str, Any] = {"kv_starts": random.random() < 0.2}
     changes["q_offset"] = random.random() < 0.2 and not config.block_mask
+    changes["alibi_by_sequence"] = config.alibi and random.random() < 0.5
+    changes["rope_fixed"] = config.rope is not None and random.random() < 0.3
+    if config.page_size is not None and random.random() < 0.2:
+        changes["page_size"] = random.choice((264, 512, 4096))
     return replace(config, **changes)
 
 

@@ -43,6 +43,14 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "numbers of floats": ({"q_offset": mx.ones((2,))}, "q_offset.dtype: expected int32, but got "),
     "an offset with a part": ({"q_offset": 1.5}, "q_offset: expected an integer, or an mlx.core"),
     "an offset too far": ({"q_offset": 1 << 31}, "q_offset: expected an integer from -1073741824"),
+    "slopes of too few": (
+        {"alibi_slopes": mx.ones((3, 4))},
+        r"alibi_slopes.shape: expected \(2, 4",
+    ),
+    "slopes in cubes": (
+        {"alibi_slopes": mx.ones((1, 2, 4))},
+        r"alibi_slopes.shape: expected \(H,\)",
+    ),
     "starts of too few": ({"kv_starts": mx.array([9])}, r"kv_starts.shape: expected \(2,\)"),
     "starts of floats": ({"kv_starts": mx.ones((2,))}, "kv_starts.dtype: expected int32, but got "),
     "lengths in rows": ({"kv_lens": mx.array([[9, 4]])}, "kv_lens.shape: expected 1 axis, but"),
@@ -231,7 +239,7 @@ def test_pages_that_cannot_be_found(name: str) -> None:
         attention(q, PAGES, PAGES, **keywords)
 
 
-@pytest.mark.parametrize(("size", "said"), [(4, "from 8 to 256"), (12, "multiple of 8"), (264, "")])
+@pytest.mark.parametrize(("size", "said"), [(4, "8 to 65536"), (12, "multiple of 8"), (257, "")])
 def test_pages_of_a_size_that_there_is_not(size: int, said: str) -> None:
     pages = mx.zeros((3, 2, size, 32), mx.float16)
     message = f"^k.shape, keys of a page: expected .*{said}.*, but got {size}"
@@ -293,6 +301,7 @@ def test_groups_that_there_are_not() -> None:
     [
         ({"dims": 7}, "rope.dims: expected an even number of columns, or None, but got 7"),
         ({"dims": 0}, "rope.dims"),
+        ({"one_position": 1}, "rope.one_position: expected True or False, but got 1"),
         ({"style": "neox"}, "rope.style: expected one of half, pairs, but got 'neox'"),
         ({"base": 0}, "rope.base: expected a finite number above 0, but got 0"),
         ({"scale": float("nan")}, "rope.scale: expected a finite number above 0, but got nan"),

@@ -127,6 +127,31 @@ def test_starts_count_keys_of_each_sequence_and_page(where: str) -> None:
     assert_close(attention(q, *pages, block_table=table, causal=True, device=where, **places), rows)
 
 
+@pytest.mark.parametrize("size", [264, 1024])
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_pages_may_be_large(where: str, size: int, q_len: int) -> None:
+    q, k, v = arrays(q_len, 2 * size, dtype="float16")
+    pages = [x.reshape(2, 2, 2, size, WIDTH).swapaxes(1, 2) for x in (k, v)]
+    pages = [x.reshape(4, 2, size, WIDTH)[::-1] for x in pages]
+    lengths, table = mx.array([2 * size, size + 9]), mx.array([[3, 2], [1, 0]])
+    options: dict[str, Any] = {"causal": True, "kv_lens": lengths, "device": where}
+    out = attention(q, *pages, block_table=table, **options)
+    assert_close(out, attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("q_len", [1, 6])
+def test_all_queries_may_turn_as_the_first_one(where: str, q_len: int) -> None:
+    q, k, v = arrays(q_len, 20)
+    positions = [7, 300]
+    rope = Rope(offset=mx.array(positions), one_position=True)
+    out = attention(q, k, v, rope=rope, device=where)
+    rows = [
+        mx.concatenate([turned(q[n : n + 1, :, i : i + 1], at) for i in range(q_len)], axis=2)
+        for n, at in enumerate(positions)
+    ]
+    assert_close(out, sdpa(mx.concatenate(rows), k, v), tolerance=1e-5)
+
+
 @pytest.mark.parametrize("q_len", [1, 6])
 def test_pages_are_found_by_the_table(where: str, q_len: int) -> None:
     q, k, v = arrays(q_len, 32)

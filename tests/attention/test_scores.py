@@ -79,6 +79,15 @@ def test_alibi_lowers_scores_by_the_distance(where: str, dtype: str) -> None:
     assert_close(attention(q, k, v, alibi_slopes=slopes, device=where), expected)
 
 
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_each_sequence_may_have_slopes_of_its_own(where: str, q_len: int) -> None:
+    q, k, v = arrays(q_len, 80)
+    slopes = mx.stack([alibi_slopes(4), mx.array([0.0, 1.0, 0.3, 2.0])])
+    distance = mx.abs(mx.arange(q_len)[:, None] + 80 - q_len - mx.arange(80))
+    out = attention(q, k, v, alibi_slopes=slopes, device=where)
+    assert_close(out, sdpa(q, k, v, mask=-slopes[:, :, None, None] * distance))
+
+
 def test_sinks_take_part_in_the_softmax_and_in_the_log_sum_exp(where: str) -> None:
     q, k, v = arrays()
     sinks = normal((4,), "bfloat16", 7) + 2
