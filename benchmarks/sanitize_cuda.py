@@ -20,10 +20,12 @@ import mlx.core as mx
 
 from metalgen.append.launch import kernel_rows, rows_fault
 from metalgen.calls.verify import verify
+from metalgen.calls.verify_gradients import verify_gradients
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
 from metalgen.families import default_schedule
 from metalgen.families.append import append_schedule
+from metalgen.families.backward import backward_config, unsupported
 from metalgen.problem.config import AttentionConfig
 
 SLOPES = mx.arange(8).astype(mx.float32)
@@ -84,6 +86,17 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
                 yield (
                     f"{config} {family} {schedule}",
                     lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
+                )
+    for bare in dict.fromkeys(backward_config(config) for config in CONFIGS):
+        if unsupported(bare):
+            continue
+        for family in ("backward_rows", "backward_keys"):
+            default = default_schedule(bare, device.limits, family)
+            values = {"buffers": 1, **({"apart": 1} if "apart" in default.knobs else {})}
+            for schedule in dict.fromkeys([default, dataclasses.replace(default, **values)]):
+                yield (
+                    f"{bare} {family} {schedule}",
+                    lambda c=bare, s=schedule: verify_gradients(device, c, s).detail,
                 )
     for config in APPENDS:
         for append in (append_schedule(), append_schedule(32, 1)):

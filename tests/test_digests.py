@@ -16,6 +16,8 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -32,17 +34,19 @@ from metalgen.families import (
     language_of,
 )
 from metalgen.families.append import ELEMENTS, THREADS, append_schedule, operands
+from metalgen.families.backward import backward_config, unsupported
 from metalgen.languages import LANGUAGES
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
 from metalgen.source.render import KernelSource, render
 from metalgen.testing.cases import DTYPES, FEATURES, WHERE
 from metalgen.testing.devices import DIMS, cuda_schedules, schedules_of
-from metalgen.testing.fuzz import made_up
+from metalgen.testing.fuzz import functions, made_up
 
 CORPUS = Path(__file__).parent / "golden" / "digests.txt"
 LIMITS = {"metal": Limits(), "cuda": Limits(232448, 1024, "cuda")}
 ATTENTION = ("forward", "decode")
+BACKWARD = ("backward_rows", "backward_keys")
 RANDOM = 2000
 """Combinations of anything, drawn at random, in each language."""
 RANDOM_APPENDS = 200
@@ -90,7 +94,11 @@ class Corpus:
     def drawn(cls) -> Corpus:
         """Cases drawn anew, which have no digests yet."""
         found = cls()
-        for language, family, config, schedule in (*drawn_attention(), *drawn_appends()):
+        for language, family, config, schedule in (
+            *drawn_attention(),
+            *drawn_appends(),
+            *drawn_backward(),
+        ):
             words = found.words(config.to_dict()), found.words(schedule)
             found.cases[Case(language, family, *words)] = ""
         return found
@@ -202,6 +210,30 @@ def drawn_attention() -> Drawn:
                         yield case(config, default_schedule(config, limits, family))
 
 
+def drawn_backward() -> Drawn:
+    """Backward kernels of each feature, function and width, by default schedules and others."""
+    scores, masks = functions()
+    mods = [{"score_mod": s, "mask_mod": m} for s, m in zip(scores, masks, strict=True)]
+    blocks = {"mask_mod": masks[1], "block_mask": True}
+    every: list[dict[str, Any]] = [{}, {"softcap": 20.0}, *FEATURES.values(), *mods, blocks]
+    for number, fields in enumerate(every):
+        for width in (64, 72, 128):
+            if width % fields.get("kv_group", 1):
+                continue
+            config = AttentionConfig(width, DTYPES[number % 3], heads_per_kv=2, **fields)
+            bare = backward_config(config)
+            if unsupported(bare):
+                continue
+            for (language, limits), family in product(LIMITS.items(), BACKWARD):
+                default = default_schedule(bare, limits, family)
+                changes = [{}, {"buffers": 3 - default.buffers}, {"apart": 1}]
+                for change in changes if width == 64 else changes[:1]:
+                    if change.keys() <= default.knobs.keys():
+                        made = replace(default, **change)
+                        if is_valid(bare, made, limits):
+                            yield language, family, bare, made.to_dict()
+
+
 def drawn_appends() -> Drawn:
     """Append kernels of any kind."""
     places: list[dict[str, Any]] = [
@@ -244,7 +276,7 @@ def test_kernels_of_a_tenth_of_the_corpus_are_unchanged(corpus: Corpus) -> None:
     """`python -m tests.test_digests` writes the digests anew where a change is meant."""
     tenth = [case for case in corpus.cases if case.is_in_the_tenth]
     assert {(case.language, case.family) for case in tenth} == {
-        (language, family) for language in LANGUAGES for family in (*ATTENTION, "append")
+        (language, family) for language in LANGUAGES for family in (*ATTENTION, *BACKWARD, "append")
     }
     assert len(tenth) > 500
     assert corpus.changed(tenth) == []
