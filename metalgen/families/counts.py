@@ -83,7 +83,7 @@ def forward_counts(
     s = schedule
     _check_kind(s)
     left, right = window(config)
-    passes, keys = pass_sums(q_len, kv_len, s.bq, s.bk, left, right)
+    passes = pass_sums(q_len, kv_len, s.bq, s.bk, left, right)[0]
     live = pass_sums(q_len, kv_len, FRAGMENT * s.row_blocks, s.bk, left, right)[0]
     heads = batch_heads * s.value_parts
     return _counts(
@@ -91,7 +91,6 @@ def forward_counts(
         s,
         groups=heads * -(-q_len // s.bq),
         passes=heads * passes,
-        keys=heads * keys,
         live=heads * live,
         out_written=batch_heads * q_len * config.v_dim * config.itemsize,
         lse_written=batch_heads * q_len * 4 if config.return_lse else 0,
@@ -120,7 +119,6 @@ def decode_counts(
         s,
         groups=tiles * splits * parts,
         passes=tiles * passes * parts,
-        keys=tiles * (kv_len - begin) * parts,
         live=heads * -(-rows // (FRAGMENT * s.row_blocks)) * passes * parts,
         out_written=splits * heads * rows * config.v_dim * (4 if splits > 1 else config.itemsize),
         lse_written=splits * heads * rows * (8 if splits > 1 else 4 if config.return_lse else 0),
@@ -193,12 +191,11 @@ def _counts(
     *,
     groups: int,
     passes: int,
-    keys: int,
     live: int,
     out_written: int,
     lse_written: int,
 ) -> Counts:
-    """What follows from passes, the keys that they cover, and live passes, for both families."""
+    """What follows from passes and live passes, for both families."""
     s, kind = schedule, get_kind(schedule.kind)
     bk, blocks = s.bk, s.row_blocks
     item = config.itemsize
@@ -208,10 +205,9 @@ def _counts(
     q_staged = s.q_source == "threadgroup"
     simdgroups = groups * s.simdgroups
 
-    # Directly read keys past the end are the last key again, so a pass always asks for bk rows;
-    # staged ones are zeros that nobody asks for.
-    k_read = (keys if k_staged else live * bk) * k_width * item
-    v_read = (keys if v_staged else live * bk) * v_width * item
+    # Keys past the end are the last key again, so a pass always asks for bk rows.
+    k_read = (passes if k_staged else live) * bk * k_width * item
+    v_read = (passes if v_staged else live) * bk * v_width * item
     tile = bk * item
     tg_read = live * tile * (k_padded * k_staged + v_padded * v_staged)
     tg_written = passes * tile * (k_padded * k_staged + v_padded * v_staged)

@@ -68,6 +68,35 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Share:
+    """How the threads of a group share out the slices of an operand that they stage.
+
+    A line is one row, or a pair of neighbouring rows whose elements alternate in threadgroup
+    memory, so that the two elements of a lane of a fragment of B in A B^T are neighbours.
+
+    Args:
+        rows: rows of a line.
+        elements: elements of each of them that a thread moves at once.
+        lanes: threads side by side along a line, a power of 2.
+        lines: lines that are copied at once.
+        trips: how often that must be done for the lines of a pass.
+        idle: whether the last time some threads have no line left.
+    """
+
+    rows: int
+    elements: int
+    lanes: int
+    lines: int
+    trips: int
+    idle: bool
+
+    @property
+    def shift(self) -> int:
+        """The binary logarithm of `lanes`."""
+        return self.lanes.bit_length() - 1
+
+
+@dataclass(frozen=True)
 class Slot:
     """In which of two buffers a step's slice is staged.
 
@@ -98,6 +127,8 @@ class Step:
         next: with two buffers, the step of the same pass that is staged while this one is used;
             None if that is the first one of the next pass.
         again: whether its slice is that of the step before, which is still there.
+        share: how its slice is copied, where it is staged.
+        last: whether it is the last step of a pass for which its operand is copied.
     """
 
     product: Product
@@ -109,6 +140,24 @@ class Step:
     slot: Slot | None = None
     next: Step | None = None
     again: bool = False
+    share: Share | None = None
+    last: bool = False
+
+    @property
+    def paired(self) -> bool:
+        """Whether pairs of rows alternate in its tile."""
+        return self.share is not None and self.share.rows == 2
+
+    def tile_lane(self, fragments: int) -> str:
+        """The name of the place in a tile where a lane begins to read blocks of a width."""
+        return f"{self.product.into}_{self.operand.name}_{fragments}"
+
+    @property
+    def column_trips(self) -> int:
+        """How often the threads of a line move elements until they have copied it."""
+        assert self.copy is not None
+        assert self.share is not None
+        return -(-self.copy.vectors // self.share.lanes)
 
     @property
     def staged(self) -> bool:
@@ -167,10 +216,31 @@ class SimdgroupPlan:
         """The steps whose slices are copied into threadgroup memory, in order."""
         return tuple(step for step in self.steps if step.staged and not step.again)
 
+    def scattered(self, operand: Operand) -> bool:
+        """Whether the rows of a pass may lie in several pages."""
+        return operand.page is not None and operand.page % self.lines > 0
+
+    @property
+    def shares(self) -> tuple[Step, ...]:
+        """One staged step of each operand that has any."""
+        return tuple(step for step in self.steps if step.last)
+
+    @property
+    def tile_lanes(self) -> dict[str, tuple[Step, int]]:
+        """Where a lane begins to read tiles, by name: for which steps and widths of blocks."""
+        return {
+            step.tile_lane(run.fragments): (step, run.fragments)
+            for step in self.steps[::-1]
+            for run in step.runs
+            if step.staged
+        }
+
 
 def simdgroup_plan(operands: Operands, schedule: Schedule) -> SimdgroupPlan:
     """The plan of a valid schedule, which says a source ``NAME_source`` of each operand."""
-    steps = _staged_steps(_slices(operands, schedule), schedule.buffers)
+    steps = _staged_steps(
+        _shared(_slices(operands, schedule), operands, schedule), schedule.buffers
+    )
     staged = [step for step in steps if step.staged]
     columns = tuple(step for step in steps if operands.contracts_columns(step.product))
     itemsize = operands.own[0].itemsize
@@ -220,10 +290,52 @@ def _slices(operands: Operands, schedule: Schedule) -> list[Step]:
     return steps
 
 
+def _shared(steps: list[Step], operands: Operands, schedule: Schedule) -> list[Step]:
+    """The same steps, with how threads copy them: alike for all slices of an operand.
+
+    Pairs of rows alternate where all products that read an operand contract its columns.
+    """
+    found = list(steps)
+    for operand in operands.traversed:
+        mine = [n for n, step in enumerate(steps) if step.operand == operand and step.staged]
+        if not mine:
+            continue
+        paired = all(operands.contracts_columns(steps[n].product) for n in mine)
+        move = _move(operand, schedule.load_width) // (2 if paired else 1)
+        copies = {n: _copy(operand, steps[n].column, steps[n].width, move) for n in mine}
+        share = _share(
+            max(copy.vectors for copy in copies.values()),
+            schedule.bk // (2 if paired else 1),
+            schedule.threads,
+            2 if paired else 1,
+            move,
+        )
+        for n in mine:
+            found[n] = dataclasses.replace(steps[n], copy=copies[n], share=share)
+    return found
+
+
+def _share(vectors: int, lines: int, threads: int, rows: int, elements: int) -> Share:
+    """The fewest moves of a thread; of equal ones the longest stretches of memory."""
+    lanes = [1 << n for n in range(6) if 1 << n < 2 * vectors and 1 << n <= threads]
+
+    def moves(count: int) -> int:
+        return -(-vectors // count) * -(-lines // (threads // count))
+
+    best = min(reversed(lanes), key=moves)
+    at_once = threads // best
+    return Share(rows, elements, best, at_once, -(-lines // at_once), lines % at_once > 0)
+
+
 def _staged_steps(steps: list[Step], buffers: int) -> list[Step]:
     """The same steps with the buffers that they are staged in."""
     steps = [
         dataclasses.replace(step, again=n > 0 and step.staged and _same(step, steps[n - 1]))
+        for n, step in enumerate(steps)
+    ]
+    copied = {s.operand.name: n for n, s in enumerate(steps) if s.staged and not s.again}
+    steps = [
+        dataclasses.replace(step, last=copied.get(step.operand.name) == n)
         for n, step in enumerate(steps)
     ]
     count = sum(step.staged and not step.again for step in steps)

@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_bf16_d72_c9642a580f(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
+// metalgen_forward_bf16_d72_0079d247b8(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
   typedef bfloat T;
   typedef bfloat Out;
   typedef bfloat F;
@@ -174,6 +174,9 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
 
     if (live) {
+      const device uint8_t* k_block = k_head + int64_t(k0 + col) * k_pitch;
+      const int near = kv_len - 1 - (k0) - col;
+
       #pragma unroll
       for (int b = 0; b < 2; b++) {
         simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][4];
@@ -191,8 +194,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         }
         #pragma unroll
         for (int f = 0; f < K_FRAGMENTS; f++) {
-          const device T* k_even = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col, kv_len - 1)) * k_pitch);
-          const device T* k_odd = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col + 1, kv_len - 1)) * k_pitch);
+          const device T* k_even = (const device T*)(k_block + min(f * 8, near) * k_pitch);
+          const device T* k_odd = (const device T*)(k_block + min(f * 8 + 1, near) * k_pitch);
 
           const int column = (b * 8 + row) * 4;
           T x[4];
@@ -230,8 +233,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         }
         #pragma unroll
         for (int f = 0; f < K_FRAGMENTS; f++) {
-          const device T* k_even = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col, kv_len - 1)) * k_pitch);
-          const device T* k_odd = (const device T*)(k_head + int64_t(min(k0 + f * 8 + col + 1, kv_len - 1)) * k_pitch);
+          const device T* k_even = (const device T*)(k_block + min(f * 8, near) * k_pitch);
+          const device T* k_odd = (const device T*)(k_block + min(f * 8 + 1, near) * k_pitch);
 
           const int column = 64 + (b * 8 + row) * 1;
           T x[1];
@@ -308,6 +311,9 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
 
     if (live) {
+      const device uint8_t* v_block = v_head + int64_t(k0 + row) * v_pitch;
+      const int near = kv_len - 1 - (k0) - row;
+
       #pragma unroll
       for (int f = 0; f < K_FRAGMENTS; f++) {
         simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
@@ -316,7 +322,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
           p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
         }
-        const device T* v_row = (const device T*)(v_head + int64_t(min(k0 + f * 8 + row, kv_len - 1)) * v_pitch);
+        const device T* v_row = (const device T*)(v_block + min(f * 8, near) * v_pitch);
+
         #pragma unroll
         for (int b = 0; b < 1; b++) {
           const int column = (b * 8 + col) * 2;

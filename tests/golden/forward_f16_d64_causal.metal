@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_de15f8a251(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_832ebd8b05(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half Out;
   typedef half F;
@@ -176,6 +176,17 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   int k_end = min(kv_len, group_last + offset + 1);
   k_begin = k_begin / BK * BK;
 
+  const int k_line = ((sg * 32 + lane) >> 4) * 2;
+  const int k_column = ((sg * 32 + lane) & 15) * 4;
+  threadgroup T* const k_to = kv_tile + k_line * KV_STRIDE + k_column * 2;
+  const device uint8_t* k_from = k_head + int64_t(k_begin + k_line) * k_pitch + k_column * sizeof(T);
+  const int v_line = ((sg * 32 + lane) >> 3);
+  const int v_column = ((sg * 32 + lane) & 7) * 8;
+  threadgroup T* const v_to = kv_tile + v_line * KV_STRIDE + v_column;
+  const device uint8_t* v_from = v_head + int64_t(k_begin + v_line) * v_pitch + v_column * sizeof(T);
+  const threadgroup T* const o_v_4 = kv_tile + row * KV_STRIDE + col * 4;
+  const threadgroup T* const s_k_4 = kv_tile + col * KV_STRIDE + row * 8;
+
   for (int k0 = k_begin; k0 < k_end; k0 += BK) {
     // Does any row here see a key of this pass; does each row see all of them?
     const bool live = first < row_count && k0 < any_past;
@@ -190,38 +201,52 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
 
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int n = sg * 32 + lane; n < BK * 8; n += SIMDGROUPS * 32) {
-      const int line = n / 8;
-      const int column = n % 8 * 8;
-      T x[8] = {};
-      if (k0 + line < kv_len) {
-        mg_load<8>(x, (const device T*)(k_head + int64_t(k0 + line) * k_pitch) + column);
+    {
+      const int near = kv_len - 1 - (k0) - k_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* even = (const device T*)(k_from + min(n * 16, near) * k_pitch);
+
+        const device T* odd = (const device T*)(k_from + min(n * 16 + 1, near) * k_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T even_x[4];
+
+          mg_load<4>(even_x, even + m * 64);
+
+          T odd_x[4];
+
+          mg_load<4>(odd_x, odd + m * 64);
+
+          T x[8];
+          #pragma unroll
+          for (int e = 0; e < 4; e++) {
+            x[2 * e] = even_x[e];
+            x[2 * e + 1] = odd_x[e];
+          }
+          mg_store<8>(k_to + n * 16 * KV_STRIDE + m * 128, x);
+        }
       }
-      mg_store<8>(kv_tile + line * KV_STRIDE + column, x);
     }
+    k_from += int64_t(BK) * k_pitch;
 
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     if (live) {
       #pragma unroll
       for (int f = 0; f < K_FRAGMENTS; f++) {
-        const threadgroup T* k_even = kv_tile + (f * 8 + col) * KV_STRIDE;
-        const threadgroup T* k_odd = k_even + KV_STRIDE;
-
         #pragma unroll
         for (int b = 0; b < 2; b++) {
-          const int column = (b * 8 + row) * 4;
-          T x[4];
-          mg_load<4>(x, k_even + column);
-
-          T y[4];
-          mg_load<4>(y, k_odd + column);
+          T x[8];
+          mg_load<8>(x, s_k_4 + f * (8 * KV_STRIDE) + b * 64);
 
           #pragma unroll
           for (int w = 0; w < 4; w++) {
             simdgroup_matrix<F, 8, 8> k_fragment;
-            k_fragment.thread_elements()[0] = F(x[w]);
-            k_fragment.thread_elements()[1] = F(y[w]);
+            k_fragment.thread_elements()[0] = F(x[2 * w]);
+            k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
             #pragma unroll
             for (int r = 0; r < ROW_BLOCKS; r++) {
               simdgroup_multiply_accumulate(s[r][f], q_fragments[r][b * 4 + w], k_fragment, s[r][f]);
@@ -232,15 +257,24 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int n = sg * 32 + lane; n < BK * 8; n += SIMDGROUPS * 32) {
-      const int line = n / 8;
-      const int column = n % 8 * 8;
-      T x[8] = {};
-      if (k0 + line < kv_len) {
-        mg_load<8>(x, (const device T*)(v_head + int64_t(k0 + line) * v_pitch) + column);
+    {
+      const int near = kv_len - 1 - (k0) - v_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* line = (const device T*)(v_from + min(n * 16, near) * v_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T x[8];
+
+          mg_load<8>(x, line + m * 64);
+
+          mg_store<8>(v_to + n * 16 * KV_STRIDE + m * 64, x);
+        }
       }
-      mg_store<8>(kv_tile + line * KV_STRIDE + column, x);
     }
+    v_from += int64_t(BK) * v_pitch;
 
     if (live) {
       if (!whole) {
@@ -307,12 +341,10 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
           p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
         }
-        const threadgroup T* v_row = kv_tile + (f * 8 + row) * KV_STRIDE;
         #pragma unroll
         for (int b = 0; b < 2; b++) {
-          const int column = (b * 8 + col) * 4;
           T x[8];
-          mg_load<8>(x, v_row + column);
+          mg_load<8>(x, o_v_4 + f * (8 * KV_STRIDE) + b * 32);
 
           #pragma unroll
           for (int w = 0; w < 4; w++) {

@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f32_d128_e7a2f83669(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f32_d128_f1e0c477bf(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef float T;
   typedef float Out;
   typedef float F;
@@ -182,15 +182,45 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   int k_end = kv_len;
   k_begin = k_begin / BK * BK;
 
+  const int k_line = ((sg * 32 + lane) >> 5) * 2;
+  const int k_column = ((sg * 32 + lane) & 31) * 2;
+  threadgroup T* const k_to = kv_tile + k_line * KV_STRIDE + k_column * 2;
+  const device uint8_t* k_from = k_head + int64_t(k_begin + k_line) * k_pitch + k_column * sizeof(T);
+  const int v_line = ((sg * 32 + lane) >> 4);
+  const int v_column = ((sg * 32 + lane) & 15) * 4;
+  threadgroup T* const v_to = kv_tile + v_line * KV_STRIDE + v_column;
+  const device uint8_t* v_from = v_head + int64_t(k_begin + v_line) * v_pitch + v_column * sizeof(T);
+  const threadgroup T* const o_v_2 = kv_tile + row * KV_STRIDE + col * 2;
+  const threadgroup T* const s_k_2 = kv_tile + col * KV_STRIDE + row * 4;
   if (k_begin < k_end) {
-    for (int n = sg * 32 + lane; n < BK * 16; n += SIMDGROUPS * 32) {
-      const int line = n / 16;
-      const int column = n % 16 * 4;
-      T x[4] = {};
-      if (k_begin + line < kv_len) {
-        mg_load<4>(x, (const device T*)(k_head + int64_t(k_begin + line) * k_pitch) + column);
+    {
+      const int near = kv_len - 1 - (k_begin) - k_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* even = (const device T*)(k_from + min(n * 8, near) * k_pitch);
+
+        const device T* odd = (const device T*)(k_from + min(n * 8 + 1, near) * k_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T even_x[2];
+
+          mg_load<2>(even_x, even + m * 64);
+
+          T odd_x[2];
+
+          mg_load<2>(odd_x, odd + m * 64);
+
+          T x[4];
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            x[2 * e] = even_x[e];
+            x[2 * e + 1] = odd_x[e];
+          }
+          mg_store<4>(k_to + n * 8 * KV_STRIDE + m * 128, x);
+        }
       }
-      mg_store<4>(kv_tile + 0 * KV_SLOT + line * KV_STRIDE + column, x);
     }
   }
 
@@ -208,36 +238,50 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
 
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int n = sg * 32 + lane; n < BK * 16; n += SIMDGROUPS * 32) {
-      const int line = n / 16;
-      const int column = n % 16 * 4;
-      T x[4] = {};
-      if (k0 + line < kv_len) {
-        mg_load<4>(x, (const device T*)(k_head + int64_t(k0 + line) * k_pitch) + 64 + column);
+    {
+      const int near = kv_len - 1 - (k0) - k_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* even = (const device T*)(k_from + min(n * 8, near) * k_pitch);
+
+        const device T* odd = (const device T*)(k_from + min(n * 8 + 1, near) * k_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T even_x[2];
+
+          mg_load<2>(even_x, even + 64 + m * 64);
+
+          T odd_x[2];
+
+          mg_load<2>(odd_x, odd + 64 + m * 64);
+
+          T x[4];
+          #pragma unroll
+          for (int e = 0; e < 2; e++) {
+            x[2 * e] = even_x[e];
+            x[2 * e + 1] = odd_x[e];
+          }
+          mg_store<4>(k_to + 1 * KV_SLOT + n * 8 * KV_STRIDE + m * 128, x);
+        }
       }
-      mg_store<4>(kv_tile + 1 * KV_SLOT + line * KV_STRIDE + column, x);
     }
+    k_from += int64_t(BK) * k_pitch;
 
     if (live) {
       #pragma unroll
       for (int f = 0; f < K_FRAGMENTS; f++) {
-        const threadgroup T* k_even = kv_tile + 0 * KV_SLOT + (f * 8 + col) * KV_STRIDE;
-        const threadgroup T* k_odd = k_even + KV_STRIDE;
-
         #pragma unroll
         for (int b = 0; b < 4; b++) {
-          const int column = (b * 8 + row) * 2;
-          T x[2];
-          mg_load<2>(x, k_even + column);
-
-          T y[2];
-          mg_load<2>(y, k_odd + column);
+          T x[4];
+          mg_load<4>(x, s_k_2 + f * (8 * KV_STRIDE) + b * 32);
 
           #pragma unroll
           for (int w = 0; w < 2; w++) {
             simdgroup_matrix<F, 8, 8> k_fragment;
-            k_fragment.thread_elements()[0] = F(x[w]);
-            k_fragment.thread_elements()[1] = F(y[w]);
+            k_fragment.thread_elements()[0] = F(x[2 * w]);
+            k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
             #pragma unroll
             for (int r = 0; r < ROW_BLOCKS; r++) {
               simdgroup_multiply_accumulate(s[r][f], q_fragments[r][b * 2 + w], k_fragment, s[r][f]);
@@ -249,36 +293,37 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
 
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int n = sg * 32 + lane; n < BK * 16; n += SIMDGROUPS * 32) {
-      const int line = n / 16;
-      const int column = n % 16 * 4;
-      T x[4] = {};
-      if (k0 + line < kv_len) {
-        mg_load<4>(x, (const device T*)(v_head + int64_t(k0 + line) * v_pitch) + column);
+    {
+      const int near = kv_len - 1 - (k0) - v_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* line = (const device T*)(v_from + min(n * 8, near) * v_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T x[4];
+
+          mg_load<4>(x, line + m * 64);
+
+          mg_store<4>(v_to + n * 8 * KV_STRIDE + m * 64, x);
+        }
       }
-      mg_store<4>(kv_tile + 0 * KV_SLOT + line * KV_STRIDE + column, x);
     }
 
     if (live) {
       #pragma unroll
       for (int f = 0; f < K_FRAGMENTS; f++) {
-        const threadgroup T* k_even = kv_tile + 1 * KV_SLOT + (f * 8 + col) * KV_STRIDE;
-        const threadgroup T* k_odd = k_even + KV_STRIDE;
-
         #pragma unroll
         for (int b = 0; b < 4; b++) {
-          const int column = (b * 8 + row) * 2;
-          T x[2];
-          mg_load<2>(x, k_even + column);
-
-          T y[2];
-          mg_load<2>(y, k_odd + column);
+          T x[4];
+          mg_load<4>(x, s_k_2 + 1 * KV_SLOT + f * (8 * KV_STRIDE) + b * 32);
 
           #pragma unroll
           for (int w = 0; w < 2; w++) {
             simdgroup_matrix<F, 8, 8> k_fragment;
-            k_fragment.thread_elements()[0] = F(x[w]);
-            k_fragment.thread_elements()[1] = F(y[w]);
+            k_fragment.thread_elements()[0] = F(x[2 * w]);
+            k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
             #pragma unroll
             for (int r = 0; r < ROW_BLOCKS; r++) {
               simdgroup_multiply_accumulate(s[r][f], q_fragments[r][8 + b * 2 + w], k_fragment, s[r][f]);
@@ -342,15 +387,24 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    for (int n = sg * 32 + lane; n < BK * 16; n += SIMDGROUPS * 32) {
-      const int line = n / 16;
-      const int column = n % 16 * 4;
-      T x[4] = {};
-      if (k0 + line < kv_len) {
-        mg_load<4>(x, (const device T*)(v_head + int64_t(k0 + line) * v_pitch) + 64 + column);
+    {
+      const int near = kv_len - 1 - (k0) - v_line;
+
+      #pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const device T* line = (const device T*)(v_from + min(n * 8, near) * v_pitch);
+
+        #pragma unroll
+        for (int m = 0; m < 1; m++) {
+          T x[4];
+
+          mg_load<4>(x, line + 64 + m * 64);
+
+          mg_store<4>(v_to + 1 * KV_SLOT + n * 8 * KV_STRIDE + m * 64, x);
+        }
       }
-      mg_store<4>(kv_tile + 1 * KV_SLOT + line * KV_STRIDE + column, x);
     }
+    v_from += int64_t(BK) * v_pitch;
 
     if (live) {
       #pragma unroll
@@ -361,12 +415,10 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
           p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
         }
-        const threadgroup T* v_row = kv_tile + 0 * KV_SLOT + (f * 8 + row) * KV_STRIDE;
         #pragma unroll
         for (int b = 0; b < 4; b++) {
-          const int column = (b * 8 + col) * 2;
           T x[4];
-          mg_load<4>(x, v_row + column);
+          mg_load<4>(x, o_v_2 + f * (8 * KV_STRIDE) + b * 16);
 
           #pragma unroll
           for (int w = 0; w < 2; w++) {
@@ -385,14 +437,34 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     if (k0 + BK < k_end) {
-      for (int n = sg * 32 + lane; n < BK * 16; n += SIMDGROUPS * 32) {
-        const int line = n / 16;
-        const int column = n % 16 * 4;
-        T x[4] = {};
-        if (k0 + BK + line < kv_len) {
-          mg_load<4>(x, (const device T*)(k_head + int64_t(k0 + BK + line) * k_pitch) + column);
+      {
+        const int near = kv_len - 1 - (k0 + BK) - k_line;
+
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* even = (const device T*)(k_from + min(n * 8, near) * k_pitch);
+
+          const device T* odd = (const device T*)(k_from + min(n * 8 + 1, near) * k_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T even_x[2];
+
+            mg_load<2>(even_x, even + m * 64);
+
+            T odd_x[2];
+
+            mg_load<2>(odd_x, odd + m * 64);
+
+            T x[4];
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              x[2 * e] = even_x[e];
+              x[2 * e + 1] = odd_x[e];
+            }
+            mg_store<4>(k_to + n * 8 * KV_STRIDE + m * 128, x);
+          }
         }
-        mg_store<4>(kv_tile + 0 * KV_SLOT + line * KV_STRIDE + column, x);
       }
     }
 
@@ -405,12 +477,10 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
           p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
         }
-        const threadgroup T* v_row = kv_tile + 1 * KV_SLOT + (f * 8 + row) * KV_STRIDE;
         #pragma unroll
         for (int b = 0; b < 4; b++) {
-          const int column = (b * 8 + col) * 2;
           T x[4];
-          mg_load<4>(x, v_row + column);
+          mg_load<4>(x, o_v_2 + 1 * KV_SLOT + f * (8 * KV_STRIDE) + b * 16);
 
           #pragma unroll
           for (int w = 0; w < 2; w++) {
