@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from metalgen.caches.dense import KVCache
     from metalgen.caches.paged import CacheFull, PagedKVCache
     from metalgen.calls.kernel import Kernel
-    from metalgen.calls.recording import Recording, record
     from metalgen.calls.resolve import get_kernel
     from metalgen.counters import Stats, reset_stats, stats
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
@@ -72,7 +71,6 @@ _WHERE = {
     "MetalgenError": "metalgen.errors",
     "PagedKVCache": "metalgen.caches.paged",
     "Prepared": "metalgen.ops.preparing",
-    "Recording": "metalgen.calls.recording",
     "Rope": "metalgen.problem.rope",
     "Schedule": "metalgen.families",
     "Stats": "metalgen.counters",
@@ -93,7 +91,6 @@ _WHERE = {
     "merge": "metalgen.ops.blocks",
     "or_masks": "metalgen.ops.flex_attention",
     "prepare": "metalgen.ops.preparing",
-    "record": "metalgen.calls.recording",
     "reset_stats": "metalgen.counters",
     "scaled_dot_product_attention": "metalgen.ops.sdpa",
     "stats": "metalgen.counters",
@@ -116,7 +113,6 @@ __all__ = [
     "MetalgenError",
     "PagedKVCache",
     "Prepared",
-    "Recording",
     "Rope",
     "Schedule",
     "Stats",
@@ -138,7 +134,6 @@ __all__ = [
     "noop_mask",
     "or_masks",
     "prepare",
-    "record",
     "reset_stats",
     "scaled_dot_product_attention",
     "stats",

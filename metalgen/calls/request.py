@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
-from metalgen.calls import recording
 from metalgen.calls.arrays import layout_hint, main_arrays, types_of
 from metalgen.calls.kernel import Kernel
 from metalgen.calls.mlx_call import MlxCall, mlx_call
@@ -151,9 +150,6 @@ def prepare(
         raise
     inputs = _inputs(config, q, key, value, options, functions, names)
     sizes = _sizes(config, q, key[0], inputs, options)
-    if recording.active is not None:
-        rows = sizes["batch"] * sizes["heads"]
-        recording.active.note(config, rows, sizes["q_len"], sizes["kv_len"])
     kernel = get_kernel(config, **sizes)
     if options.get("check", False):
         _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
@@ -342,8 +338,6 @@ def _offsets(
     if offset is not None:
         return mx.full((count,), offset, mx.int32)
     q_len = q.shape[2] if cu_q is None else cu_q[1:] - cu_q[:-1]
-    if (used := found.get("seqused_q")) is not None and used.shape == (count,):
-        q_len = mx.minimum(used, q_len)
     kv_len = key.shape[2] if cu_k is None else cu_k[1:] - cu_k[:-1]
     kv_len = kv_len if kv_lens is None else kv_lens
     lengths = [mx.array(x, mx.int32) for x in (kv_len, q_len)]

@@ -1,15 +1,12 @@
-"""Captured arrays in a trace: which axes are indexed, and what is computed from whole arrays."""
+"""Captured arrays in a trace: which of their axes are indexed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
-
-from metalgen.dsl.operations import BINARY, BITWISE, LOGS, UNARY
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +43,26 @@ class View:
         """Whether no axis is indexed."""
         return all(index is None for index in self.indices)
 
-    def replay(self) -> mx.array:
-        """The array, where nothing is indexed."""
-        return self.array.reshape(self.shape) if self.shape != self.array.shape else self.array
+    def replay(self, constant: Callable[[int], int | None]) -> mx.array | None:
+        """The elements that are left as an array; None where an index is no constant.
+
+        Args:
+            constant: the value of a node, or None.
+        """
+        places: list[int | slice] = []
+        for axis, index in enumerate(self.indices):
+            value = None if index is None else constant(index)
+            if value is None:
+                if index is not None:
+                    return None
+                places.append(slice(None))
+            else:  # as loads do: from the end where negative, and the nearest element beyond
+                size = self.array.shape[axis]
+                places.append(min(max(value + size if value < 0 else value, 0), size - 1))
+        left = [axis for axis, place in enumerate(places) if isinstance(place, slice)]
+        found = self.array[tuple(places)] if len(left) < len(places) else self.array
+        order = [left.index(axis) for axis in self.axes if axis in left]
+        return mx.transpose(found, order).reshape(self.shape) if self.shape else found
 
     def gathered(self, numbers: dict[int, int], sizes: Sequence[int]) -> View | None:
         """With some axes indexed, which keep one element; None where slices are taken."""
@@ -76,40 +90,3 @@ class View:
             return None
         left = iter(wide)
         return View(self.array, self.indices, tuple(None if n == 1 else next(left) for n in shape))
-
-
-OnArrays = Callable[[list[Any], list[Any]], Any]
-_REDUCE = ("all", "any", "sum", "prod", "min", "max")
-
-
-def _slice(values: list[Any], arguments: list[Any]) -> Any:
-    return values[0][tuple(slice(*ends) for ends in zip(*arguments, strict=True))]
-
-
-def _elementwise(name: str) -> OnArrays:
-    return lambda values, arguments: getattr(mx, name)(*values)
-
-
-ON_ARRAYS: dict[str, OnArrays] = {
-    **{name: _elementwise(function) for name, function in (BINARY | UNARY).items()},
-    "BitwiseBinary": lambda v, a: getattr(mx, BITWISE[int(a[0])])(*v),
-    "Log": lambda v, a: getattr(mx, LOGS[int(a[0])])(*v),
-    "Sqrt": lambda v, a: mx.rsqrt(v[0]) if a[0] else mx.sqrt(v[0]),
-    "Select": lambda v, a: mx.where(*v),
-    "AsType": lambda v, a: v[0].astype(a[0]),
-    "Arange": lambda v, a: mx.arange(*a),
-    "Transpose": lambda v, a: mx.transpose(v[0], a[0]),
-    "Reshape": lambda v, a: mx.reshape(v[0], a[0]),
-    "Flatten": lambda v, a: mx.flatten(v[0], a[0], a[1]),
-    "Unflatten": lambda v, a: mx.unflatten(v[0], a[0], a[1]),
-    "Squeeze": lambda v, a: mx.squeeze(v[0], tuple(a[0])),
-    "ExpandDims": lambda v, a: mx.expand_dims(v[0], tuple(a[0])),
-    "Full": lambda v, a: mx.broadcast_to(v[0], a[0]),
-    "Broadcast": lambda v, a: mx.broadcast_to(v[0], a[0]),
-    "Softmax": lambda v, a: mx.softmax(v[0], axis=-1),
-    "LogSumExp": lambda v, a: mx.logsumexp(v[0], axis=-1, keepdims=True),
-    "Slice": _slice,
-    "Concatenate": lambda v, a: mx.concatenate(v, a[0]),
-    "Reduce": lambda v, a: getattr(mx, _REDUCE[a[0]])(v[0], axis=tuple(a[1]), keepdims=True),
-}
-"""What is computed from captured arrays alone, before the kernel, by MLX; by primitive."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from metalgen.dsl.arrays import ON_ARRAYS, View
-from metalgen.dsl.capture import filled, lift, names_used_by
+from metalgen.dsl import cells
+from metalgen.dsl.arrays import View
+from metalgen.dsl.checking import SIGNATURES, checked, looked_at, result_of
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.graph import (
     DTYPES,
@@ -26,15 +26,13 @@ from metalgen.dsl.graph import (
     Node,
 )
 from metalgen.dsl.operations import BINARY, BITWISE, COMPARISONS, LOGICAL, LOGS, SAME, UNARY
+from metalgen.dsl.replays import ON_ARRAYS
 
-SIGNATURES = {
-    "score_mod": ("score", "b", "h", "q", "kv"),
-    "mask_mod": ("b", "h", "q", "kv"),
-}
-_WRITTEN = {
-    "score_mod": "score_mod(score, b, h, q_idx, kv_idx)",
-    "mask_mod": "mask_mod(b, h, q_idx, kv_idx)",
-}
+RESHAPING = (
+    *("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Broadcast", "Full"),
+    *("Slice", "Transpose"),
+)
+"""Primitives that leave a scalar what it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +72,11 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
     """
     if isinstance(function, Traced):
         return function
-    captured, rebuild = _checked(function, argument)
+    captured, rebuild = checked(function, argument)
     count = len(SIGNATURES[argument])
 
     def call(*arguments: mx.array) -> mx.array:
-        return _result(rebuild(list(arguments[count:]))(*arguments[:count]), argument)
+        return result_of(rebuild(list(arguments[count:]))(*arguments[:count]), argument)
 
     scalars = [mx.array(0, getattr(mx, INPUTS[name])) for name in SIGNATURES[argument]]
     records: list[dict[str, Any]] = []
@@ -97,7 +95,7 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
         ) from None  # its key has no value that could be printed
     except ValueError as error:
         if "eval" in str(error) and "transformation" in str(error):
-            raise _looked_at(function, argument) from error
+            raise looked_at(function, argument) from error
         if "uncaptured inputs" in str(error):
             raise FunctionError(
                 argument,
@@ -117,76 +115,11 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
     return _Reader(argument, captured).read(records)
 
 
-def _checked(
-    function: Any, argument: str
-) -> tuple[list[mx.array], Callable[[list[mx.array]], Callable[..., Any]]]:
-    if not callable(function):
-        raise FunctionError(argument, f"a function {_WRITTEN[argument]}", repr(function))
-    try:
-        inspect.signature(function).bind(*SIGNATURES[argument])
-    except TypeError as error:
-        raise FunctionError(
-            argument, f"a function that can be called as {_WRITTEN[argument]}", error
-        ) from None
-    except ValueError:
-        pass  # one of MLX's own, such as mx.grad(f), which have no signature
-    return lift(function)
-
-
-def _result(value: Any, argument: str) -> mx.array:
-    what = "one scalar array" if argument == "score_mod" else "one scalar array of booleans"
-    if isinstance(value, (bool, int, float)):
-        return mx.array(value)
-    if isinstance(value, (tuple, list, dict)):
-        raise FunctionError(
-            argument, what, f"a {type(value).__name__}", "return a single value, without a comma"
-        )
-    if value is None:
-        raise FunctionError(argument, what, "None", "end the function with return")
-    if not isinstance(value, mx.array):
-        instead = "use the functions of mlx.core (mx.tanh, mx.where, ...)"
-        raise FunctionError(argument, what, f"a {_kind(value)}", instead)
-    if value.ndim:
-        raise FunctionError(
-            argument,
-            what,
-            f"an array of shape {value.shape}",
-            "index captured arrays in every axis, as in bias[h, q_idx - kv_idx]",
-        )
-    return value
-
-
-def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _looked_at(function: Callable[..., Any], argument: str) -> FunctionError:
-    """Which error it is that a function asks for the value of an array."""
-    what = "a function that only computes with its arguments"
-    scope = getattr(function, "__globals__", {})
-    cells = getattr(function, "__closure__", None) or ()
-    used = [scope[name] for name in names_used_by(function) if name in scope]
-    used += [cell.cell_contents for cell in cells if filled(cell)]
-    if any(isinstance(m, types.ModuleType) and m.__name__.startswith("numpy") for m in used):
-        return FunctionError(
-            argument,
-            what,
-            "one that gives them to NumPy (or asks for their values)",
-            "use the functions of mlx.core: mx.tanh for np.tanh, mx.where for np.where",
-        )
-    return FunctionError(
-        argument,
-        what,
-        "one that branches on a value or asks for it",
-        "write mx.where(condition, a, b) for if and ?:, & | ~ for and, or, not, mx.minimum and "
-        "mx.maximum for min and max, and no item(), int(), float() or bool()",
-    )
-
-
 class _Reader:
     """Reads the records of MLX's callback.
 
-    A name of MLX's stands for a number of a node (a scalar) or a `View` (of a captured array).
+    A name of MLX's stands for a number of a node (a scalar), a `View` (of a captured array), or
+    numbers of nodes (a short row, see `metalgen.dsl.cells`).
     """
 
     def __init__(self, argument: str, captured: list[mx.array]) -> None:
@@ -194,7 +127,7 @@ class _Reader:
         self.captured = captured
         self.builder = Builder()
         self.arrays: list[mx.array] = []
-        self.known: dict[str, int | View] = {}
+        self.known: dict[str, Any] = {}
 
     def read(self, records: list[dict[str, Any]]) -> Traced:
         output = ""
@@ -272,7 +205,7 @@ class _Reader:
         value = self.known[name]
         if isinstance(value, int):
             return value
-        if value.shape and value.size != 1:
+        if not isinstance(value, View) or (value.shape and value.size != 1):
             raise self._misplaced("an operation on", f"an array of shape {tuple(value.shape)}")
         return self._load(value)
 
@@ -291,82 +224,91 @@ class _Reader:
 
     def _primitive(self, record: dict[str, Any]) -> None:
         name, arguments = record["name"], record["arguments"]
-        outputs = record["outputs"]
-        inputs = [each[0] for each in record["inputs"]]
-        values = [self.known[each] for each in inputs]
+        outputs, inputs = record["outputs"], record["inputs"]
+        values = [self.known[each[0]] for each in inputs]
         shape = tuple(outputs[0][1])
+        alone = all(extent == 1 for extent in shape)
         if name in SAME:
             self.known[outputs[0][0]] = values[0]
-        elif name == "Gather":
-            self._gather(outputs[0][0], values, arguments)
+        elif name == "Gather" and (found := self._gathered(values, arguments)) is not None:
+            self.known[outputs[0][0]] = found
         elif (arrays := self._whole(values)) is not None and (
             shape or any(array.shape for array in arrays)
         ):
             self._on_arrays(name, arguments, arrays, outputs)
-        elif len(values) == 1 and isinstance(values[0], View):
-            changed = self._moved(name, arguments, values[0], shape)
+        elif (changed := self._moved(name, arguments, values, shape)) is not None:
             self.known[outputs[0][0]] = changed
-        elif name in (
-            "Squeeze",
-            "ExpandDims",
-            "Reshape",
-            "Flatten",
-            "Unflatten",
-            "Broadcast",
-            "Full",
+        elif name != "Reduce" and all(isinstance(v, int) for v in values) and alone:
+            self._operation(name, arguments, [each[0] for each in inputs], outputs)
+        elif (arrays := self._whole(values, indexed=True)) is not None and (
+            shape or any(array.shape for array in arrays)
         ):
-            if any(extent != 1 for extent in shape):
-                raise self._misplaced(name, f"an array of shape {shape}")
-            self.known[outputs[0][0]] = values[0]  # a scalar, with axes of one element
-        elif all(isinstance(v, int) for v in values) and name == "Reduce" and not shape:
-            self.known[outputs[0][0]] = values[0]  # of a single element
+            self._on_arrays(name, arguments, arrays, outputs)
         else:
-            self._operation(name, arguments, inputs, outputs)
+            self._on_cells(name, arguments, values, [tuple(each[1]) for each in inputs], outputs)
 
-    def _gather(self, output: str, values: list[Any], arguments: list[Any]) -> None:
+    def _gathered(self, values: list[Any], arguments: list[Any]) -> View | None:
+        """A captured array with some axes indexed by scalars; None for any other indexing."""
         axes, sizes = arguments
         view, indices = values[0], values[1:]
-        if isinstance(view, int):
-            raise self._misplaced("Gather", "a scalar")
+        if not isinstance(view, View):
+            return None
+        if any(not isinstance(n, int) and (not isinstance(n, View) or n.shape) for n in indices):
+            return None
         numbers = [n if isinstance(n, int) else self._load(n) for n in indices]
-        found = view.gathered(dict(zip(axes, numbers, strict=True)), sizes)
-        if found is None:
-            raise self._misplaced("Gather", f"slices of an array of shape {tuple(view.shape)}")
-        self.known[output] = found
+        return view.gathered(dict(zip(axes, numbers, strict=True)), sizes)
 
-    def _moved(self, name: str, arguments: list[Any], view: View, shape: tuple[int, ...]) -> Any:
-        """A partly indexed array whose axes are moved, dropped or added; or its one element."""
+    def _moved(self, name: str, arguments: list[Any], values: list[Any], shape: Any) -> Any:
+        """One value whose axes are moved, dropped or added, or its one element; None for others."""
+        if len(values) != 1 or not isinstance(view := values[0], (int, View)):
+            return None
+        alone = all(extent == 1 for extent in shape)
+        if isinstance(view, int):  # a scalar, with axes of one element
+            return view if alone and name in RESHAPING else None
         if name == "Transpose":
             return view.transposed(arguments[0])
         if name in ("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten"):
             found = view.reshaped(shape)
             if found is not None:
                 return found
-        if view.size != 1:
-            raise self._misplaced(name, f"an array of shape {tuple(view.shape)}")
-        if name == "Broadcast" and all(extent == 1 for extent in shape):
+        if view.size != 1 or not alone:
+            return None
+        if name == "Broadcast":
             return self._load(view)
         if name == "Reduce":
-            return self._load(view)
-        if any(extent != 1 for extent in shape):
-            raise self._misplaced(name, f"an array of shape {tuple(view.shape)}")
+            return None
         return self._apply(name, arguments, [self._load(view)], None)
 
-    def _whole(self, values: list[Any]) -> list[mx.array] | None:
-        """Values as arrays, where they are whole captured arrays and constants."""
-        arrays = []
+    def _whole(self, values: list[Any], *, indexed: bool = False) -> list[mx.array] | None:
+        """Values as arrays, where they are captured arrays and constants; else None.
+
+        Args:
+            values: names' values.
+            indexed: also take arrays that constants index.
+        """
+        found = []
         for value in values:
             if isinstance(value, View):
-                if not value.unindexed:
+                if not indexed and not value.unindexed:
                     return None
-                arrays.append(value.replay())
-            else:
+                array = value.replay(self._value)
+                if array is None:
+                    return None
+                found.append(array)
+            elif isinstance(value, int):
                 node = self.builder.nodes[value]
                 if node.op != "const":
                     return None
                 kind: Any = getattr(mx, "bool_" if node.dtype == "bool" else node.dtype)
-                arrays.append(mx.array(node.value, kind))
-        return arrays
+                found.append(mx.array(node.value, kind))  # type: ignore[arg-type]
+            else:
+                return None
+        return found
+
+    def _value(self, number: int) -> int | None:
+        """The value of a node, where it is a constant integer."""
+        value = self.builder.nodes[number].value
+        return None if value is None else int(value)
 
     def _on_arrays(
         self, name: str, arguments: list[Any], arrays: list[mx.array], outputs: list[Any]
@@ -376,10 +318,73 @@ class _Reader:
             raise self._misplaced(name, "whole arrays")
         # A constant's shape is that of its output; MLX does not hand it over.
         given = [outputs[0][1]] if name == "Full" else arguments
-        result = ON_ARRAYS[name](arrays, given)
-        if tuple(result.shape) != tuple(outputs[0][1]):
-            raise self._misplaced(name, "whole arrays")
-        self.known[outputs[0][0]] = View.whole(result)
+        try:
+            result = ON_ARRAYS[name](arrays, given)
+        except NotImplementedError:
+            raise self._misplaced(name, "whole arrays") from None
+        several = result if isinstance(result, (list, tuple)) else [result]
+        for array, (output, shape, dtype) in zip(several, outputs, strict=True):
+            if tuple(array.shape) != tuple(shape):
+                raise self._misplaced(name, "whole arrays")
+            # MLX does not hand over the type of mx.arange either.
+            self.known[output] = View.whole(array if array.dtype == dtype else array.astype(dtype))
+
+    def _on_cells(
+        self,
+        name: str,
+        arguments: list[Any],
+        values: list[Any],
+        shapes: list[tuple[int, ...]],
+        outputs: list[Any],
+    ) -> None:
+        """Short rows of scalars: an operation on each of their elements."""
+        try:
+            own = [(n, s) for n, s in zip(values, shapes, strict=True)]
+            rows = [self._cells(*each) for each in own[1 if name == "Gather" else 0 :]]
+            for part, (output, shape, kind) in zip(
+                ("FloorDivide", "Remainder") if name == "DivMod" else (name,), outputs, strict=True
+            ):
+                dtype = self._dtype(kind)
+                if name == "Gather":
+                    found = self._gathered_cells(values[0], rows, arguments)
+                else:
+                    found = cells.computed(part, arguments, rows, self._apply, dtype)
+                if found is None:
+                    what = f"an array of shape {max(shapes, key=len, default=())}"
+                    raise self._misplaced(name, what)
+                one = found.size == 1 and all(n == 1 for n in shape)
+                self.known[output] = int(found.reshape(-1)[0]) if one else found
+        except cells.TooLong as error:
+            raise self._misplaced(name, f"an array of shape {error.args[0]}") from None
+
+    def _gathered_cells(self, source: Any, indices: list[Any], arguments: list[Any]) -> Any:
+        """Elements of an array at rows of indices; None where that cannot be."""
+        constant = partial(self.builder.constant, dtype="int32")
+        if isinstance(source, View):
+            if any(
+                arguments[1][n] != size
+                for n, size in enumerate(source.shape)
+                if n not in arguments[0]
+            ):
+                return None
+            return cells.gathered(
+                arguments, indices, lambda n: cells.element(source, n, self._load), constant
+            )
+        if isinstance(source, int) or any(
+            self._value(int(n)) is None for x in indices for n in x.flat
+        ):
+            return None
+
+        def at(numbers: list[int]) -> int:
+            return int(source[tuple(self._value(n) or 0 for n in numbers)])
+
+        return cells.gathered(arguments, indices, at, constant)
+
+    def _cells(self, value: Any, shape: tuple[int, ...]) -> Any:
+        if isinstance(value, View):
+            constant = partial(self.builder.constant, dtype="int32")
+            return cells.of_view(value, constant, self._load)
+        return cells.filled(shape, lambda place: value) if isinstance(value, int) else value
 
     def _operation(
         self, name: str, arguments: list[Any], inputs: list[str], outputs: list[Any]

@@ -29,7 +29,6 @@ from metalgen.features.sinks import Sinks
 from metalgen.features.softcap import Softcap
 from metalgen.features.starts import Starts
 from metalgen.features.tf32 import Tf32
-from metalgen.features.used import Used
 from metalgen.features.varlen import Varlen
 from metalgen.features.window import Window
 
@@ -93,7 +92,6 @@ for _feature in (
     Varlen(),
     Lengths(),
     Starts(),
-    Used(),
     Offset(),
     Pages(),
     Quantized(),

@@ -14,6 +14,7 @@ from metalgen import ArgumentError, MetalgenError
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.trace import trace
 
+WIDE = mx.zeros((30, 200))
 TABLE = mx.zeros((4, 7))
 COMPLEX = mx.array([1j, 2j])
 
@@ -69,14 +70,17 @@ SCORES = {
         lambda s, b, h, i, j: s + mx.random.normal(),
         "MLX's RandomBits.*no random numbers; capture an array",
     ),
-    "sums a row": (
-        lambda s, b, h, i, j: s + mx.sum(TABLE[h]),
-        r"MLX's Reduce on an array of shape \(7,\); compute it before",
+    "sums a long row": (
+        lambda s, b, h, i, j: s + mx.sum(WIDE[h]),
+        r"MLX's Reduce on an array of shape \(200,\); compute it before",
     ),
-    "sorts": (lambda s, b, h, i, j: mx.sort(TABLE)[h, i], "MLX's Sort on whole arrays"),
-    "multiplies matrices": (
-        lambda s, b, h, i, j: s + mx.inner(TABLE[h], TABLE[i]),
-        r"an operation on an array of shape \(1, 7\)",
+    "sorts a row": (
+        lambda s, b, h, i, j: mx.sort(TABLE[h])[3],
+        r"MLX's Sort on an array of shape \(7,\); compute it before",
+    ),
+    "multiplies long rows": (
+        lambda s, b, h, i, j: s + mx.inner(WIDE[h], WIDE[i]),
+        r"an array of shape \(1, 200\)",
     ),
     "is complex": (lambda s, b, h, i, j: mx.real(COMPLEX[h]), "but got complex64"),
     "cannot be exported": (
