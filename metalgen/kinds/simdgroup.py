@@ -235,16 +235,19 @@ class Simdgroup(Kind):
     ) -> list[dict[str, Any]]:
         """Four simdgroups of one row block, or fewer; K and V, or Q and dO, staged; owned rows in
         registers up to 64 columns, else read again; dK and dV apart beyond these. Passes of 32
-        rows, but of 16 where dK and dV come together: so nothing spilled at 64 and 128 columns in
-        float16, as counted by an independent compiler."""
+        rows and the widest loads, but 16 rows and loads half as wide where dK and dV come together:
+        so nothing spilled at 64 and 128 columns in float16, as counted by an independent
+        compiler."""
         widest = self.widest_row(config, 1)
-        longest = 16 if "k" in own and widest <= 64 else 32
+        both = "k" in own and widest <= 64
+        longest = 16 if both else 32
         return [
             {
                 "bq": self.row_block * simdgroups,
                 "bk": bk,
                 "bd": bd,
                 "simdgroups": simdgroups,
+                "load_width": 4 if both else 8,
                 "apart": int(widest > 64),
                 "value_parts": 1,
                 **{f"{name}_source": source for name in own},
