@@ -19,7 +19,7 @@ import heapq
 import json
 import math
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ ROWS_TRIED = 16
 def lookup(
     problem: Problem,
     chip: Chip | None,
-    templates: Collection[str],
+    templates: Set[str],
     *,
     database: Path | None = None,
     shipped: Path | None = None,
@@ -158,15 +158,15 @@ class _Search:
     def __init__(
         self,
         problem: Problem,
-        templates: Collection[str],
+        templates: Set[str],
         limits: Limits,
         connection: sqlite3.Connection | None,
         shipped: Path | None,
         path: list[str],
     ) -> None:
         self.problem = problem
-        self.templates = sorted(templates)
-        self.of_templates = f"IN ({', '.join('?' * len(self.templates))})"
+        self.templates = templates
+        self.of_templates = f"IN ({', '.join('?' * len(templates))})"
         self.limits = limits
         self.connection = connection
         self.shipped = shipped
@@ -239,7 +239,7 @@ class _Search:
     ) -> Hit | None:
         if problem.key not in self.ids:
             return None
-        here = [self.ids[problem.key], *self.templates, provenance, chip]
+        here = [self.ids[problem.key], *sorted(self.templates), provenance, chip]
         rows = []
         for key, seconds, default, mlx, error, *texts in self._rows(
             "SELECT s.key, m.seconds, m.default_seconds, m.mlx_seconds, m.error, m.policy, "
@@ -338,7 +338,7 @@ class _Search:
                 f"m.template_hash {self.of_templates} AND "
                 f"m.chip IN ({', '.join('?' * len(chips))}) "
                 "AND m.verified = 1 GROUP BY m.provenance, m.chip, p.id",
-                [config.key, family, *self.templates, *chips],
+                [config.key, family, *sorted(self.templates), *chips],
             )
             if all(map(_is_size, (heads, queries, keys), MOST))
         }
@@ -368,7 +368,7 @@ class _Search:
         """Name the rows of this problem and chip that may not answer."""
         if self.problem.key not in self.ids:
             return
-        place = [self.ids[self.problem.key], chip, *self.templates]
+        place = [self.ids[self.problem.key], chip, *sorted(self.templates)]
         begin = "user database, this chip: "
         rows = "FROM measurements WHERE problem = ? AND chip = ? AND template_hash"
         for (count,) in self._rows(f"SELECT count(*) {rows} NOT {self.of_templates}", place):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from metalgen.database.measurement import Measurement
@@ -19,7 +19,7 @@ def record_file(chip: str, folder: Path | None = None) -> Path:
 
 
 def shipped_buckets(
-    problem: Problem, chip: str, templates: Collection[str], folder: Path | None = None
+    problem: Problem, chip: str, templates: Set[str], folder: Path | None = None
 ) -> dict[str, list[Measurement]]:
     """Verified shipped records of the problem's config and family on a chip, by problem key.
 

@@ -145,7 +145,7 @@ def test_the_command_to_go_on_with_describes_the_same_shape(
 
     def interrupted(chosen: Any, *args: Any, **options: Any) -> Report:
         tuned.append(tuple(chosen))
-        return Report("", "M3Max", "modelled", "", stopped="interrupted")
+        return Report("", "M3Max", "modelled", stopped="interrupted")
 
     monkeypatch.setattr("metalgen.tuning.runner.tune", interrupted)
     words = ["--head-dim", "96", "--causal", "--with", "sinks", "--with", "page_size=16"]

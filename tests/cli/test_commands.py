@@ -522,7 +522,7 @@ def test_a_run_ends_with_what_it_changes_for_which_model() -> None:
         return Outcome(problem, row, default, 1, 1, 1)
 
     outcomes = [outcome(prefill, 2e-3), outcome(decode, 1e-3), outcome(other, 1e-3)]
-    report = Report("run", "M3Max", "modelled", "0" * 16, outcomes)
+    report = Report("run", "M3Max", "modelled", outcomes)
     assert changes(chosen, report) == (
         "By model, over the default schedule (modelled): a prefill 2.00x and decode 1.00x; "
         "b prefill 2.00x; unchanged: c."

@@ -67,7 +67,7 @@ class Places:
             "shipped": self.shipped,
             "neighbours": NEIGHBOURS,
         }
-        return lookup(problem, CHIP, HASH, **(defaults | arguments))
+        return lookup(problem, CHIP, {HASH}, **(defaults | arguments))
 
 
 @pytest.fixture
@@ -296,10 +296,10 @@ def test_a_missing_table_is_a_miss(places: Places) -> None:
 def test_without_a_chip_only_a_pin_can_answer(places: Places) -> None:
     places.keep(row(FIRST))
     arguments: dict[str, Any] = {"database": places.path, "shipped": places.shipped}
-    assert lookup(PROBLEM, None, HASH, **arguments) is None
+    assert lookup(PROBLEM, None, {HASH}, **arguments) is None
     with Store.open(places.path) as store:
         store.pin(PROBLEM, SECOND)
-    hit = lookup(PROBLEM, None, HASH, **arguments)
+    hit = lookup(PROBLEM, None, {HASH}, **arguments)
     assert hit is not None and hit.schedule == SECOND
 
 

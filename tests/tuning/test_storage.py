@@ -206,7 +206,7 @@ def test_the_command_to_go_on_with_does_not_show_the_password(
     def interrupted(*args: Any, **options: Any) -> Any:
         from metalgen.tuning.progress import Report
 
-        return Report("", "M3Max", "measured", "", stopped="interrupted")
+        return Report("", "M3Max", "measured", stopped="interrupted")
 
     monkeypatch.setattr("metalgen.tuning.runner.tune", interrupted)
     monkeypatch.setenv("METALGEN_DB", str(tmp_path / "t.db"))
