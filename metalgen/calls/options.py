@@ -30,6 +30,7 @@ class SharedOptions(TypedDict, total=False):
     kv_lens: mx.array | None
     kv_starts: mx.array | None
     q_offset: int | mx.array | None
+    seqused_q: mx.array | None
     block_table: mx.array | None
     rope: Rope | None
     deterministic: bool

@@ -338,6 +338,8 @@ def _offsets(
     if offset is not None:
         return mx.full((count,), offset, mx.int32)
     q_len = q.shape[2] if cu_q is None else cu_q[1:] - cu_q[:-1]
+    if (used := found.get("seqused_q")) is not None and used.shape == (count,):
+        q_len = mx.minimum(used, q_len)
     kv_len = key.shape[2] if cu_k is None else cu_k[1:] - cu_k[:-1]
     kv_len = kv_len if kv_lens is None else kv_lens
     lengths = [mx.array(x, mx.int32) for x in (kv_len, q_len)]

@@ -29,6 +29,7 @@ from metalgen.features.sinks import Sinks
 from metalgen.features.softcap import Softcap
 from metalgen.features.starts import Starts
 from metalgen.features.tf32 import Tf32
+from metalgen.features.used import Used
 from metalgen.features.varlen import Varlen
 from metalgen.features.window import Window
 
@@ -92,6 +93,7 @@ for _feature in (
     Varlen(),
     Lengths(),
     Starts(),
+    Used(),
     Offset(),
     Pages(),
     Quantized(),

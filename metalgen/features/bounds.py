@@ -21,8 +21,8 @@ class Bound(NamedTuple):
     Args:
         of: the number that is bounded: the key's, the query's, or ``"distance"``, the key's less
             the place of the query among the keys, which is the query's number plus ``offset``.
-        least, most: a name or a number of what is the same throughout a threadgroup, with a minus
-            before it or none; None: no bound.
+        least, most: expressions of what is the same throughout a threadgroup, for distances a name
+            or a number, with a minus before it or none; None: no bound.
     """
 
     of: Side | Literal["distance"]

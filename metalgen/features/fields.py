@@ -46,6 +46,7 @@ class Fields:
     max_work: int | None = None
     kv_starts: bool = False
     q_offset: bool = False
+    seqused_q: bool = False
     alibi_by_sequence: bool = False
     rope_fixed: bool = False
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
@@ -72,7 +73,7 @@ class Fields:
     def differs_by_sequence(self) -> bool:
         """Whether sequences of a call differ in more than their rows."""
         places = self.varlen or self.has_lengths or self.kv_starts or self.q_offset
-        return places or self.alibi_by_sequence
+        return places or self.seqused_q or self.alibi_by_sequence
 
     @property
     def itemsize(self) -> int:

@@ -108,6 +108,8 @@ def attention(
             sequence, as of a block of a longer one: for causal masks, windows and ALiBi, in place
             of ``i + kv_len - q_len``; for dropout and functions, in place of i; and by default for
             `rope`. Any integers; a query before all keys sees none causally. Not with block masks.
+        seqused_q: ``(N,)`` int32, how many queries each sequence has: its rows of q behind them are
+            not looked at, and give zeros; ``q_len`` is that number above.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
             page_size, D)``, quantized or not, of 8 to 65,536 keys, a multiple of 8; key j of
             sequence n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number

@@ -88,6 +88,8 @@ class AttentionConfig(Fields):
             are not looked at. All are counted from 0 nevertheless.
         q_offset: calls bring the number of each sequence's first query, ``(N,)``, in place of
             ``kv_len - q_len`` for masks and ALiBi, and of 0 for functions and dropout.
+        seqused_q: calls bring how many queries each sequence has, ``(N,)``; its rows of q behind
+            them see no key, and masks align to that number.
         page_size: keys of a page, 8 to 65,536, a multiple of 8: k and v are pages ``(pages, Hkv,
             page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
         kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups

@@ -35,6 +35,7 @@ class Inputs:
             the last. Rows of q after the last are zeros.
         kv_lens: ``(N,)``, how many keys each sequence has.
         kv_starts: ``(N,)``, which of each sequence's keys is the first.
+        seqused_q: ``(N,)``, how many queries each sequence has.
         q_offset: ``(N,)``, the number of each sequence's first query, among its keys.
         block_table: ``(N, pages)``: which page of k and v holds keys ``n * page_size`` and on; a
             number that is no page's (-1) stands for keys that are not seen.
@@ -59,6 +60,7 @@ class Inputs:
     kv_lens: mx.array | None = None
     kv_starts: mx.array | None = None
     q_offset: mx.array | None = None
+    seqused_q: mx.array | None = None
     block_table: mx.array | None = None
     k_scales: mx.array | None = None
     k_biases: mx.array | None = None

@@ -71,13 +71,16 @@ class _Sampler:
         config, layout = self.config, self.layout
         rows, entries = self.q_len, self.batch
         kv_lens = self.lengths(self.kv_len) if config.varlen or config.has_lengths else None
+        queries = self.lengths(self.q_len) if config.varlen else [rows] * entries
         if config.varlen:
-            starts = self.starts(self.lengths(self.q_len))
+            starts = self.starts(queries)
             layout["cu_q"] = mx.array(starts, mx.int32)
             entries, rows = 1, starts[-1] + (3 if self.ragged else 0)
         q = self.normal((entries, self.heads, rows, config.head_dim)).astype(self.dtype)
         if config.varlen:
             q = mx.where((mx.arange(rows) < starts[-1])[:, None], q, self.outside)
+        if config.seqused_q:
+            q = self.used(q, queries)
         k, v = self.caches(kv_lens)
         known = Inputs(block_table=layout.get("block_table"))
         self.scores = (entries, self.heads, rows, max_kv_len(config, k, known))
@@ -132,6 +135,18 @@ class _Sampler:
             self.cache("k", seen, config.head_dim),
             self.cache("v", seen, config.v_dim),
         )
+
+    def used(self, q: mx.array, queries: list[int]) -> mx.array:
+        """Queries of which each sequence uses some: none, one, then any; or all."""
+        some = [0, *(min(1, count) for count in queries[1:2])]
+        more = [self.choices.randint(0, count) for count in queries[len(some) :]]
+        used = (some + more)[: len(queries)] if self.ragged and len(queries) > 1 else queries
+        self.layout["seqused_q"] = mx.array(used, mx.int32)
+        rows = [n < most for count, most in zip(queries, used, strict=True) for n in range(count)]
+        if self.config.varlen:
+            rows += [False] * (q.shape[2] - len(rows))
+        seen = mx.array(rows, mx.bool_).reshape(q.shape[0], 1, q.shape[2], 1)
+        return mx.where(seen, q, self.outside)
 
     def firsts(self, lengths: list[int]) -> list[int]:
         """The first key of each sequence: 0, none, half of them before it, then any."""

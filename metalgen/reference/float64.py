@@ -30,6 +30,7 @@ class Sequence:
         there: ``(Lk,)``, whether a key is there at all.
         keys: its rows of k and v; None where they are pages.
         offset: the number of its first query, where the call gives one.
+        used: how many of its queries there are; None: all.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Sequence:
     there: NDArray[np.bool_]
     keys: slice | None
     offset: int | None = None
+    used: int | None = None
 
 
 def attention(
@@ -90,7 +92,11 @@ def sequences_of(
             there = there & (np.arange(there.size) >= _integers(inputs.kv_starts)[n])
             own_k, own_v = (np.where(there[:, None], x, 0.0) for x in (own_k, own_v))
         offset = int(_integers(inputs.q_offset)[n]) if features.get("q_offset") else None
-        yield Sequence(n, entry, rows, q[entry][:, rows], own_k, own_v, there, own, offset)
+        own_q, used = q[entry][:, rows], None
+        if features.get("seqused_q"):
+            used = int(np.clip(_integers(inputs.seqused_q)[n], 0, own_q.shape[1]))
+            own_q = np.where(np.arange(own_q.shape[1])[:, None] < used, own_q, 0.0)
+        yield Sequence(n, entry, rows, own_q, own_k, own_v, there, own, offset, used)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,8 @@ def places_of(s: Sequence) -> dict[str, Array]:
 def own_keys(s: Sequence) -> Array:
     """The key at each query's own position."""
     queries = places_of(s)["q"]
-    return queries + s.k.shape[1] - s.q.shape[1] if s.offset is None else queries
+    count = s.q.shape[1] if s.used is None else s.used
+    return queries + s.k.shape[1] - count if s.offset is None else queries
 
 
 def changed(
@@ -178,6 +185,8 @@ def weights_of(
 
     # What is seen
     seen = np.broadcast_to(s.there, scores.shape)
+    if s.used is not None:
+        seen = seen & (np.arange(s.q.shape[1])[:, None] < s.used)
     if features.get("causal"):
         seen = seen & (j <= own)
     if (left := features.get("window_left")) is not None:

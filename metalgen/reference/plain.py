@@ -30,6 +30,7 @@ class Places:
         there: booleans, whether a key is there at all; None: all are.
         rows: booleans, whether a row belongs to any sequence; None: all do.
         row: query, counted from 0; None: as `i`.
+        used: booleans, whether a query is one that there is; None: all are.
     """
 
     b: mx.array
@@ -40,6 +41,7 @@ class Places:
     there: mx.array | None = None
     rows: mx.array | None = None
     row: mx.array | None = None
+    used: mx.array | None = None
 
 
 def attention_plain(
@@ -106,6 +108,8 @@ def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> 
     if paged and features.get("varlen"):  # all sequences' keys one after the other
         k, v = (_joined(x) for x in (k, v))
     at = _places(q, k, sequence_keys, on_page, features, inputs)
+    if inputs.seqused_q is not None:
+        at = _used(at, inputs.seqused_q, q.shape[2], inputs.cu_q)
     if inputs.q_offset is not None:
         number = at.i + inputs.q_offset[at.b]
         at = dataclasses.replace(at, i=number, own=number, row=at.i)
@@ -127,6 +131,8 @@ def scores_of(
     wide = q.astype(mx.float32)
     if at.rows is not None:
         wide = mx.where(at.rows[:, None], wide, 0.0)
+    if at.used is not None:
+        wide = mx.where(at.used, wide, 0.0)
     if features.get("rope") is not None:
         wide = _turned(wide, at, features, call.inputs).astype(q.dtype).astype(mx.float32)
     batch, heads, q_len, head_dim = q.shape
@@ -150,7 +156,7 @@ def kept(call: Located, features: dict[str, Any]) -> mx.array:
 def _constant_places(inputs: Inputs) -> Inputs:
     """Without gradients of what says where things are, which MLX's gather refuses to give."""
     names = (
-        *("cu_q", "cu_k", "kv_lens", "kv_starts", "q_offset"),
+        *("cu_q", "cu_k", "kv_lens", "kv_starts", "seqused_q", "q_offset"),
         *("block_table", "rope_offset", "dropout_key"),
     )
     found = {name: getattr(inputs, name) for name in names}
@@ -224,6 +230,19 @@ def _places(
     i = row - begin
     there = mx.broadcast_to(there & live, (1, 1, own_rows, keys))
     return Places(b, h, i, j, i + kv_len - (end - begin), there, live[:, 0])
+
+
+def _used(at: Places, used: mx.array, rows: int, cu_q: mx.array | None) -> Places:
+    """With queries behind the used ones left out, and the others aligned at the lower right."""
+    count = mx.array(rows)
+    if cu_q is not None:
+        starts = _starts(cu_q, rows)
+        count = mx.maximum(starts[1:] - starts[:-1], 0)
+    used = mx.clip(used, 0, count)
+    some = at.i < used[at.b]
+    there = some if at.there is None else at.there & some
+    own = at.own + mx.broadcast_to(count, used.shape)[at.b] - used[at.b]
+    return dataclasses.replace(at, own=own, used=some, there=there)
 
 
 def _starts(starts: mx.array | None, size: int) -> mx.array:

@@ -39,7 +39,10 @@ GROUPED_DIMS = (32, 64, 96, 128)
 RARE_DIMS = (192, 256, 576)
 SMALL = {"head_dim": 72, "simdgroups": 2, "row_blocks": 2, "bk": 32, "splits": 8}
 """Most of each in a small case."""
-HOSTILE = ("cu_q", "cu_k", "kv_lens", "kv_starts", "q_offset", "block_table", "rope_offset")
+HOSTILE = (
+    *("cu_q", "cu_k", "kv_lens", "kv_starts", "q_offset", "seqused_q"),
+    *("block_table", "rope_offset"),
+)
 """Inputs that say where things are, which may contain anything."""
 HOSTILE_NUMBERS = (-(2**31), -100, -1, 0, 1, 3, 7, 8, 100, 2**20, 2**31 - 1)
 
@@ -172,6 +175,7 @@ def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
     """A config with newer features, drawn apart, so that a number stands for what it always did."""
     changes: dict[str, Any] = {"kv_starts": random.random() < 0.2}
     changes["q_offset"] = random.random() < 0.2 and not config.block_mask
+    changes["seqused_q"] = random.random() < 0.15
     changes["alibi_by_sequence"] = config.alibi and random.random() < 0.5
     changes["rope_fixed"] = config.rope is not None and random.random() < 0.3
     if config.page_size is not None and random.random() < 0.2:

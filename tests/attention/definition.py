@@ -33,6 +33,7 @@ class Facts:
     kv_lens: list[int] | None = None
     kv_starts: list[int] | None = None
     q_offset: list[int] | None = None
+    seqused_q: list[int] | None = None
     table: list[list[int]] | None = None
     turns: tuple[str, Any, list[int] | None] | None = None
     score: Any = None
@@ -100,6 +101,8 @@ def definition(f: Facts) -> tuple[Any, Any]:
     for n, entry, rows, k, v, there in sequences(f):
         if f.kv_starts is not None:
             there &= np.arange(len(there)) >= f.kv_starts[n]
+        if f.seqused_q is not None:
+            rows = rows[: f.seqused_q[n]]
         for h in range(heads):
             own_k, own_v = (x[h * len(k) // heads] for x in (k, v))
             for i, row in enumerate(rows):

@@ -131,6 +131,10 @@ class Made:
             offsets = [self.random.randint(low, self.kv_len) for _ in range(count)]
             self.places["q_offset"] = offsets[:1] * count if one else offsets
             self.options["q_offset"] = offsets[0] if one else self.integers(offsets, count)
+        if self.chance(0.15):
+            used = [self.random.randint(0, self.q_len) for _ in range(count)]
+            self.places["seqused_q"] = used
+            self.options["seqused_q"] = self.integers(used, count)
         if self.chance(0.2):
             firsts = [self.random.randint(0, self.kv_len) for _ in range(count)]
             self.places["kv_starts"] = firsts

@@ -51,6 +51,8 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
         {"alibi_slopes": mx.ones((1, 2, 4))},
         r"alibi_slopes.shape: expected \(H,\)",
     ),
+    "used of too few": ({"seqused_q": mx.array([9])}, r"seqused_q.shape: expected \(2,\)"),
+    "used of floats": ({"seqused_q": mx.ones((2,))}, "seqused_q.dtype: expected int32, but got "),
     "starts of too few": ({"kv_starts": mx.array([9])}, r"kv_starts.shape: expected \(2,\)"),
     "starts of floats": ({"kv_starts": mx.ones((2,))}, "kv_starts.dtype: expected int32, but got "),
     "lengths in rows": ({"kv_lens": mx.array([[9, 4]])}, "kv_lens.shape: expected 1 axis, but"),
@@ -409,6 +411,7 @@ HOSTILE: dict[str, tuple[tuple[mx.array, ...], dict[str, Any], str]] = {
         {"cu_seqlens_q": CU, "cu_seqlens_k": mx.array([0, 8, 7])},
         "cu_seqlens_k",
     ),
+    "more queries than there are": ((Q, K, K), {"seqused_q": mx.array([5, 6])}, "seqused_q"),
     "a start behind all keys": ((Q, K, K), {"kv_starts": mx.array([9, 10])}, "kv_starts"),
     "more keys than there are": ((Q, K, K), {"kv_lens": mx.array([9, 10])}, "kv_lens"),
     "a page that there is not": (

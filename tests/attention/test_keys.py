@@ -127,6 +127,39 @@ def test_starts_count_keys_of_each_sequence_and_page(where: str) -> None:
     assert_close(attention(q, *pages, block_table=table, causal=True, device=where, **places), rows)
 
 
+@pytest.mark.parametrize("q_len", [6, 70])
+def test_queries_behind_those_that_are_used_are_zeros(where: str, q_len: int) -> None:
+    q, k, v = arrays(q_len, 90)
+    used = [q_len - 2, 3]
+    behind = mx.arange(q_len)[:, None] >= mx.array(used)[:, None, None, None]
+    q = mx.where(behind, mx.nan, q)  # whatever lies there
+    keywords: dict[str, Any] = {"seqused_q": mx.array(used), "causal": True, "device": where}
+    out, lse = attention(q, k, v, return_lse=True, **keywords)
+    turned_as = attention(q, k, v, rope=Rope(), **keywords)
+    for n, count in enumerate(used):
+        own = q[n : n + 1, :, :count], k[n : n + 1], v[n : n + 1]
+        assert_close(out[n : n + 1, :, :count], sdpa(*own, mask="causal"))
+        rows = attention(*own, rope=Rope(), causal=True, device="reference")
+        assert_close(turned_as[n : n + 1, :, :count], rows, tolerance=1e-5)
+        assert not np.array(out[n, :, count:]).any()
+        assert np.isneginf(np.array(lse[n, :, count:])).all()
+
+
+def test_packed_sequences_may_use_a_part_of_their_queries(where: str) -> None:
+    q, k, v, cu_q, cu_k = packed()
+    used = [2, 0, 11, 0]
+    keywords: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "device": where}
+    out = attention(q, k, v, seqused_q=mx.array(used), **keywords)
+    for n, count in enumerate(used):
+        (a, b), (c, d) = ((int(cu[n]), int(cu[n + 1])) for cu in (cu_q, cu_k))
+        if count:
+            assert_close(
+                out[:, :, a : a + count],
+                sdpa(q[:, :, a : a + count], *(x[:, :, c:d] for x in (k, v))),
+            )
+        assert not np.array(out[:, :, a + count : b]).any()
+
+
 @pytest.mark.parametrize("size", [264, 1024])
 @pytest.mark.parametrize("q_len", [1, 70])
 def test_pages_may_be_large(where: str, size: int, q_len: int) -> None:
