@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metalgen.caches.dense import KVCache
     from metalgen.caches.paged import CacheFull, PagedKVCache
     from metalgen.calls.kernel import Kernel
+    from metalgen.calls.recording import Recording, record
     from metalgen.calls.resolve import get_kernel
     from metalgen.counters import Stats, reset_stats, stats
     from metalgen.errors import ArgumentError, DeviceError, InvalidSchedule, MetalgenError
@@ -71,6 +72,7 @@ _WHERE = {
     "MetalgenError": "metalgen.errors",
     "PagedKVCache": "metalgen.caches.paged",
     "Prepared": "metalgen.ops.preparing",
+    "Recording": "metalgen.calls.recording",
     "Rope": "metalgen.problem.rope",
     "Schedule": "metalgen.families",
     "Stats": "metalgen.counters",
@@ -91,6 +93,7 @@ _WHERE = {
     "merge": "metalgen.ops.blocks",
     "or_masks": "metalgen.ops.flex_attention",
     "prepare": "metalgen.ops.preparing",
+    "record": "metalgen.calls.recording",
     "reset_stats": "metalgen.counters",
     "scaled_dot_product_attention": "metalgen.ops.sdpa",
     "stats": "metalgen.counters",
@@ -113,6 +116,7 @@ __all__ = [
     "MetalgenError",
     "PagedKVCache",
     "Prepared",
+    "Recording",
     "Rope",
     "Schedule",
     "Stats",
@@ -134,6 +138,7 @@ __all__ = [
     "noop_mask",
     "or_masks",
     "prepare",
+    "record",
     "reset_stats",
     "scaled_dot_product_attention",
     "stats",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 
 from metalgen.arguments import as_integer
+from metalgen.calls import recording
 from metalgen.calls.arrays import layout_hint, main_arrays, types_of
 from metalgen.calls.kernel import Kernel
 from metalgen.calls.mlx_call import MlxCall, mlx_call
@@ -150,6 +151,9 @@ def prepare(
         raise
     inputs = _inputs(config, q, key, value, options, functions, names)
     sizes = _sizes(config, q, key[0], inputs, options)
+    if recording.active is not None:
+        rows = sizes["batch"] * sizes["heads"]
+        recording.active.note(config, rows, sizes["q_len"], sizes["kv_len"])
     kernel = get_kernel(config, **sizes)
     if options.get("check", False):
         _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))

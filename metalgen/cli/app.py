@@ -17,6 +17,7 @@ from metalgen.errors import MetalgenError
 
 COMMANDS = {
     "tune": "Find the fastest schedules for a chip, and keep them.",
+    "lm": "Run mlx-lm's programs with metalgen's attention.",
     "render": "Print the Metal source of a kernel.",
     "check": "Execute a kernel on the simulator, check it for defects and count its work.",
     "show": "Show what the tuning database holds.",

@@ -115,7 +115,7 @@ def command(
         check_target(csv_path, table)
     if plot_path is not None:
         check_picture(plot_path)
-    found = run(preset, setting, _observer(as_json, preset.unit))
+    found = run(preset, setting, observer(as_json, preset.unit))
     if csv_path is not None:
         write_whole(csv_path, csv_text(found.measured).encode(), table)
     if plot_path is not None and found.measured:
@@ -127,7 +127,7 @@ def command(
     if as_json:
         print_json(found.to_dict())
     else:
-        _print_end(found)
+        print_end(found)
     if found.interrupted:
         click.echo("metalgen: interrupted; the rows that are done stand above", err=True)
         ctx.exit(130)
@@ -197,7 +197,7 @@ _SHAPE = _names()
 """The parameters that `config_options` adds."""
 
 
-def _observer(quiet: bool, unit: str) -> Any:
+def observer(quiet: bool, unit: str) -> Any:
     """Prints each row when it is done; on a terminal also which one is computed now."""
     from metalgen.bench.measuring import Row
     from metalgen.bench.tables import (
@@ -259,7 +259,7 @@ def _headline(run: Run) -> str:
     )
 
 
-def _print_end(run: Run) -> None:
+def print_end(run: Run) -> None:
     from metalgen.bench.tables import by_size, summary
 
     rows = run.measured

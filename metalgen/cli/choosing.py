@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,8 @@ def choosing_options(function: Any) -> Any:
     """``--preset`` and what `config_options` adds; the command gets them as ``chosen``.
 
     ``chosen`` is a `Preset`: the named one, or one without a name of the one problem that the
-    other options describe, where one of those was given. Both together are an `ArgumentError`.
+    other options describe, where one of those was given, or of what a model or a recording calls.
+    Two of them together are an `ArgumentError`.
     """
 
     @click.option(
@@ -36,22 +38,67 @@ def choosing_options(function: Any) -> Any:
         is_flag=True,
         help="Tune the backward kernels of the problems with many queries, instead of the forward.",
     )
+    @click.option(
+        "--model",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="Tune what a model of mlx-lm calls: its folder, or its config.json.",
+    )
+    @click.option(
+        "--recorded",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Tune the calls of a recording (`metalgen lm --record`), the costliest first.",
+    )
     @config_options
     @functools.wraps(function)
     def wrapper(
         *args: Any,
         preset_name: str,
         backward: bool,
+        model: Path | None,
+        recorded: Path | None,
         config: AttentionConfig,
         sizes: Sizes,
         **kwargs: Any,
     ) -> Any:
         from metalgen.tuning.presets import of_gradients
 
-        chosen = _chosen(preset_name, config, sizes)
+        if model is not None or recorded is not None:
+            chosen = _from_files(preset_name, model, recorded)
+        else:
+            chosen = _chosen(preset_name, config, sizes)
         return function(*args, chosen=of_gradients(chosen) if backward else chosen, **kwargs)
 
     return wrapper
+
+
+def _from_files(name: str, model: Path | None, recorded: Path | None) -> Preset:
+    from metalgen.tuning.presets import Preset
+
+    context = click.get_current_context()
+    others = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in {*_SHAPE, "preset_name"} and _is_given(context, parameter.name)
+    ]
+    if model is not None and recorded is not None:
+        raise ArgumentError("recorded", "none with --model", str(recorded))
+    own = "--model" if model is not None else "--recorded"
+    if others:
+        raise ArgumentError(own.removeprefix("--"), f"none with {', '.join(others)}", name)
+    if model is not None:
+        from metalgen.mlx_lm.tracing import problems_of
+
+        label, problems = problems_of(model)
+    else:
+        from metalgen.calls.recording import read_recording
+
+        assert recorded is not None
+        label, problems = recorded.stem, read_recording(recorded).problems
+        if not problems:
+            raise ArgumentError("recorded", "a recording with calls", str(recorded))
+    return Preset(None, problems, {problem.key: (label,) for problem in problems})
 
 
 def _chosen(name: str, config: AttentionConfig, sizes: Sizes) -> Preset:

@@ -8,11 +8,16 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen import switches
+from metalgen.calls import recording
+from metalgen.calls.kernel import Kernel
 from metalgen.calls.options import Options
+from metalgen.calls.request import prepare
 from metalgen.devices import default_device
 from metalgen.errors import ArgumentError
+from metalgen.families.sizes import DECODE_QUERIES
 from metalgen.mlx_lm import counts
 from metalgen.mlx_lm.masks import Mask, MaskRules
+from metalgen.nn.flash import pinned_block
 from metalgen.ops.attention import attention
 from metalgen.ops.flex_attention import flex_attention
 from metalgen.ops.sdpa import attend
@@ -24,10 +29,12 @@ class Where:
 
     Args:
         device, chip: as of `metalgen.attention`.
+        block_size: queries and keys of a tile, for calls with many queries; None: as tuned.
     """
 
     device: str | None = None
     chip: str | None = None
+    block_size: int | None = None
 
 
 active: Where | None = None
@@ -79,7 +86,8 @@ def compute(
     if softcap is None and (reason := _stays(keys, sinks)):
         return _own(queries, keys, values, cache, scale, mask, sinks, reason)
     named = where.device or default_device().name
-    if rules is None and softcap is None and isinstance(keys, mx.array) and named != "reference":
+    plain = rules is None and softcap is None and where.block_size is None
+    if plain and isinstance(keys, mx.array) and named != "reference":
         # As mx.fast's function: MLX keeps the call unless ours was measured as faster.
         return attend(
             queries, keys, values, scale, mask, sinks, device=where.device, chip=where.chip
@@ -92,9 +100,9 @@ def compute(
             return _by_rules(queries, keys, values, scale, rules, options)
         if mask is not None:
             options["mask"] = mask  # type: ignore[typeddict-item]
-        return attention(queries, keys, values, scale=scale, **options)
+        return _attention(queries, keys, values, scale, options)
     except ArgumentError as error:
-        if softcap is not None:
+        if softcap is not None or error.argument == "block_size":
             raise
         reason = f"metalgen does not take it: {error}"
         return _own(queries, keys, values, cache, scale, mask, sinks, reason)
@@ -137,13 +145,28 @@ def _by_rules(
             return _in_padded_ring(queries, keys, values, scale, rules, options)
         assert rules.window is not None
         keys, values = (_newest(x, rules.ring, rules.window) for x in (keys, values))
-        return attention(queries, keys, values, scale=scale, **options)
+        return _attention(queries, keys, values, scale, options)
     if rules.starts is not None:
         options["kv_starts"] = rules.starts
     options["causal"] = rules.q_len > 1 or rules.window is not None
     if rules.window is not None:
         options["window_left"] = rules.window - 1
-    return attention(queries, keys, values, scale=scale, **options)
+    return _attention(queries, keys, values, scale, options)
+
+
+def _attention(
+    queries: mx.array, keys: Any, values: Any, scale: float, options: Options
+) -> mx.array:
+    block = None if active is None else active.block_size
+    if block is None or queries.shape[2] <= DECODE_QUERIES:
+        return attention(queries, keys, values, scale=scale, **options)
+    prepared = prepare("attention", queries, keys, values, False, options)
+    kernel = prepared.kernel
+    if isinstance(kernel, Kernel) and kernel.device != "reference":
+        kernel = pinned_block(kernel.config, block, kernel.device)
+    out = kernel(*prepared.arrays, scale=scale, inputs=prepared.inputs)
+    assert isinstance(out, mx.array)
+    return out
 
 
 def _newest(rows: Any, oldest: int, count: int) -> Any:
@@ -202,9 +225,9 @@ def is_ours() -> bool:
     """Whether models that compute attention by hand should call ours: patched, and not on a CPU.
 
     On a machine without a GPU, and with no device named, plain operations would take the place of
-    plain operations.
+    plain operations, which is done only to record the calls.
     """
     if active is None:
         return False
     named = active.device is not None or switches.asked_device() is not None
-    return named or default_device().is_gpu
+    return named or recording.active is not None or default_device().is_gpu

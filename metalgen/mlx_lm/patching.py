@@ -108,6 +108,11 @@ def adapted() -> tuple[str, ...]:
     return tuple(sorted(name for name, changes in _changed.items() if changes))
 
 
+def seen_models() -> tuple[str, ...]:
+    """Names of models that have run since `patch`; sorted."""
+    return tuple(sorted(_changed))
+
+
 _own: dict[str, Any] = {}
 _changed: dict[str, list[Replacement]] = {}
 """What was changed in models' modules, by name, with the values that stood there."""

@@ -119,7 +119,7 @@ class MLXFlashAttention:
     def _kernel(self, config: AttentionConfig) -> Kernel:
         assert self._pinned is not None
         device = self.device or default_device().name
-        return _pinned(config, self._pinned, device)
+        return pinned_block(config, self._pinned, device)
 
 
 class OptimizedMLXMultiHeadAttention(nn.Module):  # type: ignore[misc, name-defined]
@@ -199,6 +199,7 @@ def block_schedule(config: AttentionConfig, block: int, limits: Limits) -> Sched
 
 
 @functools.lru_cache(maxsize=256)
-def _pinned(config: AttentionConfig, block: int, device: str) -> Kernel:
+def pinned_block(config: AttentionConfig, block: int, device: str) -> Kernel:
+    """The kernel of a config with `block_schedule`'s schedule, on a device by name."""
     schedule = block_schedule(config, block, get_device(device).limits)
     return pinned_kernel(config, schedule, device=device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalgen.calls import recording
 from metalgen.calls.kernel import Kernel
 from metalgen.calls.resolve import get_kernel, kept_with_kernels
 from metalgen.counters import Tally, tally
@@ -76,6 +77,8 @@ def attend(
     if stream is not None:
         with mx.stream(stream):
             return attend(q, k, v, scale, mask, sinks, force_fused, None, device, chip)
+    if recording.active is not None:
+        _note(recording.active, q, k, v, mask, sinks)
     route = _route(q, k, v, mask, sinks, force_fused, device, chip)
     if route.kernel is not None:
         last = route.last  # once: another thread may change it
@@ -197,16 +200,7 @@ def _found(
     if why:
         return _mlx(why)
     try:
-        config = AttentionConfig(
-            widths[0],
-            str(q.dtype),
-            value_head_dim=widths[1],
-            heads_per_kv=q.shape[1] // k.shape[1],
-            causal=mask == "causal" if isinstance(mask, str) else False,
-            bias=additive,
-            array_mask=isinstance(mask, mx.array) and not additive,
-            sinks=sinks is not None,
-        )
+        config = _config(q, k, widths, mask, sinks)
         kept = {
             "batch": min(sizes["batch"], max(1, MAX_BATCH_HEADS // sizes["heads"])),
             "heads": sizes["heads"],
@@ -226,6 +220,36 @@ def _found(
     if additive and get_device(name).is_gpu and widths in MLX_FUSED_DIMS:
         return _mlx("MLX's own fused attention keeps the call: additive masks are never raced")
     return Route(kernel, "", brings, kernel._tally)
+
+
+def _config(
+    q: mx.array, k: mx.array, widths: tuple[int, int], mask: Any, sinks: Any
+) -> AttentionConfig:
+    array = isinstance(mask, mx.array)
+    additive = array and mask.dtype != mx.bool_
+    return AttentionConfig(
+        widths[0],
+        str(q.dtype),
+        value_head_dim=widths[1],
+        heads_per_kv=q.shape[1] // k.shape[1],
+        causal=not array and mask == "causal",
+        bias=additive,
+        array_mask=array and not additive,
+        sinks=sinks is not None,
+    )
+
+
+def _note(
+    into: recording.Recording, q: mx.array, k: mx.array, v: mx.array, mask: Any, sinks: Any
+) -> None:
+    """Count a call that metalgen's kernels could compute."""
+    try:
+        widths = (q.shape[3], v.shape[3])
+        if not _not_ours(q, k, v, widths, mask, sinks, False):
+            rows = q.shape[0] * q.shape[1]
+            into.note(_config(q, k, widths, mask, sinks), rows, q.shape[2], k.shape[2])
+    except (ArgumentError, AttributeError, IndexError):  # MLX's function says what is wrong
+        pass
 
 
 def _not_ours(

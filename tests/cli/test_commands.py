@@ -121,7 +121,7 @@ def get_nearest() -> tuple[str, ...]:
     [
         (
             ["frob"],
-            "command: expected one of tune, render, check, show, db, share, report, explain, "
+            "command: expected one of tune, lm, render, check, show, db, share, report, explain, "
             "chips, bench, verify, doctor",
         ),
         (["tune", "--xyzzy"], "No such option '--xyzzy'. (see metalgen tune --help)"),
