@@ -13,7 +13,7 @@ from typing import NamedTuple
 from metalgen.chips.chip import Chip
 from metalgen.chips.work import REGISTERS, Work
 from metalgen.families.counts import pass_sums
-from metalgen.kinds.operands import FRAGMENT
+from metalgen.kinds.base import FRAGMENT
 
 LINE, SECTOR = 128, 64
 """Bytes of a cache line, and of the half lines that copies into threadgroup memory ask for."""

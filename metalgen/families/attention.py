@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalgen.families.base import Dispatch, Output, Step, TunedFamily
 from metalgen.families.counts import CallCounts
 from metalgen.families.launch import Launch, split_keys
-from metalgen.families.operands import attention_operands
 from metalgen.features.base import Site
 from metalgen.kinds import Kind, get_kind, value_width
-from metalgen.kinds.operands import Operands
 from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Limits, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands
 
 COMBINE_THREADS = 128
 
@@ -42,6 +43,8 @@ class AttentionStep(Step):
         """The step's share of a launch, for queries of a type."""
 
     def operands(self, config: AttentionConfig, schedule: Schedule) -> Operands:
+        from metalgen.families.operands import attention_operands
+
         return attention_operands(config, schedule, head_rows=self.head_rows)
 
     def site(self, config: AttentionConfig, schedule: Schedule) -> Site:

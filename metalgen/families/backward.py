@@ -10,7 +10,7 @@ order: no atomics, and the same bits every time.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalgen.errors import ArgumentError
 from metalgen.families.attention import AttentionStep, extra_inputs
@@ -19,10 +19,12 @@ from metalgen.families.launch import Launch
 from metalgen.features.base import Site
 from metalgen.kinds import Kind, get_kind
 from metalgen.kinds.base import Require
-from metalgen.kinds.operands import Accumulator, Operands, Passes, Product, operand
 from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands
 
 MOST_COLUMNS = 256
 """Widest head dimension whose gradients fit the registers."""
@@ -100,6 +102,8 @@ class GradientStep(AttentionStep):
 
 def row_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
     """S = Q K^T and dP = dO V^T; dQ += dX K."""
+    from metalgen.kinds.operands import Accumulator, Operands, Passes, Product, operand
+
     q, dout, k, v = (operand(name, config) for name in ("q", "dout", "k", "v"))
     scores = tuple(Accumulator(name, "K_FRAGMENTS", "k0") for name in ("s", "dp"))
     ordered = config.causal and not config.varlen
@@ -122,6 +126,8 @@ def row_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
 
 def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
     """S^T = K Q^T and dP^T = V dO^T; dV += P^T dO and dK += dX^T Q."""
+    from metalgen.kinds.operands import Accumulator, Operands, Passes, Product, operand
+
     q, dout, k, v = (operand(name, config) for name in ("q", "dout", "k", "v"))
     several = config.heads_per_kv > 1
     q, dout = (dataclasses.replace(each, several_heads=several) for each in (q, dout))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metalgen.features.base import Site
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
-from metalgen.kinds.operands import Operands
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands
 
 
 class Output(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from metalgen.errors import InvalidSchedule
 from metalgen.features.softcap import shift_of, takes_tanh
 from metalgen.kinds import get_kind, value_width
-from metalgen.kinds.operands import FRAGMENT
+from metalgen.kinds.base import FRAGMENT
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import SIMD_WIDTH, Schedule
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metalgen.kinds.operands import Operands, Plan
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands, Plan
+
+FRAGMENT = 8
+"""Rows and columns of the smallest matrix by which work is counted."""
 
 Require = Callable[[str, bool, str], None]
 """``require(rule, holds, detail)`` raises `InvalidSchedule` where a rule does not hold."""

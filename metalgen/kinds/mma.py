@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalgen.kinds.base import Kind, Require, own_source, value_parts
-from metalgen.kinds.mma_plan import MmaPlan, mma_plan
-from metalgen.kinds.mma_tiles import MmaTiles, mma_tiles
-from metalgen.kinds.operands import Operands, operand
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.mma_plan import MmaPlan
+    from metalgen.kinds.mma_tiles import MmaTiles
+    from metalgen.kinds.operands import Operands
 
 
 def _several(point: Point) -> bool:
@@ -92,10 +94,15 @@ class Mma(Kind):
         )
 
     def plan(self, operands: Operands, schedule: Schedule) -> MmaPlan:
+        from metalgen.kinds.mma_plan import mma_plan
+
         return mma_plan(operands, schedule)
 
     def tiles(self, config: AttentionConfig, schedule: Schedule) -> MmaTiles:
         """The tiles of a schedule in shared memory."""
+        from metalgen.kinds.mma_tiles import mma_tiles
+        from metalgen.kinds.operands import operand
+
         s = schedule
         own, traversed = (
             [operand(name, config, s.value_parts) for name in names]

@@ -14,9 +14,6 @@ from typing import Protocol
 
 from metalgen.problem.config import AttentionConfig
 
-FRAGMENT = 8
-"""Rows and columns of the smallest matrix by which work is counted."""
-
 
 @dataclass(frozen=True)
 class Operand:

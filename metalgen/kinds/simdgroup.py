@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from metalgen.kinds.base import LABELS, Kind, Require, own_source, value_parts, value_width
-from metalgen.kinds.operands import FRAGMENT, Operands, operand
-from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES, SimdgroupPlan, simdgroup_plan
+from metalgen.kinds.base import (
+    FRAGMENT,
+    LABELS,
+    Kind,
+    Require,
+    own_source,
+    value_parts,
+    value_width,
+)
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Point, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands
+    from metalgen.kinds.simdgroup_plan import SimdgroupPlan
 
 REGISTERS = 250
 """Estimated 16-bit registers per thread up to which a kernel is likely not to spill (of 256)."""
@@ -125,10 +135,14 @@ class Simdgroup(Kind):
         return tuple(sorted({w for w in (32, 64, 128) if w <= widest} | {widest}))
 
     def plan(self, operands: Operands, schedule: Schedule) -> SimdgroupPlan:
+        from metalgen.kinds.simdgroup_plan import simdgroup_plan
+
         return simdgroup_plan(operands, schedule)
 
     def row_bytes(self, width: int, itemsize: int) -> int:
         """Bytes from one row to the next of a tile in threadgroup memory."""
+        from metalgen.kinds.simdgroup_plan import ROW_PAD_BYTES
+
         return self.padded(width) * itemsize + ROW_PAD_BYTES
 
     def staged(self, schedule: Schedule) -> tuple[str, ...]:
@@ -138,6 +152,8 @@ class Simdgroup(Kind):
 
     def staged_width(self, config: AttentionConfig, schedule: Schedule) -> int:
         """Columns of the widest slice that is staged at once; 0 when none is."""
+        from metalgen.kinds.operands import operand
+
         widths = (
             self.padded(operand(name, config, schedule.value_parts).width)
             for name in self.staged(schedule)
@@ -146,6 +162,8 @@ class Simdgroup(Kind):
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The tiles of owned operands that are staged, and the staging buffers."""
+        from metalgen.kinds.operands import operand
+
         total = 0
         for name in schedule.own:
             if getattr(schedule, f"{name}_source") == "threadgroup":

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from metalgen.kinds.operands import FRAGMENT, Operand, Operands, Product
+from metalgen.kinds.base import FRAGMENT
+from metalgen.kinds.operands import Operand, Operands, Product
 from metalgen.schedules import Schedule
 
 ROW_PAD_BYTES = 16

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalgen.kinds.base import Kind, Require, value_parts
-from metalgen.kinds.operands import Operands, operand
-from metalgen.kinds.wgmma_plan import (
-    DEPTH,
-    GROUP_ROWS,
-    GROUP_WARPS,
-    REGISTERS,
-    WgmmaPlan,
-    barrier_bytes,
-    tile_bytes,
-    wgmma_plan,
-)
+from metalgen.kinds.wgmma_numbers import DEPTH, GROUP_ROWS, GROUP_WARPS, REGISTERS
 from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
+
+if TYPE_CHECKING:
+    from metalgen.kinds.operands import Operands
+    from metalgen.kinds.wgmma_plan import WgmmaPlan
 
 WIDEST = 256
 """Columns of an accumulator: the most that one instruction multiplies."""
@@ -83,10 +77,15 @@ class Wgmma(Kind):
         )
 
     def plan(self, operands: Operands, schedule: Schedule) -> WgmmaPlan:
+        from metalgen.kinds.wgmma_plan import wgmma_plan
+
         return wgmma_plan(operands, schedule)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The Q tile, the ring, and the barriers."""
+        from metalgen.kinds.operands import operand
+        from metalgen.kinds.wgmma_plan import barrier_bytes, tile_bytes
+
         q, k, v = (operand(name, config, schedule.value_parts) for name in ("q", "k", "v"))
         own, ring = tile_bytes((q,), (k, v), schedule)
         return own + int(schedule.buffers) * ring + barrier_bytes(schedule.buffers)

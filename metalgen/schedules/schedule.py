@@ -143,7 +143,9 @@ def _unpickled(family: str, kind: str, values: dict[str, Any]) -> Schedule:
     return schedule_type(family, kind)(**values)
 
 
-_types: dict[tuple[str, str], type[Schedule]] = {}
+_types: dict[tuple[str, str], Callable[[], type[Schedule]]] = {}
+"""What makes the types, by family and by kind or language; each is made when it is first asked for:
+a process needs a few of them."""
 
 
 def define_schedule(
@@ -156,8 +158,8 @@ def define_schedule(
     required_kind: bool = False,
     operands: tuple[tuple[str, ...], tuple[str, ...], bool] = ((), (), False),
     copying_simdgroups: int = 0,
-) -> type[Schedule]:
-    """Make and register the type of a family's schedules with a kind.
+) -> None:
+    """Register the type of a family's schedules with a kind.
 
     Args:
         family, kind: names of both; an empty kind for a family without matrix products.
@@ -169,35 +171,36 @@ def define_schedule(
             the rows of a pass are fetched together.
         copying_simdgroups: simdgroups of a threadgroup that copy for the others.
     """
+    attributes = {
+        "family": family,
+        "kind": kind,
+        "language": language,
+        "knobs": {knob.name: knob for knob in knobs},
+        "words": staticmethod(words),
+        "required_kind": required_kind,
+        "own": operands[0],
+        "traversed": operands[1],
+        "together": operands[2],
+        "copying_simdgroups": copying_simdgroups,
+        "__module__": __name__,
+    }
+    name = f"{family.title()}{(kind or language).title()}Schedule"
+    _types[family, kind or language] = functools.cache(
+        functools.partial(_make_type, name, knobs, attributes)
+    )
+
+
+def _make_type(name: str, knobs: tuple[Knob, ...], attributes: dict[str, Any]) -> type[Schedule]:
     fields = [
         (k.name, type(k.choices[0]))
         if k.is_required
         else (k.name, type(k.choices[0]), dataclasses.field(default=k.default))
         for k in knobs
     ]
-    made = dataclasses.make_dataclass(
-        f"{family.title()}{(kind or language).title()}Schedule",
-        fields,
-        bases=(Schedule,),
-        namespace={
-            "family": family,
-            "kind": kind,
-            "language": language,
-            "knobs": {knob.name: knob for knob in knobs},
-            "words": staticmethod(words),
-            "required_kind": required_kind,
-            "own": operands[0],
-            "traversed": operands[1],
-            "together": operands[2],
-            "copying_simdgroups": copying_simdgroups,
-            "__module__": __name__,
-        },
-        frozen=True,
-        kw_only=True,
-        repr=False,
+    options = {"frozen": True, "kw_only": True, "repr": False}
+    return dataclasses.make_dataclass(
+        name, fields, bases=(Schedule,), namespace=attributes, **options
     )
-    _types[family, kind or language] = made
-    return made
 
 
 def forget_schedules(family: str, kind: str = "") -> None:
@@ -214,7 +217,7 @@ def schedule_type(family: str, kind: str) -> type[Schedule]:
         ArgumentError: a pair that has no kernels.
     """
     try:
-        return _types[family, kind]
+        return _types[family, kind]()
     except KeyError:
         known = ", ".join(f"{family} with {kind}" for family, kind in _types)
         got = f"{family} with {kind}"
@@ -223,13 +226,13 @@ def schedule_type(family: str, kind: str) -> type[Schedule]:
 
 def schedule_types() -> tuple[type[Schedule], ...]:
     """The types of all schedules: of each family with each kind, or in each language."""
-    return tuple(_types.values())
+    return tuple(made() for made in _types.values())
 
 
 def all_knobs() -> dict[str, Knob]:
     """Every knob of schedules with a kind, by name; choices are those of all of them together."""
     found: dict[str, Knob] = {}
-    for made in (made for made in _types.values() if made.kind):
+    for made in (made for made in schedule_types() if made.kind):
         for name, knob in made.knobs.items():
             known = found.setdefault(name, knob)
             if known.choices != knob.choices:
@@ -240,4 +243,4 @@ def all_knobs() -> dict[str, Knob]:
 
 def kinds_of(family: str) -> list[str]:
     """Names of the kinds that a family has schedules with."""
-    return [made.kind for (known, _), made in _types.items() if known == family and made.kind]
+    return [made.kind for made in schedule_types() if made.family == family and made.kind]
