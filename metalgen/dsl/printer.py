@@ -186,13 +186,28 @@ class _Printer:
                 n if t == "float32" else f"static_cast<float>({n})"
                 for n, t in zip(names, types, strict=True)
             ]
-            value = self._of_floats(node.op, wide)
+            factor = self._reciprocal(node.args[1]) if node.op == "divide" else None
+            value = f"{wide[0]} * {factor}" if factor else self._of_floats(node.op, wide)
             return (
                 value
                 if node.dtype in ("bool", "float32")
                 else self._cast(value, "float32", node.dtype)
             )
         return self._of_integers(node, of, names)
+
+    def _reciprocal(self, divisor: int) -> str | None:
+        """What multiplies instead of a constant divisor: a division takes as long as ten products.
+
+        The quotient is off by one more rounding. None where the divisor is no constant, or its
+        reciprocal is no normal float.
+        """
+        node = self.graph.nodes[divisor]
+        if node.op != "const" or node.dtype not in FLOATS:
+            return None
+        value = abs(float(node.value))  # type: ignore[arg-type]
+        if not 2.0**-126 <= value <= 2.0**126:
+            return None
+        return self._float(1 / float(node.value))  # type: ignore[arg-type]
 
     def _of_floats(self, op: str, names: list[str]) -> str:
         if op in _INFIX:

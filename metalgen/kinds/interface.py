@@ -98,6 +98,12 @@ TILE = (
         "`elements` gives",
     ),
     Macro(
+        "scale_row",
+        ("name", "r", "factor"),
+        "multiplies row r of an output, at once or when the products that add to it have ended",
+    ),
+    Macro("seldom", (), "the first statement of a branch over elements that is seldom taken"),
+    Macro(
         "first_column",
         ("name",),
         "the place among the traversed rows of the first column of an accumulator that a lane has",
@@ -137,6 +143,8 @@ REGISTERS = (
     "rows",
     "elements",
     "element_of",
+    "scale_row",
+    "seldom",
     "first_column",
     "steps",
     "pairs",

@@ -67,11 +67,19 @@ class Wgmma(Kind):
             ),
             Knob(
                 "buffers",
-                (2, 3, 4, 5, 6),
+                (2, 3, 4, 5, 6, 8),
                 "Staging buffers.",
                 2,
                 cost="more: tiles are fetched further ahead, for shared memory",
-                tried=(2, 3, 4, 6),
+                tried=(2, 3, 4, 5, 6, 8),
+            ),
+            Knob(
+                "overlap",
+                ("none", "softmax"),
+                "What is computed while the products of P and V are on their way.",
+                "none",
+                cost="softmax: that of the next pass, whose scores take registers in addition to P",
+                tried=("none",),  # softmax: 0.83 to 0.97 of the speed on an H200 (2026-12-01)
             ),
             value_parts(self),
         )
@@ -96,6 +104,7 @@ class Wgmma(Kind):
     def words(self, schedule: Schedule) -> list[str]:
         s = schedule
         words = [f"{s.bq}x{s.bk}", f"sg{s.simdgroups}", f"buf{s.buffers}"]
+        words += ["overlap"] if s.overlap == "softmax" else []
         for word, name in (("split", "splits"), ("parts", "value_parts")):
             value = getattr(s, name, 1)
             words += [f"{word}{value}"] if value > 1 else []
@@ -108,7 +117,8 @@ class Wgmma(Kind):
         require("width", widest <= WIDEST, f"{widest} columns of at most {WIDEST}")
         groups = s.simdgroups // GROUP_WARPS
         width = self.padded(config.v_dim // s.value_parts)
-        need, most = (width + s.bk) // 2 + OTHER_REGISTERS, REGISTERS[groups][1]
+        kept = s.bk // 4 if s.overlap == "softmax" else 0  # P, as long as the next scores
+        need, most = (width + s.bk) // 2 + kept + OTHER_REGISTERS, REGISTERS[groups][1]
         require("registers", need <= most, f"about {need} registers of at most {most}")
 
     def defaults(
@@ -128,7 +138,7 @@ class Wgmma(Kind):
                 "value_parts": 1,
             }
             for groups, bk in ((3, 128), (2, 128), (2, 80), (2, 64))
-            for buffers in (4, 3, 2)
+            for buffers in (3, 2)
         ]
 
     def backward_defaults(

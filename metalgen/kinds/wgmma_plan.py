@@ -54,6 +54,8 @@ class WgmmaPlan:
         buffers: tiles of the ring.
         own_lines, lines: rows of a block of owned operands, and of a pass.
         groups: warp groups that multiply.
+        overlap: whether what a family makes of a pass's scores is made while the products that
+            contract the rows of the pass before are on their way.
     """
 
     operands: Operands
@@ -70,6 +72,7 @@ class WgmmaPlan:
     own_lines: int
     lines: int
     groups: int
+    overlap: bool
 
     direct = False
     """Whether fragments are made of quantized rows; no operand is quantized here."""
@@ -140,7 +143,7 @@ def wgmma_plan(operands: Operands, schedule: Schedule) -> WgmmaPlan:
         column_copies={
             each.name: copies[each.name]
             for each in own + traversed
-            if copies[each.name].step and in_columns(each, schedule.bk)
+            if copies[each.name].step and in_columns(each, copies[each.name].step)
         },
         aligned={
             each.name: aligned(each, copies[each.name])
@@ -155,6 +158,7 @@ def wgmma_plan(operands: Operands, schedule: Schedule) -> WgmmaPlan:
         own_lines=schedule.bq,
         lines=schedule.bk,
         groups=groups,
+        overlap=getattr(schedule, "overlap", "none") == "softmax",
     )
 
 

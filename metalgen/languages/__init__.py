@@ -50,6 +50,8 @@ def _metal_function(name: str) -> str:
 
 
 def _cuda_function(name: str) -> str:
+    if name == "tanh":
+        return "mg_tanh"  # by the type of the arrays
     return name if name == "fabs" else f"{name}f"
 
 

@@ -66,6 +66,8 @@ def test_widths(gpu: EmulatedCuda, dim: int, v_dim: int) -> None:
         {"simdgroups": 8, "bq": 128, "bk": 80, "buffers": 3},
         {"simdgroups": 12, "bq": 192, "bk": 112, "buffers": 6},
         {"simdgroups": 4, "bq": 64, "bk": 176, "buffers": 2, "value_parts": 2},
+        {"simdgroups": 4, "bq": 64, "bk": 16, "buffers": 2, "overlap": "softmax"},
+        {"simdgroups": 8, "bq": 128, "bk": 80, "buffers": 3, "overlap": "softmax"},
     ],
     ids=str,
 )
@@ -85,6 +87,18 @@ def test_features(gpu: EmulatedCuda, name: str) -> None:
     assert not (wrong := fault(gpu, case_of(gpu, config))), wrong
 
 
+@pytest.mark.parametrize("name", ["window", "sinks", "pages", "packed", "dropout", "softcap"])
+def test_features_with_overlap(gpu: EmulatedCuda, name: str) -> None:
+    """Passes without a key that is seen come before, between and behind the others."""
+    fields = {"window": {"causal": True, "window_left": 40}, "softcap": {"softcap": 20.0}}
+    config = AttentionConfig(64, "bfloat16", return_lse=True, **(FEATURES | fields)[name])
+    for seed in range(2):
+        case = case_of(gpu, config, q_len=203, kv_len=300, seed=seed)
+        schedule = replace(case.schedule, bk=32, buffers=3, overlap="softmax")
+        case = replace(case, schedule=schedule)
+        assert not (wrong := fault(gpu, case)), wrong
+
+
 @pytest.mark.parametrize("offset", [4, 8])
 def test_rows_that_start_anywhere(gpu: EmulatedCuda, offset: int) -> None:
     """Where no 16 bytes can be copied at once, rows are stored element by element."""
@@ -93,6 +107,20 @@ def test_rows_that_start_anywhere(gpu: EmulatedCuda, offset: int) -> None:
     assert not (wrong := fault(other, case_of(other, config))), wrong
 
 
+OVERLAP_FAULTS: dict[str, tuple[str, str, str]] = {
+    "values that are multiplied before they are there": (
+        "mg_barrier_wait(full + before, (ring == 0 ? round ^ 1 : round));",
+        "",
+        "",
+    ),
+    "scores that are read too early": ("mg_products_wait<1>();", "", ""),
+    "an output that is scaled too early": (
+        "mg_products_wait<0>();\n      mg_products_end(mg_flat(o[0]));",
+        "",
+        "",
+    ),
+    "an old factor": ("o[r >> 1][f][(r & 1) * 2 + e] *= o_factor[r];", "", "relative error"),
+}
 FAULTS: dict[str, tuple[str, str, str]] = {
     "no wait for a tile": ("mg_barrier_wait(full + ring, round);", "", ""),
     "no wait for the queries": ("mg_barrier_wait(owned, 0);", "", ""),
@@ -129,12 +157,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [*FAULTS, *OVERLAP_FAULTS])
 def test_faults_are_found(gpu: EmulatedCuda, name: str) -> None:
     """The emulator's own test: each of these is wrong, and some would show on no GPU every time."""
-    text, instead, says = FAULTS[name]
+    text, instead, says = (FAULTS | OVERLAP_FAULTS)[name]
     config = AttentionConfig(128, "bfloat16")
     case = case_of(gpu, config, batch=1, q_len=70, kv_len=700)
+    if name in OVERLAP_FAULTS:
+        sizes = {"bq": 128, "simdgroups": 8, "overlap": "softmax"}
+        case = replace(case, schedule=replace(case.schedule, **sizes))
+        assert not fault(gpu, case)
     try:
         found = fault(Changed(lambda source: source.replace(text, instead)), case)
     except RuntimeError as error:

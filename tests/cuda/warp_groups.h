@@ -108,7 +108,20 @@ inline void mg_barrier_wait(unsigned long long *at, unsigned parity) {
   waited_for[running] = barrier.ended;
 }
 
-inline void mg_copies_wait() { em_land_arrivals(running, nullptr); }
+// Late, too: when all others wait, or have ended.
+inline void mg_copies_wait() {
+  const auto others = [] {
+    for (int n = 0; n < threads; n++) {
+      if (n != running && !fibres[n].done) return true;
+    }
+    return false;
+  };
+  while (idle <= 2 * threads && others()) {
+    idle++;
+    em_yield();
+  }
+  em_land_arrivals(running, nullptr);
+}
 inline void mg_proxy_fence() { fenced_at[running] = ++em_clock; }
 inline void mg_stored() { mg_proxy_fence(); }
 template <int N> void mg_registers_down() {}
@@ -162,6 +175,7 @@ static void em_end_block() {
 template <int N> void mg_products_begin(float (&)[N]) { begun[running] = 1; }
 template <int N> void mg_products_begin(unsigned (&)[N]) { begun[running] = 1; }
 template <int N> void mg_products_end(float (&)[N]) {}
+template <int N> void mg_products_end(unsigned (&)[N]) {}
 
 // Accumulators that are on their way hold NaN, and are kept elsewhere.
 static void em_ask(Product product) {
