@@ -232,11 +232,9 @@ def test_a_call_runs_the_kernel_on_record(store: Store, the_simulator: str) -> N
     schedule = wooden()
     sizes = {"batch": 1, "heads": 2, "q_len": 16, "kv_len": 32}
     put(store, row(schedule, 1e-4, problem=problem(), template_hash=template_hash(schedule)))
-    store.record_check(
-        *(config(), schedule, template_hash(schedule), "simulator", "ok"),
-        error=1e-7,
-        family="brief",
-    )
+    for checked in (config(), dataclasses.replace(config(), return_lse=True)):  # as calls run it
+        kernel_of_row = (checked, schedule, template_hash(schedule))
+        store.record_check(*kernel_of_row, "simulator", "ok", error=1e-7, family="brief")
     kernel = metalgen.get_kernel(config(), **sizes, device=the_simulator, chip=CHIP.name)
     assert kernel.family == "brief" and kernel.schedule == schedule
     assert "wooden" in kernel.explain()

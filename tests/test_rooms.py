@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 import metalgen
+from metalgen.families import FAMILIES
+from metalgen.features import FEATURES
+from metalgen.kinds import KINDS
+from metalgen.languages import LANGUAGES
 
 PACKAGE = Path(metalgen.__path__[0])
 FILES = {
@@ -203,3 +207,50 @@ def test_the_rooms_of_tuning_import_downwards(uses: dict[str, set[str]]) -> None
         if {room, rooms[used]} <= {*TUNING} and TUNING.index(rooms[used]) < TUNING.index(room)
     }
     assert not back
+
+
+OWN = ("languages", "features", "kinds", "families", "reference")
+"""The rooms in which families, kinds, languages and features are compared with by name; the float64
+reference states on purpose once more what features mean."""
+COMPARING = {
+    "metalgen.bench.foreign": "PyTorch's name of a device",
+    "metalgen.simulator.compiler.vectors": "the namespace of Metal",
+}
+"""Modules elsewhere that compare with such a name, each with the reason."""
+
+
+def compared(tree: ast.AST) -> Iterator[str]:
+    """The strings that a module compares with, or whose beginnings or cases it asks for."""
+    for node in ast.walk(tree):
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            sides = node.args if node.func.attr in ("startswith", "endswith") else []
+        for side in sides:
+            items = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+            for item in items:
+                if isinstance(item, ast.Constant) and isinstance(item.value, str):
+                    yield item.value
+
+
+def test_comparisons_are_found() -> None:
+    text = "a == 'x'\n'y' in b\nb in ('z', 'w')\nc.startswith('v')\nd = ['u']\nf('t')\ng['s'] == 1"
+    assert {*compared(ast.parse(text))} == {"x", "y", "z", "w", "v"}
+
+
+def test_nothing_compares_with_the_names_of_families_kinds_languages_and_features(
+    trees: dict[str, ast.Module],
+) -> None:
+    """Ask for what it declares instead, such as `Family.head_rows` or `Language.byte_rows`."""
+    names = {*FAMILIES, *KINDS, *LANGUAGES, *FEATURES}
+    found = {
+        f"{name}: {text}"
+        for name, tree in trees.items()
+        if room_of(name) not in OWN and name not in COMPARING
+        for text in compared(tree)
+        if text in names
+    }
+    assert not found

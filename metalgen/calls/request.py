@@ -18,8 +18,10 @@ from metalgen.calls.kernel import Kernel
 from metalgen.calls.mlx_call import MlxCall, mlx_call
 from metalgen.calls.options import KNOWN_OPTIONS, Keys, Options, unexpected
 from metalgen.calls.resolve import get_kernel
+from metalgen.devices import all_devices
 from metalgen.errors import ArgumentError, MissingArgument
-from metalgen.families.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.families import ORDINARY, get_attention
+from metalgen.families.sizes import MAX_BATCH_HEADS, MAX_LENGTH
 from metalgen.features import FIELDS, INPUTS
 from metalgen.features.conversions import brief, integers
 from metalgen.problem.config import BASE, AttentionConfig
@@ -171,7 +173,7 @@ def _on_stream(options: Options) -> AbstractContextManager[Any]:
         expected = "an mlx.core.Stream or mlx.core.Device, such as mx.cpu, or None"
         raise ArgumentError("stream", expected, brief(stream))
     kind = stream.device if isinstance(stream, mx.Stream) else stream
-    if device in ("metal", "cuda") and kind == mx.cpu:
+    if kind == mx.cpu and any(each.is_gpu for each in all_devices() if each.name == device):
         raise ArgumentError("stream", f"a stream of the GPU with device={device!r}", stream)
     return mx.stream(stream)
 
@@ -333,8 +335,8 @@ def _offsets(
     """
     cu_q, cu_k, kv_lens = (found.get(name) for name in ("cu_q", "cu_k", "kv_lens"))
     count = _count(q, found)
-    if offset is None and "q_offset" in found:
-        return cast(mx.array, found["q_offset"])
+    if offset is None and (own := found.get("q_offset")) is not None:
+        return cast(mx.array, own)
     if isinstance(offset, mx.array):
         given = integers("rope.offset", offset, 0, 1)
         assert given is not None
@@ -363,7 +365,7 @@ def _sizes(
         q_len = _longest("max_seqlen_q", options.get("max_seqlen_q")) or -(-q_len // batch)
         if config.deterministic and options.get("max_seqlen_q") is None:
             # One family, whatever else is packed beside a sequence.
-            q_len = max(q_len, DECODE_QUERIES + 1)
+            q_len = max(q_len, get_attention(ORDINARY).deterministic_q_len)
         if inputs.cu_k is not None:
             kv_len = -(-kv_len // batch)
         kv_len = _longest("max_seqlen_k", options.get("max_seqlen_k")) or kv_len

@@ -115,17 +115,19 @@ def pinned_kernel(
     if where.language is None or switches.forced_reference():
         path.append("plain MLX operations: no kernel runs on this device")
         return Kernel(
-            config, "reference", "plain", "forward", schedule, tuple(path), _plain(config)
+            config, "reference", "plain", schedule.family, schedule, tuple(path), _plain(config)
         )
     problem = Problem(config, TYPICAL_HEADS, TYPICAL_LENGTH, TYPICAL_LENGTH)
     gradients = kernel_gradients(Where(where, where.limits), problem, schedule, path)
     own = with_lse(config, gradients)
     if passes(where, own, schedule, path):
         run = where.build(own, schedule)
-        head = (config, where.name, "metalgen", "forward", schedule)
+        head = (config, where.name, "metalgen", schedule.family, schedule)
         return Kernel(*head, tuple(path), run, gradients)
     path.append("FALLBACK to plain MLX operations: the pinned kernel failed its check")
-    return Kernel(config, where.name, "plain", "forward", schedule, tuple(path), _plain(config))
+    return Kernel(
+        config, where.name, "plain", schedule.family, schedule, tuple(path), _plain(config)
+    )
 
 
 _known: dict[Any, Kernel] = {}

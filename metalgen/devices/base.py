@@ -27,12 +27,14 @@ class Device(abc.ABC):
         language: name of the language of the sources that it runs, or None where it runs none.
         has_clock: whether its times are worth storing as measured.
         is_gpu: whether it is this machine's GPU, so that MLX's own kernels compete on it.
+        compile_jobs: processes that compile for it in a tuning run; more would wait for the device.
     """
 
     name: str
     language: str | None = None
     has_clock: bool = False
     is_gpu: bool = False
+    compile_jobs: int = 4
 
     @property
     def limits(self) -> Limits:

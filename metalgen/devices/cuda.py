@@ -33,6 +33,7 @@ class CudaDevice(KernelDevice):
     language = "cuda"
     has_clock = True
     is_gpu = True
+    compile_jobs = 8
     most_groups = 65535  # CUDA C++ Programming Guide: y- and z-dimension of a grid
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from metalgen.devices.base import Runner
+from metalgen.languages import CUDA, METAL
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 
@@ -57,6 +58,13 @@ def differentiates(config: AttentionConfig) -> bool:
     return computes(same) and not (config.sinks and config.dtype != "float32")
 
 
+FUSED_GRADIENTS = {
+    METAL.name: frozenset({"float16", "bfloat16", "float32"}),
+    CUDA.name: frozenset({"float16", "bfloat16"}),
+}
+"""Types of which MLX has fused gradients, by language."""
+
+
 def differentiates_in_linear_memory(config: AttentionConfig, language: str) -> bool:
     """Whether the gradient of MLX's function keeps no scores of a config.
 
@@ -67,7 +75,7 @@ def differentiates_in_linear_memory(config: AttentionConfig, language: str) -> b
     if masked or config.sinks or not differentiates(config):
         return False
     fused = (config.head_dim, config.v_dim) in MLX_FUSED_DIMS
-    return fused and (language != "cuda" or config.dtype != "float32")
+    return fused and config.dtype in FUSED_GRADIENTS[language]
 
 
 def mlx_runner(config: AttentionConfig) -> Runner:

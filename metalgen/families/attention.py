@@ -170,9 +170,11 @@ class AttentionFamily(TunedFamily):
 
     Attributes:
         head_rows: whether the rows of all heads that share a KV head make a block.
+        usual_q_len: number of queries of calls that are to be expected.
     """
 
     head_rows: bool = False
+    usual_q_len: int
     main: AttentionStep
     own = ("q",)
     traversed = ("k", "v")

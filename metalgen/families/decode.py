@@ -31,6 +31,7 @@ class Decode(AttentionFamily):
 
     name = "decode"
     head_rows = True
+    usual_q_len = 1
     deterministic_q_len = 1
     main = Attend("decode", "forward", head_rows=True)
 

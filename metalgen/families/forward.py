@@ -13,6 +13,7 @@ class Forward(AttentionFamily):
     """Attention of any number of queries."""
 
     name = "forward"
+    usual_q_len = 1024
     deterministic_q_len = 4096
     main = Attend("forward", "forward")
 

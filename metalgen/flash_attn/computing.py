@@ -59,7 +59,7 @@ class Call:
             v = mx.broadcast_to(unit, (self.k.shape[0], heads, *unit.shape))
             kept = replace(self, v=v).run()[0]
             if rate:
-                options = {name: x for name, x in self.options.items() if "dropout" not in name}
+                options = self.options | {"dropout": 0.0, "dropout_key": None}
                 whole = replace(self, v=v, options=options).run()[0]
                 kept = mx.where(kept > 0, whole, -whole)
             found.append(kept)

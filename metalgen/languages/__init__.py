@@ -24,6 +24,7 @@ class Language:
         function: how a function of floats is called by its C name.
         threadgroup_bytes, threads: the most that any chip allows a threadgroup.
         most_buffers: arrays, shapes and strides that a kernel may bind; None: any number.
+        tf32: whether products of float32 may keep 11 bits of each factor.
         instructions: those that only some of its chips have (`metalgen.schedules.Limits`).
     """
 
@@ -37,6 +38,7 @@ class Language:
     threadgroup_bytes: int = 32768
     threads: int = 1024
     most_buffers: int | None = None
+    tf32: bool = False
     instructions: tuple[str, ...] = ()
 
 
@@ -100,6 +102,7 @@ CUDA = Language(
     scalar="*{}",
     function=_cuda_function,
     threadgroup_bytes=232448,  # of compute capability 9.0
+    tf32=True,
     instructions=("wgmma",),
 )
 LANGUAGES: dict[str, Language] = {language.name: language for language in (METAL, CUDA)}

@@ -15,7 +15,8 @@ from metalgen.calls.kernel import Kernel
 from metalgen.calls.resolve import Request, get_kernel, recorded_requests
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
-from metalgen.families.sizes import DECODE_QUERIES, Problem
+from metalgen.families import attention_families, get_attention
+from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.samples import sample_call
 
@@ -109,9 +110,9 @@ def _requests(
         raise ArgumentError("what", expected, type(what).__name__)
     if example:
         raise ArgumentError("example", "nothing with configs", example)
-    lengths = (DECODE_QUERIES + 1, 1)
-    problems = [Problem(c, 32, 1024 if n > 1 else 1, 1024) for c in configs for n in lengths]
-    return [(problem, 1, device, chip) for problem in problems]
+    lengths = [family.usual_q_len for family in attention_families().values()]
+    problems = [Problem(c, 32, q_len, 1024) for c in configs for q_len in lengths]
+    return [(problem, 1, device, chip) for problem in dict.fromkeys(problems)]
 
 
 def _ready(request: Request) -> Kernel:
@@ -129,7 +130,7 @@ def _ready(request: Request) -> Kernel:
     )
     if get_device(device).is_gpu and kernel.backend == "metalgen":
         # The check, if there was none, compiled it; one on record did not.
-        q_len = 1 if kernel.family == "decode" else DECODE_QUERIES + 1
+        q_len = get_attention(kernel.family).usual_q_len
         q, k, v, inputs = sample_call(config, batch=1, q_len=q_len, kv_len=96, seed=0)
         mx.eval(kernel._run(q, k, v, 1.0, inputs)[0])
     return kernel

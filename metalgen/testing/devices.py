@@ -21,6 +21,7 @@ from metalgen.devices.kernel import KernelDevice
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, default_schedule
 from metalgen.kinds import MMA, SIMDGROUP
+from metalgen.languages import CUDA, METAL, get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.reference import attention_float64, config_features
@@ -72,9 +73,15 @@ def cuda_schedules(config: AttentionConfig) -> dict[str, Schedule]:
     }
 
 
-PATHS = tuple(
-    dict.fromkeys([*schedules_of(AttentionConfig(64)), *cuda_schedules(AttentionConfig(64))])
-)
+SCHEDULES = {METAL.name: schedules_of, CUDA.name: cuda_schedules}
+
+
+def paths_of(language: str, config: AttentionConfig) -> dict[str, Schedule]:
+    """Schedules that together take every path of the forward template in a language."""
+    return SCHEDULES[language](config)
+
+
+PATHS = tuple(dict.fromkeys(name for of in SCHEDULES.values() for name in of(AttentionConfig(64))))
 DIMS = ((8, 8), (20, 20), (64, 64), (72, 72), (96, 96), (128, 128), (64, 24), (9, 40), (256, 256))
 LENGTHS = ((1, 1), (1, 77), (33, 33), (70, 131), (9, 3), (40, 8))
 
@@ -99,7 +106,7 @@ class DeviceConformance(OnDevice):
 
     def schedules(self, config: AttentionConfig) -> dict[str, Schedule]:
         """Schedules that together take every path of the forward template here."""
-        return schedules_of(config) if self.device.language != "cuda" else cuda_schedules(config)
+        return paths_of(self.device.limits.language, config)
 
     def check(
         self, config: AttentionConfig, q: mx.array, k: mx.array, v: mx.array, **options: Any
@@ -269,7 +276,7 @@ class DeviceConformance(OnDevice):
         config = AttentionConfig(64, "float32", causal=True, tf32=True)
         result = verify(self.device, config, default_schedule(config, self.device.limits))
         assert result.ok, result.detail
-        exact = self.device.language != "cuda"
+        exact = not get_language(self.device.limits.language).tf32
         assert (result.error <= TOLERANCE["float32"]) == exact
 
     def test_nan_stays_in_the_rows_that_see_it(self) -> None:

@@ -24,7 +24,7 @@ from metalgen.problem.block_mask import create_block_mask
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.testing.base import OnDevice
-from metalgen.testing.devices import PATHS, cuda_schedules, normal, schedules_of
+from metalgen.testing.devices import PATHS, normal, paths_of
 
 LENGTH = 90
 HEADS = 4
@@ -133,8 +133,7 @@ class FunctionConformance(OnDevice):
         if splits:
             schedule = replace(schedule, splits=splits)
         if path is not None:
-            of = schedules_of if self.device.language != "cuda" else cuda_schedules
-            found: Schedule | None = of(config).get(path)
+            found: Schedule | None = paths_of(limits.language, config).get(path)
             if found is None:
                 pytest.skip(f"{self.name} has no path {path!r} for {dtype}")
             schedule = found

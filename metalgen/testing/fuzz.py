@@ -24,7 +24,14 @@ from metalgen.devices import Device
 from metalgen.devices.marking import marked_outputs
 from metalgen.dsl.trace import trace
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families import DECODE_QUERIES, Limits, Schedule, default_schedule, space
+from metalgen.families import (
+    DECODE_QUERIES,
+    Limits,
+    Schedule,
+    default_schedule,
+    get_attention,
+    space,
+)
 from metalgen.features.max_work import MIN_WORK
 from metalgen.features.quantized import KV_BITS, KV_GROUPS
 from metalgen.kinds import kinds_in
@@ -115,7 +122,8 @@ def made_up(number: int, limits: Limits, *, small: bool = False) -> Case:
     config = _with_more(Random(-1 - number), _config(random, limits.language, small))
     family = "forward" if config.block_mask else random.choice(("forward", "decode"))
     schedule = _schedule(random, config, limits, family, small)
-    q_len = random.randint(1, random.choice((12, 80)) if family == "forward" else 12)
+    most = 12 if get_attention(family).head_rows else random.choice((12, 80))
+    q_len = random.randint(1, most)
     if random.random() < 0.1:
         q_len = random.randint(0, DECODE_QUERIES)
     kv_len = random.randint(0, random.choice((2 * schedule.bk + 1, 150)))
@@ -277,7 +285,7 @@ def hostile(case: Case, seed: int) -> Inputs:
         array = getattr(inputs, name)
         if array is not None:
             numbers = choices.choice(np.array(HOSTILE_NUMBERS, np.int32), array.shape)
-            if name in ("rope_offset", "q_offset"):  # they are added to, and read nothing
+            if name.endswith("_offset"):  # they are added to, and read nothing
                 numbers = numbers // 2
             kept = choices.random(array.shape) < choices.choice([0.0, 0.5])
             changed[name] = mx.array(np.where(kept, np.array(array), numbers))
@@ -287,6 +295,6 @@ def hostile(case: Case, seed: int) -> Inputs:
 def default_case(config: AttentionConfig, limits: Limits, family: str, **sizes: int) -> Case:
     """A case of the default schedule, of sizes that no tile divides."""
     schedule = default_schedule(config, limits, family)
-    q_len = 3 if family == "decode" else schedule.bq + 5
+    q_len = 3 if get_attention(family).head_rows else schedule.bq + 5
     chosen = {"batch": 4, "kv_heads": 2, "q_len": q_len, "kv_len": 2 * schedule.bk + 3, "seed": 0}
     return Case(config, schedule, family, **(chosen | sizes))

@@ -211,6 +211,7 @@ class KeepsRecords(OnStore):
 
     def test_every_field_of_a_check_comes_back(self, folder: Path) -> None:
         detail = 'row 3: "\u6f22\u5b57"'
+        checked = ("metal", "decode", "wrong")
         with self.open(folder) as store:
             store.record_check(
                 *(CONFIG, SPLIT, HASH, "metal", "wrong"),
@@ -225,7 +226,7 @@ class KeepsRecords(OnStore):
             found = store.find_check(CONFIG, SPLIT, HASH, "metal", family="decode")
             assert found is not None and not found.ok
             assert (found.config, found.schedule, found.template_hash) == (CONFIG, SPLIT, HASH)
-            assert (found.device, found.family, found.status) == ("metal", "decode", "wrong")
+            assert (found.device, found.family, found.status) == checked
             assert (found.error, found.tolerance) == (0.1 + 0.2, 1e-3)
             assert (found.shape, found.detail) == ("Lq=3 Lk=9", detail)
             for config, schedule, templates, device, family in (

@@ -68,8 +68,7 @@ def check_jobs(jobs: int, time_limit: float) -> tuple[int, float]:
 
 def usual_jobs(device: Device) -> int:
     """How many helpers a device is given unless told otherwise; two processors stay free."""
-    most = AHEAD if device.name == "cuda" else AHEAD // 2
-    return max(1, min(most, (os.cpu_count() or 1) - 2))
+    return max(1, min(device.compile_jobs, (os.cpu_count() or 1) - 2))
 
 
 class Helpers(Executor):
