@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -141,7 +141,7 @@ class CommitsRowByRow(Store):
 @found_by("test_a_new_chip_model_replaces_its_own_predictions_and_nothing_else")
 class ReplacesAllPredictions(Store):
     def add_measurements(
-        self, rows: Iterable[Measurement], *, replace_predictions: bool = False
+        self, rows: Iterable[Measurement], *, replace_predictions: Collection[str] = ()
     ) -> int:
         if replace_predictions:
             self.prune(provenance="modelled")
@@ -324,7 +324,7 @@ class Asked(StoreConformance):
                 lookup.lookup(
                     problem,
                     CHIP,
-                    each,
+                    {each},
                     database=store.path,
                     shipped=store.path.parent / "none",
                     **options,

@@ -77,7 +77,7 @@ def test_a_look_up_takes_it_for_a_miss_and_says_why(case: str, tmp_path: Path) -
     hit = lookup(
         PROBLEM,
         CHIP,
-        HASH,
+        {HASH},
         database=path,
         shipped=tmp_path / "none",
         neighbours=NEIGHBOURS,
@@ -96,7 +96,9 @@ def test_damaged_pages_are_an_error_to_a_reader_and_a_miss_to_a_look_up(tmp_path
     ):
         store.measurements()
     trace: list[str] = []
-    found = lookup(PROBLEM, CHIP, HASH, database=path, shipped=tmp_path, neighbours=(), trace=trace)
+    found = lookup(
+        PROBLEM, CHIP, {HASH}, database=path, shipped=tmp_path, neighbours=(), trace=trace
+    )
     assert found is None
     assert trace[0].startswith(f"user database not used: tuning database {path}: damaged (")
 
@@ -104,7 +106,9 @@ def test_damaged_pages_are_an_error_to_a_reader_and_a_miss_to_a_look_up(tmp_path
 def test_no_database_yet_is_a_miss_that_makes_no_file(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "t.db"
     trace: list[str] = []
-    found = lookup(PROBLEM, CHIP, HASH, database=path, shipped=tmp_path, neighbours=(), trace=trace)
+    found = lookup(
+        PROBLEM, CHIP, {HASH}, database=path, shipped=tmp_path, neighbours=(), trace=trace
+    )
     assert found is None
     assert trace[0] == "user database: none yet"
     assert not path.parent.exists()
@@ -131,7 +135,7 @@ def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
         store.add_measurement(row(run=run, verified=True))
         store.db.execute("BEGIN IMMEDIATE")
         hit = lookup(
-            PROBLEM, CHIP, HASH, database=path, shipped=tmp_path, neighbours=(), limits=None
+            PROBLEM, CHIP, {HASH}, database=path, shipped=tmp_path, neighbours=(), limits=None
         )
         assert hit is not None and hit.seconds == 1e-3
         store.db.execute("ROLLBACK")
@@ -148,7 +152,7 @@ def test_a_file_that_may_not_be_written_is_read_only(
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(errors.ReadOnlyDatabase, match="read-only"):
         Store.open(path)
-    hit = lookup(PROBLEM, CHIP, HASH, database=path, shipped=tmp_path, neighbours=())
+    hit = lookup(PROBLEM, CHIP, {HASH}, database=path, shipped=tmp_path, neighbours=())
     assert hit is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.db"]
 
@@ -178,7 +182,7 @@ def test_an_older_schema_is_migrated_by_a_writer_and_a_miss_before_that(tmp_path
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute("CREATE TABLE notes (text TEXT)")
     trace: list[str] = []
-    assert not lookup(PROBLEM, CHIP, HASH, database=path, neighbours=(), trace=trace)
+    assert not lookup(PROBLEM, CHIP, {HASH}, database=path, neighbours=(), trace=trace)
     assert "has schema 0, not 3" in trace[0]
     with pytest.raises(errors.OlderDatabase):
         Store.open(path, read_only=True)

@@ -218,7 +218,7 @@ def test_a_pruned_row_never_wins_however_quick_it_was_and_whatever_its_check_say
     assert {m.schedule: m.verified for m in rows} == {FIRST: True, SECOND: False}
     won = winner(rows)
     assert won is not None and won.schedule == FIRST
-    hit = lookup(PROBLEM, get_chip("M3Max"), HASH, shipped=path.parent / "none")
+    hit = lookup(PROBLEM, get_chip("M3Max"), {HASH}, shipped=path.parent / "none")
     assert hit is not None and hit.schedule == FIRST
     assert winner([dataclasses.replace(pruned, verified=True)]) is None
 
@@ -255,7 +255,7 @@ def keep(path: Path, *rows: Measurement) -> None:
 def asked(path: Path, problem: Problem) -> Any:
     """What a look-up answers on M3Max."""
     shipped = path.parent / "shipped"
-    return lookup(problem, CHIP, HASH, database=path, shipped=shipped, neighbours=NEIGHBOURS)
+    return lookup(problem, CHIP, {HASH}, database=path, shipped=shipped, neighbours=NEIGHBOURS)
 
 
 @pytest.mark.parametrize("where", ["user", "shipped"])
