@@ -254,3 +254,14 @@ def test_nothing_compares_with_the_names_of_families_kinds_languages_and_feature
         if text in names
     }
     assert not found
+
+
+def test_both_tables_of_words_agree() -> None:
+    """The one of the index has some rows of the map's."""
+    docs = PACKAGE.parent / "docs"
+
+    def rows(page: str) -> list[str]:
+        table = (docs / page).read_text().partition("| word | meaning |\n")[2]
+        return table.partition("\n\n")[0].splitlines()
+
+    assert len(rows("index.md")) > 10 and {*rows("index.md")} <= {*rows("architecture.md")}
