@@ -109,8 +109,8 @@ def explain(
     return "\n".join(lines)
 
 
-class Prepared(NamedTuple):
-    """A call, ready to run.
+class Request(NamedTuple):
+    """A call whose arguments are understood: the kernel that computes it, and what that takes.
 
     Args:
         kernel: what computes it.
@@ -131,7 +131,7 @@ def prepare(
     return_lse: bool,
     options: Options,
     functions: Functions = NO_FUNCTIONS,
-) -> Prepared:
+) -> Request:
     """From arrays and options to a kernel and its inputs; raises what `call` raises."""
     if not options.keys() <= KNOWN_OPTIONS:
         raise unexpected(operation, options)
@@ -143,7 +143,7 @@ def prepare(
     if functions is NO_FUNCTIONS and not return_lse:
         by_mlx = mlx_call(q, key, value, options, names)
         if by_mlx is not None:
-            return Prepared(by_mlx[0], arrays, by_mlx[1])
+            return Request(by_mlx[0], arrays, by_mlx[1])
     try:
         config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
     except ArgumentError as error:
@@ -159,7 +159,7 @@ def prepare(
     kernel = get_kernel(config, **sizes)
     if options.get("check", False):
         _check_contents(config, q, key[0], value[0], inputs, options.get("rope"))
-    return Prepared(kernel, arrays, inputs)
+    return Request(kernel, arrays, inputs)
 
 
 def _on_stream(options: Options) -> AbstractContextManager[Any]:

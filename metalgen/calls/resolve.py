@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metalgen import switches
 from metalgen.arguments import check_positive
@@ -84,7 +84,7 @@ def get_kernel(
         plain = {argument: int(size) for argument, size in sizes.items()}
         return get_kernel(config, **plain, device=device, chip=chip)
     if _recording is not None:
-        _recording.append((problem, batch, name, chip))
+        _recording.append(KernelRequest(problem, batch, name, chip))
         kernel = Kernel(
             *(config, "reference", "plain", problem.family, default_schedule(config)),
             ("plain MLX operations: metalgen.prepare looks at what is called",),
@@ -137,17 +137,24 @@ MOST_KNOWN = 4096
 """Kernels that are kept: functions with numbers that change make a new one each time."""
 
 
-Request = tuple[Problem, int, str, str | None]
-"""What a call asks `get_kernel` for: problem, batch, device, chip."""
-_recording: list[Request] | None = None
+class KernelRequest(NamedTuple):
+    """What a call asks `get_kernel` for: of a problem, a number of batch entries on a device."""
+
+    problem: Problem
+    batch: int
+    device: str
+    chip: str | None
+
+
+_recording: list[KernelRequest] | None = None
 
 
 @contextlib.contextmanager
-def recorded_requests() -> Iterator[list[Request]]:
+def recorded_requests() -> Iterator[list[KernelRequest]]:
     """What is asked for meanwhile, each once; plain MLX operations stand in for every kernel."""
     global _recording
     forget_kernels()
-    found: list[Request] = []
+    found: list[KernelRequest] = []
     _recording = found
     try:
         yield found

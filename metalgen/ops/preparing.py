@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from metalgen.arguments import check_positive
 from metalgen.calls.kernel import Kernel
-from metalgen.calls.resolve import Request, get_kernel, recorded_requests
+from metalgen.calls.resolve import KernelRequest, get_kernel, recorded_requests
 from metalgen.devices import default_device, get_device
 from metalgen.errors import ArgumentError
 from metalgen.families import attention_families, get_attention
@@ -97,13 +97,15 @@ def prepare(
 
 def _requests(
     what: Any, example: tuple[Any, ...], device: str, chip: str | None, named: bool
-) -> list[Request]:
+) -> list[KernelRequest]:
     if isinstance(what, AttentionConfig):
         what = [what]
     if callable(what):
         with recorded_requests() as found:
             what(*example)
-        return [(p, batch, device if named else d, chip or c) for p, batch, d, c in found]
+        if named:
+            found = [request._replace(device=device) for request in found]
+        return [request._replace(chip=chip or request.chip) for request in found]
     configs = list(what) if isinstance(what, Iterable) else []
     if not configs or not all(isinstance(c, AttentionConfig) for c in configs):
         expected = "an AttentionConfig, an iterable of them, or a model and arguments for it"
@@ -112,10 +114,10 @@ def _requests(
         raise ArgumentError("example", "nothing with configs", example)
     lengths = [family.usual_q_len for family in attention_families().values()]
     problems = [Problem(c, 32, q_len, 1024) for c in configs for q_len in lengths]
-    return [(problem, 1, device, chip) for problem in dict.fromkeys(problems)]
+    return [KernelRequest(problem, 1, device, chip) for problem in dict.fromkeys(problems)]
 
 
-def _ready(request: Request) -> Kernel:
+def _ready(request: KernelRequest) -> Kernel:
     """The kernel of a request, which has run once."""
     problem, batch, device, chip = request
     config = problem.config
