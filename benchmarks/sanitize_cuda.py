@@ -57,8 +57,15 @@ CONFIGS = (
     AttentionConfig(64, "float32", tf32=True),
     AttentionConfig(64, "bfloat16", score_mod=SCORE, mask_mod=MASK),
     AttentionConfig(64, "float16", mask_mod=MASK, block_mask=True),
+    AttentionConfig(64, "bfloat16", kv_starts=True, kv_lens=True, causal=True),
+    AttentionConfig(64, "float16", q_offset=True, alibi=True, alibi_by_sequence=True),
+    AttentionConfig(64, "bfloat16", seqused_q=True, rope="half", rope_fixed=True),
 )
 
+BACKWARD = tuple(
+    config for config in dict.fromkeys(map(backward_config, CONFIGS)) if not unsupported(config)
+)
+"""What the backward families compute the gradients of."""
 APPENDS = (
     AttentionConfig(64, "bfloat16", rope="half"),
     AttentionConfig(72, "float16", value_head_dim=40, kv_lens=True, rope="pairs", rope_dims=32),
@@ -87,9 +94,7 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
                     f"{config} {family} {schedule}",
                     lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
                 )
-    for bare in dict.fromkeys(backward_config(config) for config in CONFIGS):
-        if unsupported(bare):
-            continue
+    for bare in BACKWARD:
         for family in ("backward_rows", "backward_keys"):
             default = default_schedule(bare, device.limits, family)
             values = {"buffers": 1, **({"apart": 1} if "apart" in default.knobs else {})}

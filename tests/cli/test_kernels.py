@@ -104,7 +104,7 @@ def test_rows_follow_from_the_warps_that_share_them(
         ),
         (
             "--chip H200 --key-simdgroups 2",
-            "forward schedules for mma matrices have no such knob",
+            "forward schedules for wgmma matrices have no such knob",
         ),
         ("--chip H200 --q-len 1 --key-simdgroups 3", "key_simdgroups: expected one of 1, 2, 4, 8"),
     ],

@@ -45,6 +45,7 @@ def test_a_wrong_kernel_is_said_to_be_wrong_and_is_the_exit_code(
     one = AttentionConfig(64)
     monkeypatch.setattr(sanitize_cuda, "CONFIGS", (one,))
     monkeypatch.setattr(sanitize_cuda, "APPENDS", ())
+    monkeypatch.setattr(sanitize_cuda, "BACKWARD", ())
     for device, code in ((ReferenceDevice(), 0), (Wrong(), 1)):
         monkeypatch.setattr(sanitize_cuda, "get_device", lambda name, own=device: own)
         assert main(["--device", "reference"]) == code
@@ -61,6 +62,7 @@ def test_parts_together_are_all_kernels(
 
     monkeypatch.setattr(sanitize_cuda, "CONFIGS", (AttentionConfig(64),))
     monkeypatch.setattr(sanitize_cuda, "APPENDS", ())
+    monkeypatch.setattr(sanitize_cuda, "BACKWARD", ())
     found = []
     for part in ("1/3", "2/3", "3/3"):
         assert main(["--device", "reference", "--part", part]) == 0
@@ -90,6 +92,7 @@ def test_all_of_it_is_rendered_for_an_h200_and_is_compared_with_the_reference() 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("benchmarks.sanitize_cuda.APPENDS", ())
+        patch.setattr("benchmarks.sanitize_cuda.BACKWARD", ())
         faults = [fault_of() for _, fault_of in kernels(Rendering())]
     assert len(set(found)) == len(found) == len(faults) > 80
     assert not any(faults)

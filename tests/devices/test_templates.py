@@ -25,7 +25,7 @@ def code(path: Path) -> str:
 
 def test_there_are_the_families_and_features_that_are_looked_at() -> None:
     names = {path.stem for path in SHARED}
-    assert {"forward", "combine", "append", "window", "paged", "dropout", "varlen"} <= names
+    assert {"forward", "combine", "append", "alibi", "paged", "dropout", "varlen"} <= names
 
 
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)

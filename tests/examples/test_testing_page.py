@@ -38,7 +38,7 @@ def run_suites(folder: Path, text: str) -> tuple[int, str]:
 def test_a_device_that_is_right_passes_and_one_that_is_not_fails(tmp_path: Path) -> None:
     code, printed = run_suites(tmp_path, BLOCKS[0])
     assert code == 0, printed
-    assert re.search(r"^8 passed, [56]\d\d deselected", printed, re.MULTILINE), printed
+    assert re.search(r"^8 passed, [5-9]\d\d deselected", printed, re.MULTILINE), printed
     wrong = BLOCKS[0].replace(
         "        return super().compile(source)",
         "        right = super().compile(source)\n"
