@@ -1,4 +1,7 @@
-"""``metalgen lm``: mlx-lm's programs, with SmolLM2's real weights cut to its first two layers."""
+"""``metalgen lm``: mlx-lm's programs, with SmolLM2's real weights cut to its first two layers.
+
+A batch and ten steps of LoRA take minutes: ``pytest -m slow tests/models/test_programs.py``.
+"""
 
 from __future__ import annotations
 
@@ -91,6 +94,7 @@ def test_generate_runs_on_the_kernels_and_records_what_it_calls(
     assert f"Would tune {len(found['calls'])} problems" in tuned.stdout
 
 
+@pytest.mark.slow
 def test_a_batch_is_left_padded_and_answers_as_prompts_alone_do(
     folder: str, tmp_path: Path, own_database: Path
 ) -> None:
@@ -169,7 +173,8 @@ def server(folder: str) -> Iterator[str]:
         yield address
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-        assert "calls of attention: " in (errors.splitlines() or [""])[-1], errors
+        # Behind it mlx-lm's threads may complain of the end of the process.
+        assert any("calls of attention: " in line for line in errors.splitlines()), errors
     finally:
         process.kill()
         process.wait()
