@@ -460,7 +460,7 @@ def test_every_target_prints_the_same_functions() -> None:
     config = AttentionConfig(64, score_mod=score.text, mask_mod=mask.text, block_mask=True)
     for target, spelled in (
         ("metal", ["precise::tanh(score)", "static_cast<float>(score_", "const bfloat score_"]),
-        ("cuda", ["tanhf(score)", "static_cast<float>(score_", "const __nv_bfloat16 score_"]),
+        ("cuda", ["mg_tanh(score)", "static_cast<float>(score_", "const __nv_bfloat16 score_"]),
     ):
         schedule = default_schedule(config) if target == "metal" else cuda_schedule()
         source = render(config, schedule)

@@ -59,8 +59,8 @@ class Inputs:
     cu_k: mx.array | None = None
     kv_lens: mx.array | None = None
     kv_starts: mx.array | None = None
-    q_offset: mx.array | None = None
     seqused_q: mx.array | None = None
+    q_offset: mx.array | None = None
     block_table: mx.array | None = None
     k_scales: mx.array | None = None
     k_biases: mx.array | None = None

@@ -109,7 +109,8 @@ def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> 
         k, v = (_joined(x) for x in (k, v))
     at = _places(q, k, sequence_keys, on_page, features, inputs)
     if inputs.seqused_q is not None:
-        at = _used(at, inputs.seqused_q, q.shape[2], inputs.cu_q)
+        _, rows = features.get("block", (0, q.shape[2]))
+        at = _used(at, inputs.seqused_q, rows, inputs.cu_q)
     if inputs.q_offset is not None:
         number = at.i + inputs.q_offset[at.b]
         at = dataclasses.replace(at, i=number, own=number, row=at.i)
