@@ -14,11 +14,10 @@ sys.path.append(str(Path(__file__).parent))  # for `zoo`
 
 
 FOUND = importlib.util.find_spec("mlx_lm")
-if FOUND is None:
-    collect_ignore_glob = ["test_*.py"]  # pip install --no-deps mlx-lm==0.32.2
-elif importlib.util.find_spec("transformers") is None and "mlx_lm" not in sys.modules:
+if FOUND and importlib.util.find_spec("transformers") is None and "mlx_lm" not in sys.modules:
     package = types.ModuleType("mlx_lm")
     package.__path__ = list(FOUND.submodule_search_locations or [])
+    package.__spec__ = FOUND  # which importlib asks for
     sys.modules["mlx_lm"] = package
 
 

@@ -6,7 +6,10 @@ import importlib
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_map
+
+pytest.importorskip("mlx_lm", reason="needs mlx-lm: pip install --no-deps mlx-lm==0.32.2")
 
 VOCABULARY = 64
 COMMON = {
