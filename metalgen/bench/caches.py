@@ -90,8 +90,18 @@ def _ours(
             tolerance_of(config),
             note=str(kernel.schedule),
             cache_bytes=size,
+            live_bytes=_live_bytes(work, config),
         )
     ]
+
+
+def _live_bytes(work: Work, config: AttentionConfig) -> float:
+    """Bytes of the live keys and values in a layout, with the scales and biases of groups."""
+    width = config.head_dim + config.v_dim
+    each = float(config.itemsize)
+    if config.kv_bits is not None:
+        each = config.kv_bits / 8 + 2 * config.itemsize / GROUP
+    return work.batch * work.kv_heads * work.kv_len * width * each
 
 
 def _dense(config: AttentionConfig, work: Work, seed: int) -> Set:

@@ -57,6 +57,7 @@ class Entry:
         tolerance: the largest relative error that is right.
         note: what else there is to say of it, such as a schedule.
         cache_bytes: bytes of the keys and values that it keeps; 0: not a cache.
+        live_bytes: bytes of those that a call reads; 0: those of dense arrays.
         outputs: computes what is compared with `expected`; None: `call` does.
         run: ``run(sets, launches, first)`` runs calls one after the other to their end; None: MLX's
             arrays, by `metalgen.tuning.timing.measure.chain`.
@@ -69,6 +70,7 @@ class Entry:
     tolerance: float
     note: str = ""
     cache_bytes: int = 0
+    live_bytes: float = 0.0
     outputs: Call | None = None
     run: Callable[[Sequence[Set], int, int], None] | None = None
 

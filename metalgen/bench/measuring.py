@@ -86,7 +86,7 @@ class Result:
         samples: seconds of a call, one of each turn.
         ratio: against the baseline of the row; None for the baseline itself.
         peak_bytes: memory that MLX held at the most during one call, in addition to its arrays.
-        cache_bytes: bytes of a cache.
+        cache_bytes, live_bytes: the entry's.
         note: the entry's.
     """
 
@@ -97,6 +97,7 @@ class Result:
     ratio: Ratio | None = None
     peak_bytes: int = 0
     cache_bytes: int = 0
+    live_bytes: float = 0.0
     note: str = ""
 
     @property
@@ -228,7 +229,8 @@ def _race(
         results[name] = Result(
             *(name, "ok", kept.detail, tuple(samples[name])),
             None if name == base or base is None else compare(samples[base], samples[name]),
-            *(peaks.get(name, 0), racing[name].cache_bytes, racing[name].note),
+            *(peaks.get(name, 0), racing[name].cache_bytes, racing[name].live_bytes),
+            racing[name].note,
         )
 
 

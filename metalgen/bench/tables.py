@@ -22,12 +22,12 @@ COLUMNS = (
 """Of the CSV table."""
 
 
-def rate(work: Work, seconds: float, unit: str) -> float:
-    """What a call does in a second, in a preset's unit."""
+def rate(work: Work, seconds: float, unit: str, live_bytes: float = 0.0) -> float:
+    """What a call does in a second, in a preset's unit; `live_bytes` of a layout of its own."""
     if unit == "tokens/s":
         return work.tokens / seconds
     if unit == "GB/s":
-        return work.kv_bytes / seconds / 1e9
+        return (live_bytes or work.kv_bytes) / seconds / 1e9
     return work.operations / seconds / 1e12
 
 
@@ -36,12 +36,14 @@ def unit_of(work: Work, unit: str) -> str:
     return "GB/s" if unit == "TFLOP/s" and work.bound == "memory" else unit
 
 
-def share(work: Work, seconds: float, unit: str, peaks: Peaks | None) -> float | None:
+def share(
+    work: Work, seconds: float, unit: str, peaks: Peaks | None, live_bytes: float = 0.0
+) -> float | None:
     """The part of this device's measured peak that a rate is; None where that means nothing."""
     if peaks is None or unit == "tokens/s":
         return None
     if unit == "GB/s":
-        return work.kv_bytes / seconds / peaks.bytes
+        return (live_bytes or work.kv_bytes) / seconds / peaks.bytes
     return work.operations / seconds / peaks.operations
 
 
@@ -61,8 +63,8 @@ def row_lines(row: Row, unit: str, peaks: Peaks | None) -> list[tuple[str, ...]]
         if r.seconds is None or r.spread is None:
             found.append((r.name, "-", r.status, "-", "-", "-", r.detail))
             continue
-        part = share(row.work, r.seconds, own, peaks)
-        words = f"{rate(row.work, r.seconds, own):.4g} {own}"
+        part = share(row.work, r.seconds, own, peaks, r.live_bytes)
+        words = f"{rate(row.work, r.seconds, own, r.live_bytes):.4g} {own}"
         memory = f"{r.peak_bytes / MIB:.1f} MiB"
         if r.cache_bytes:
             memory = f"cache {r.cache_bytes / MIB:.2f} MiB"
@@ -169,7 +171,7 @@ def _record(work: Work, r: Result) -> dict[str, Any]:
             "milliseconds": f"{1e3 * r.seconds:.6g}",
             "spread_milliseconds": f"{1e3 * r.spread:.6g}",
             "tflops": f"{rate(work, r.seconds, 'TFLOP/s'):.6g}",
-            "gbs": f"{rate(work, r.seconds, 'GB/s'):.6g}",
+            "gbs": f"{rate(work, r.seconds, 'GB/s', r.live_bytes):.6g}",
             "tokens_per_second": f"{rate(work, r.seconds, 'tokens/s'):.6g}",
             "peak_mib": f"{r.peak_bytes / MIB:.3f}",
             "cache_mib": f"{r.cache_bytes / MIB:.3f}" if r.cache_bytes else "",

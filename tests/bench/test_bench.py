@@ -246,12 +246,14 @@ def test_caches_hold_what_their_layouts_hold() -> None:
     config = AttentionConfig(128, causal=True)
     work = Work(config, 1, 8, 16, 512, "cache", capacity=4096, page_size=128)
     simulator = get_device("simulator")
-    sizes = {
-        e.name: e.cache_bytes for e in cache_entries(work, simulator, None) if isinstance(e, Entry)
-    }
+    entries = cache_entries(work, simulator, None)
+    sizes = {e.name: e.cache_bytes for e in entries if isinstance(e, Entry)}
     assert sizes["dense"] == 16 << 20
     assert sizes["paged"] == 2 << 20
     assert sizes["8 bits"] == (8 << 20) + (16 << 20) // 32
+    read = {e.name: e.live_bytes for e in entries if isinstance(e, Entry)}
+    assert read["dense"] == read["paged"] == work.kv_bytes == 2 << 20
+    assert read["4 bits"] == (2 << 20) / 4 + (2 << 20) / 32
     small = replace(work, kv_len=100, capacity=160, page_size=32)
     for entry in cache_entries(small, simulator, None):
         assert isinstance(entry, Entry)
