@@ -294,8 +294,8 @@ def changes(chosen: Preset, report: Report) -> str:
             continue
         phase = "decode" if outcome.problem.q_len == 1 else "prefill"
         gain = outcome.default_seconds / outcome.winner.seconds
-        models = {label.partition(" ")[0] for label in chosen.models[outcome.problem.key]}
-        for model in models:
+        labels = chosen.models[outcome.problem.key]
+        for model in dict.fromkeys(label.partition(" ")[0] for label in labels):
             gains.setdefault(model, {}).setdefault(phase, []).append(gain)
     changed, same = [], []
     for model, phases in gains.items():

@@ -87,7 +87,7 @@ def test_whatever_is_typed_ends_in_order(
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(words)
         assert code in (0, 1, 2), words
-        if code == 2:
+        if code == 2 and words[0] != "lm":  # whose programs are mlx-lm's, with its words
             assert err.getvalue().startswith("metalgen: "), (words, err.getvalue())
             assert err.getvalue().count("\n") == 1, (words, err.getvalue())
     assert (tmp_path / "noise").read_bytes() == noise

@@ -127,7 +127,7 @@ def barrier_faults() -> dict[str, Fault]:
             case,
             barrier_fault(1, "if (lane < 16) threadgroup_barrier(mem_flags::mem_threadgroup);"),
         )
-    staging = r"for \(int n = sg \* 32 \+ lane;"
+    staging = r"const int near = kv_len"
     faults["staged: barrier 1 moved in front of the staging of K"] = Fault(
         "staged", move_barrier(1, before=staging)
     )
@@ -145,34 +145,37 @@ def barrier_faults() -> dict[str, Fault]:
     return faults
 
 
-STAGE_BOUND = r"n < BK \* (\d+);"
+STAGE_BOUND = r"for \(int n = 0; n < 1; n\+\+\)"
 OUT_BOUND = r"if \((\w+) < (\w+)\)(?= \{\n[^\n]*o_row = )"
-ROW_BOUND = r"\bk0 \+ line < kv_len"
+ROW_BOUND = r"near = kv_len - 1 - \(k0\)"
 
 FAULTS: dict[str, Fault] = {
     **barrier_faults(),
     # Bounds, off by one.
-    "K is read one row past its end": Fault("staged", substitute(ROW_BOUND, "k0 + line <= kv_len")),
+    "K is read one row past its end": Fault(
+        "staged", substitute(ROW_BOUND, "near = kv_len - (k0)")
+    ),
     "V is read one row past its end": Fault(
-        "staged", substitute(ROW_BOUND, "k0 + line <= kv_len", 1)
+        "staged", substitute(ROW_BOUND, "near = kv_len - (k0)", 1)
     ),
     "the last row of K is not staged": Fault(
-        "staged, not causal", substitute(ROW_BOUND, "k0 + line + 1 < kv_len"), checker=False
+        "staged, not causal", substitute(ROW_BOUND, "near = kv_len - 2 - (k0)"), checker=False
     ),
-    "the staging of K runs one element too far": Fault(
-        "staged", substitute(STAGE_BOUND, r"n <= BK * \1;")
+    "the staging of K runs one trip too far": Fault(
+        "staged", substitute(STAGE_BOUND, "for (int n = 0; n < 2; n++)")
     ),
-    "the staging of V runs one element too far": Fault(
-        "staged", substitute(STAGE_BOUND, r"n <= BK * \1;", 1)
+    "the staging of V runs one trip too far": Fault(
+        "staged", substitute(STAGE_BOUND, "for (int n = 0; n < 2; n++)", 1)
     ),
-    "the staging of K stops one element early": Fault(
-        "staged", substitute(STAGE_BOUND, r"n < BK * \1 - 1;")
+    "the staging of K stops one trip early": Fault(
+        "staged", substitute(STAGE_BOUND, "for (int n = 0; n < 0; n++)")
     ),
-    "the staging of V stops one element early": Fault(
-        "staged", substitute(STAGE_BOUND, r"n < BK * \1 - 1;", 1), checker=False
+    "the staging of V stops one trip early": Fault(
+        "staged", substitute(STAGE_BOUND, "for (int n = 0; n < 0; n++)", 1), checker=False
     ),
     "the next tile of K is read one row past its end": Fault(
-        "buffered", substitute(r"k0 \+ BK \+ line < kv_len", "k0 + BK + line <= kv_len")
+        "buffered",
+        substitute(r"near = kv_len - 1 - \(k0 \+ BK\)", "near = kv_len - (k0 + BK)"),
     ),
     "one row of the output too many is written": Fault(
         "staged", substitute(OUT_BOUND, r"if (\1 <= \2)")
@@ -188,13 +191,13 @@ FAULTS: dict[str, Fault] = {
         "direct", substitute(r"min\((first \+ r \* 8 \+ row), \w+ - 1\)", r"(\1)")
     ),
     "a masked key counts": Fault(
-        "staged, not causal", substitute(r"= j < kv_len \?", "= j <= kv_len ?"), checker=False
+        "staged, not causal", substitute(r"past = kv_len -", "past = kv_len + 1 -"), checker=False
     ),
     "the mask hides the diagonal": Fault(
-        "staged", substitute(r"j <= i \+ offset", "j < i + offset"), checker=False
+        "staged", substitute(r"place \+ 1\)", "place)"), checker=False
     ),
     "the mask shows one key beyond the diagonal": Fault(
-        "staged", substitute(r"j <= i \+ offset", "j <= i + offset + 1"), checker=False
+        "staged", substitute(r"place \+ 1\)", "place + 2)"), checker=False
     ),
     "a ragged pass counts as whole": Fault(
         "staged, not causal",

@@ -13,7 +13,7 @@ import gzip
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,11 @@ def _ours(path: Path) -> list[Recording]:
         entry = tuple(getattr(m.schedule, name) for name in own)
         groups.setdefault(key, {})[entry] = m.seconds if m.status == "ok" else None
         if key not in starts:
-            problem = m.problem
-            default = default_schedule(problem.config, get_chip(m.chip).limits, problem.family)
+            problem, limits = m.problem, get_chip(m.chip).limits
+            default = default_schedule(problem.config, limits, problem.family)
+            if default.kind != m.schedule.kind:  # recorded before the chip's present matrix kind
+                limits = replace(limits, instructions=())
+                default = default_schedule(problem.config, limits, problem.family)
             starts[key] = tuple(getattr(default, name) for name in own)
     return [
         _recording(key[0], key[1], names[key], times, starts.get(key), key[2])
