@@ -36,10 +36,21 @@ SHOWN = 10
     type=click.Path(path_type=Path),
     help="File that keeps everything, to attach to an issue.",
 )
+@click.option(
+    "--jobs",
+    type=int,
+    metavar="N",
+    help="Processes that compile and check side by side; 0: none but this one.",
+)
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, device_name: str | None, full: bool, output: Path, as_json: bool
+    ctx: click.Context,
+    device_name: str | None,
+    full: bool,
+    output: Path,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Prove this installation on a device: every feature and type against float64.
 
@@ -57,7 +68,7 @@ def command(
     if device_name is None:
         device_name = default_device().name if default_device().is_gpu else "simulator"
     device = get_device(device_name)
-    report = verify_device(device, full=full, observe=_observer(as_json))
+    report = verify_device(device, full=full, jobs=jobs, observe=_observer(as_json))
     document = {"metalgen_verify": 1} | report.to_dict() | {"installation": examine()}
     write_whole(output, json.dumps(document).encode() + b"\n", file)
     if as_json:

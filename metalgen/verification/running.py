@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from metalgen.calls.check import CannotCheck, failure_status, first_line
+from metalgen.calls.check import CannotCheck, first_line
 from metalgen.calls.resolve import get_kernel
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.problem.config import AttentionConfig
+from metalgen.tuning.workers.helpers import check_jobs, usual_jobs
 from metalgen.verification.items import Item, items, types_of
+from metalgen.verification.outcomes import Outcome, outcome_of
+from metalgen.verification.workers import side_by_side
 
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -29,31 +33,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "8-bit keys and values": {"causal": True, "kv_bits": 8, "kv_group": 64},
 }
 """Calls of which a verification says what computes them."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one item.
-
-    Args:
-        group, name: the item's.
-        status: ``"ok"``, ``"wrong"``, or why it did not run: ``"invalid"``, ``"compile"``,
-            ``"runtime"`` or ``"timeout"``.
-        error: relative error of the output; None where there is none.
-        tolerance: the largest that is allowed.
-        shape: what was run.
-        detail: what is wrong, or empty.
-        seconds: that it took, compilation included.
-    """
-
-    group: str
-    name: str
-    status: str
-    error: float | None
-    tolerance: float | None
-    shape: str
-    detail: str
-    seconds: float
+FEWEST_PROCESSORS = 4
+"""Processors from which on worker processes are started by default."""
 
 
 @dataclass
@@ -102,7 +83,11 @@ Observer = Callable[[Report, Item], None]
 
 
 def verify_device(
-    device: Device, *, full: bool = False, observe: Observer = lambda report, item: None
+    device: Device,
+    *,
+    full: bool = False,
+    jobs: int | None = None,
+    observe: Observer = lambda report, item: None,
 ) -> Report:
     """Check a device's kernels against the float64 reference, and say what computes its calls.
 
@@ -111,18 +96,24 @@ def verify_device(
     Args:
         device: one that is available here.
         full: everything (an hour on a simulator); else about a minute.
+        jobs: worker processes, 0 to 64; each compiles, executes and compares kernels of its
+            own. With 0, everything happens in this process. Default: those of a tuning run where
+            the device compiles and there are four or more processors, else 0.
         observe: told of progress.
 
     Raises:
         CannotCheck: the device cannot compute anything at all.
+        ArgumentError: jobs is something else.
     """
     begin = time.perf_counter()
+    jobs = usual_workers(device) if jobs is None else check_jobs(jobs, 1.0)[0]
     todo = list(items(device, full=full))
     report = Report(device.name, full, len(todo))
+    found: dict[int, Outcome] = {}
     try:
-        for item in todo:
-            observe(report, item)
-            report.outcomes.append(_outcome(item, device))
+        for number, outcome in _outcomes(device, todo, jobs, full, partial(observe, report)):
+            found[number] = outcome
+            report.outcomes = [found[n] for n in sorted(found)]
         report.calls = calls(device)
     except KeyboardInterrupt:
         report.interrupted = True
@@ -130,21 +121,23 @@ def verify_device(
     return report
 
 
-def _outcome(item: Item, device: Device) -> Outcome:
-    begin = time.perf_counter()
-    try:
-        found = item.run(device)
-    except (MetalgenError, RuntimeError, ValueError, MemoryError) as error:
-        status = failure_status(error)
-        seconds = time.perf_counter() - begin
-        return Outcome(item.group, item.name, status, None, None, "", first_line(error), seconds)
-    seconds = time.perf_counter() - begin
-    largest = found.error if math.isfinite(found.error) else None
-    status = "ok" if found.ok else "wrong"
-    return Outcome(
-        *(item.group, item.name, status, largest, found.tolerance),
-        *(found.shape, found.detail, seconds),
-    )
+def usual_workers(device: Device) -> int:
+    """How many worker processes verify a device unless told otherwise; 0: none but this one."""
+    if device.language is None or (os.cpu_count() or 1) < FEWEST_PROCESSORS:
+        return 0
+    return usual_jobs(device)
+
+
+def _outcomes(
+    device: Device, todo: list[Item], jobs: int, full: bool, begun: Callable[[Item], None]
+) -> Iterator[tuple[int, Outcome]]:
+    """Outcomes of items as they are found, each with its number."""
+    if jobs:
+        yield from side_by_side(device, todo, jobs, full=full, begun=begun)
+        return
+    for number, item in enumerate(todo):
+        begun(item)
+        yield number, outcome_of(item, device)
 
 
 def calls(device: Device, names: Iterable[str] = CALLS) -> dict[str, dict[str, str]]:

@@ -23,7 +23,8 @@ from metalgen.families import default_schedule
 from metalgen.families.sizes import Problem
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.hashes import template_hash
-from metalgen.verification.running import Outcome, Report
+from metalgen.verification.outcomes import Outcome
+from metalgen.verification.running import Report
 
 CHIP = get_chip("M3Max")
 

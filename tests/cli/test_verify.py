@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.testing.cases import DTYPES, FEATURES
 from metalgen.verification import items, running
 from metalgen.verification.running import verify_device
+from metalgen.verification.workers import side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,19 @@ class Wrong(ReferenceDevice):
 
         wide = super().build(replace(config, window_left=config.window_left + 1), schedule)
         return wide
+
+
+class Fragile(Wrong):
+    """As `Wrong`; sinks end the process, biases hang, and ALiBi fails."""
+
+    def build(self, config: AttentionConfig, schedule: Schedule | None = None) -> Runner:
+        if config.sinks:
+            os._exit(7)
+        if config.bias:
+            time.sleep(600)
+        if config.alibi:
+            raise RuntimeError("no such instruction")
+        return super().build(config, schedule)
 
 
 def test_every_feature_type_and_family_is_checked() -> None:
@@ -71,6 +87,33 @@ def test_a_kernel_that_does_not_run_is_a_fault_with_its_reason(
     assert {(f.status, f.detail) for f in report.faults} == {("runtime", "no such instruction")}
 
 
+def test_worker_processes_find_the_same_as_this_one() -> None:
+    shared, alone = (verify_device(Wrong(), jobs=jobs) for jobs in (2, 0))
+    assert [(o.name, o.status) for o in shared.outcomes] == [
+        (o.name, o.status) for o in alone.outcomes
+    ]
+
+
+def test_a_kernel_that_ends_or_hangs_its_process_is_one_fault() -> None:
+    todo = list(items.items(Fragile()))
+    limited = side_by_side(Fragile(), todo, 2, time_limit=9.0)
+    found = {todo[number].name: outcome for number, outcome in limited}
+    assert len(found) == len(todo)
+    for name, fields in FEATURES.items():
+        (outcome,) = (o for n, o in found.items() if n.startswith(f"{name} (") and "forward" in n)
+        if fields.get("sinks"):
+            expected = ("runtime", "the process ended, with exit code 7")
+        elif fields.get("bias"):
+            expected = ("timeout", "it took more than 9 s")
+        elif fields.get("alibi"):
+            expected = ("runtime", "no such instruction")
+        elif "window_left" in fields:
+            expected = ("wrong", outcome.detail)
+        else:
+            expected = ("ok", "")
+        assert (outcome.status, outcome.detail) == expected, name
+
+
 def test_the_command_prints_a_verdict_and_keeps_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--device", "reference"]) == 0
     printed = capsys.readouterr().out
@@ -90,7 +133,7 @@ def test_faults_end_with_code_1_and_an_interruption_keeps_what_was_found(
     monkeypatch.setattr("metalgen.devices.get_device", lambda name: Wrong())
     assert run(["verify", "--device", "reference"]) == 1
     assert "FAULTS FOUND" in capsys.readouterr().out
-    outcome = running._outcome
+    outcome = running.outcome_of
     done: list[str] = []
 
     def interrupted(item: items.Item, device: Any) -> Any:
@@ -99,7 +142,7 @@ def test_faults_end_with_code_1_and_an_interruption_keeps_what_was_found(
         done.append(item.name)
         return outcome(item, device)
 
-    monkeypatch.setattr(running, "_outcome", interrupted)
+    monkeypatch.setattr(running, "outcome_of", interrupted)
     assert run(["verify", "--device", "reference", "--json"]) == 130
     kept = json.loads(Path("metalgen-verify.json").read_text())
     assert kept["interrupted"]
