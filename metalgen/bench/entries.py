@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.bench.work import Work
+from metalgen.calls.backward import Where, backward_kernels, with_lse
 from metalgen.calls.kernel import Kernel
 from metalgen.calls.verify import tolerance_of
 from metalgen.database.lookup import lookup
@@ -94,7 +95,9 @@ def attention_entries(work: Work, device: Device, chip: Chip | None) -> list[Fou
         if isinstance(kernel, str):
             found.append(Absent(name, kernel))
             continue
-        found.append(_entry(work, name, kernel_call(kernel), note=str(kernel.schedule)))
+        gradients = kernel.backward_schedules if work.train else ()
+        note = "; ".join(str(schedule) for schedule in (kernel.schedule, *gradients))
+        found.append(_entry(work, name, kernel_call(kernel), note=note))
     plain = dataclasses.replace(config, return_lse=False)
     if differentiates(plain) or (computes(plain) and not work.train):
         name = "MLX fused" if config.window_left is None else "MLX fused, mask array"
@@ -190,7 +193,10 @@ def _gradients(config: AttentionConfig) -> Callable[[Set], NDArray[np.float64]]:
 
 
 def kernels(work: Work, device: Device, chip: Chip | None) -> dict[str, Kernel | str]:
-    """Our kernels by name: the tuned one where one is on record, and the default one."""
+    """Our kernels by name: the tuned one where one is on record, and the default one.
+
+    In training with our backward kernels, also where dispatch leaves gradients to MLX's function.
+    """
     from metalgen.source.hashes import template_hashes
 
     config = work.config
@@ -207,13 +213,16 @@ def kernels(work: Work, device: Device, chip: Chip | None) -> dict[str, Kernel |
     default_name = "ours tuned" if hit and hit.schedule == default else "ours default"
     schedules[default_name] = default
     found: dict[str, Kernel | str] = {}
+    where = Where(device, device.limits, chip)
     for name, schedule in schedules.items():
+        gradients = backward_kernels(where, problem, schedule, []) if work.train else None
         try:
-            run = device.build(config, schedule)
+            run = device.build(with_lse(config, gradients), schedule)
         except (MetalgenError, RuntimeError) as error:
             found[name] = str(error)
             continue
-        found[name] = Kernel(config, device.name, "metalgen", problem.family, schedule, (), run)
+        head = (config, device.name, "metalgen", problem.family, schedule)
+        found[name] = Kernel(*head, (), run, gradients)
     return found
 
 

@@ -145,10 +145,17 @@ def kernel_gradients(
         forward: the schedule of its kernel.
         path: takes in why there are none.
     """
-    device, config = where.device, problem.config
-    assert device.language is not None
-    if differentiates_in_linear_memory(config, device.language):
+    assert where.device.language is not None
+    if differentiates_in_linear_memory(problem.config, where.device.language):
         return None
+    return backward_kernels(where, problem, forward, path)
+
+
+def backward_kernels(
+    where: Where, problem: Problem, forward: Schedule, path: list[str]
+) -> KernelGradients:
+    """As `kernel_gradients`, also where MLX's function keeps the gradients."""
+    device, config = where.device, problem.config
     bare = backward_config(config)
     if reason := unsupported(bare):
         path.append(f"gradients: backward kernels do not support {reason}")

@@ -78,6 +78,12 @@ class Kernel:
             return "plain" if self._gradients.schedules is None else "metalgen"
         return "mlx" if self.backend == "mlx" else backward_of(self.config)
 
+    @property
+    def backward_schedules(self) -> tuple[Schedule, ...]:
+        """Schedules of our backward kernels: of query rows and of key rows; empty without any."""
+        own = self._gradients
+        return () if own is None or own.schedules is None else own.schedules
+
     @functools.cached_property
     def _has_own_gradient(self) -> bool:
         """Whether gradients are not those that MLX finds by itself of what runs."""

@@ -15,13 +15,14 @@ import pytest
 
 from metalgen.bench import presets
 from metalgen.bench.caches import cache_entries
-from metalgen.bench.entries import Absent, Entry, attention_entries, definition, sample_set
+from metalgen.bench.entries import Absent, Entry, attention_entries, definition, kernels, sample_set
 from metalgen.bench.foreign import foreign_entries
 from metalgen.bench.layers import layer_entries
 from metalgen.bench.measuring import QUICK, Effort, Result, Row, check, compare, measure
 from metalgen.bench.tables import csv_text, ratio_words, row_lines, summary
 from metalgen.bench.unmeasured import counted, modelled
 from metalgen.bench.work import Work
+from metalgen.calls.kernel import Kernel
 from metalgen.chips import get_chip
 from metalgen.devices import get_device
 from metalgen.errors import ArgumentError
@@ -231,6 +232,14 @@ def test_entries_compute_what_they_say(name: str) -> None:
                 checked.append(entry.name)
     assert "by hand" in checked and "ours default" in checked
     assert ("MLX fused" in checked) == (name in ("plain", "boolean mask", "sinks", "training"))
+
+
+@pytest.mark.parametrize("name", ["training", "training with a softcap"])
+def test_training_runs_our_backward_kernels(name: str) -> None:
+    (kernel,) = kernels(ROWS[name], get_device("simulator"), None).values()
+    assert isinstance(kernel, Kernel)
+    assert kernel.backward == "metalgen"
+    assert [s.family for s in kernel.backward_schedules] == ["backward_rows", "backward_keys"]
 
 
 def test_layers_of_all_four_ways_agree() -> None:
