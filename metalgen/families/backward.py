@@ -148,7 +148,10 @@ def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
         traversed=(q, dout),
         accumulators=(*scores, *results),
         products=tuple(products),
-        passes=Passes("i0", "q_begin", "q_end", "BK", "q_len", listed=config.block_mask),
+        passes=Passes(
+            *("i0", "q_begin", "q_end", "BK", "q_used" if config.seqused_q else "q_len"),
+            listed=config.block_mask,
+        ),
         own_start="k_block * BQ",
         own_count="kv_len",
         together=True,

@@ -78,6 +78,7 @@ class AlibiBySequence(Feature):
     """The slopes are those of each sequence."""
 
     name = "alibi_by_sequence"
+    has_backward = True
     fields = (Field("alibi_by_sequence", switch, False),)
     rank = 1
 

@@ -22,6 +22,7 @@ class Used(Feature):
     """Queries behind the last one see no key, and are not looked at; masks align to the others."""
 
     name = "seqused_q"
+    has_backward = True
     fields = (Field("seqused_q", switch, False, "seqused_q"),)
     inputs = (
         OptionalInput(
