@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from metalgen.calls.checked import passes
+from metalgen.calls.verify_sums import sum_fault, sum_runners
 from metalgen.database.lookup import lookup
 from metalgen.devices import Device, Runner
-from metalgen.devices.backward import GradientRunner
+from metalgen.devices.backward import GradientRunner, row_terms
 from metalgen.devices.mlx_attention import differentiates_in_linear_memory
+from metalgen.devices.sums import array_of, has_fixed_order
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, get_attention
 from metalgen.families.backward import backward_config, unsupported
 from metalgen.families.sizes import Problem
+from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
 from metalgen.reference import config_features, gradients_mlx
@@ -48,9 +51,10 @@ class KernelGradients:
     forward: Schedule
     sources: list[str] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    _sums: dict[tuple[Summed, ...], list[GradientRunner] | None] = field(default_factory=dict)
 
     @functools.cached_property
-    def runner(self) -> GradientRunner | None:
+    def runners(self) -> list[GradientRunner] | None:
         """The kernels, checked; None where there are none, or one of them does not pass."""
         if self.schedules is None:
             return None
@@ -58,7 +62,7 @@ class KernelGradients:
             if not passes(self.device, backward_config(self.config), schedule, self.path):
                 self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
                 return None
-        return self.device.build_gradients(self.config, self.schedules)
+        return [self.device.build_gradients(self.config, (each,)) for each in self.schedules]
 
     @functools.cached_property
     def with_lse(self) -> Runner:
@@ -78,25 +82,82 @@ class KernelGradients:
             own = {**features, "inputs": inputs.replaced(tuple(others)), "wanted": wanted}
             return gradients_mlx(q, k, v, (out, lse), (dout, dlse), scale=scale, **own)
 
-        runner = self.runner
-        if runner is None:
+        runners = self.runners
+        if runners is None:
             return lambda *arrays: tuple(plain(*arrays))
 
-        @mx.custom_function
-        def kernels(*arrays: mx.array) -> tuple[mx.array, ...]:
+        def gradients(*arrays: mx.array) -> tuple[mx.array, ...]:
             q, k, v, out, lse, dout, dlse, *others = arrays
             given = inputs.replaced(tuple(others))
-            found = runner(q, k, v, (out, lse), (dout, dlse), scale, given)
-            floats = [n for n, x in enumerate(others, 3) if mx.issubdtype(x.dtype, mx.floating)]
-            if floats:
-                return (*found, *plain(*arrays, wanted=floats)[3:])
-            return (*found, *(mx.zeros_like(x) for x in others))
+            parts = {(0,): [runners[0]], (1, 2): [runners[1]]}
+            for name, each in self._summed(q, given).items():
+                parts[(3 + given.names.index(name),)] = each
+            kept = {n for part in parts for n in part}
+            floats = {3 + n for n, x in enumerate(others) if mx.issubdtype(x.dtype, mx.floating)}
+            found = [q, k, v, *(mx.zeros_like(x) for x in others)]
+            if left := sorted(floats - kept):
+                rest = plain(*arrays, wanted=left)
+                for n in left:
+                    found[n] = rest[n]
+            terms = row_terms(self.config, (out, lse), (dout, dlse))
+            for numbers, each in parts.items():
+                for n, x in zip(numbers, part(numbers, each)(*arrays, terms), strict=True):
+                    found[n] = x
+            return tuple(found)
 
-        @kernels.vjp
-        def second(primals: list[mx.array], cotangents: list[mx.array], outputs: object) -> object:
-            return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
+        def part(numbers: tuple[int, ...], each: list[GradientRunner]) -> Any:
+            """Some of the gradients, by the sum of some kernels, as a function of its own: MLX
+            computes all results of a function of which it is told the derivatives, or none."""
 
-        return cast(Callable[..., tuple[mx.array, ...]], kernels)
+            @mx.custom_function
+            def kernels(*arrays: mx.array) -> tuple[mx.array, ...]:
+                q, k, v, out, lse, dout, dlse, *others, terms = arrays
+                call = (q, k, v, (out, lse), (dout, dlse), scale, inputs.replaced(tuple(others)))
+                found = [run(*call, terms=terms) for run in each]
+                sums = (functools.reduce(mx.add, one) for one in zip(*found, strict=True))
+                of = [(q, k, v, *others)[n] for n in numbers]
+                return tuple(x.astype(y.dtype) for x, y in zip(sums, of, strict=True))
+
+            @kernels.vjp
+            def second(primals: list[mx.array], cotangents: Any, outputs: object) -> object:
+                *arrays, terms = primals
+
+                def own(*arrays: mx.array) -> list[mx.array]:
+                    found = plain(*arrays, wanted=list(numbers))
+                    return [found[n] for n in numbers]
+
+                return (*mx.vjp(own, arrays, list(cotangents))[1], mx.zeros_like(terms))
+
+            return kernels
+
+        return gradients
+
+    def _summed(self, q: mx.array, inputs: Inputs) -> dict[str, list[GradientRunner]]:
+        """The kernels that sum the gradients of inputs, by name; others are left to plain MLX."""
+        found: dict[str, list[Summed]] = {}
+        for feature in self.config.features:
+            for summed in feature.sums(self.config, inputs):
+                found.setdefault(summed.array, []).append(summed)
+        heads, made = (q.shape[0], q.shape[1]), dict[str, list[GradientRunner]]()
+        for name, each in found.items():
+            if self.config.deterministic and not all(
+                has_fixed_order(summed, array_of(inputs, summed), heads) for summed in each
+            ):
+                continue
+            if (runners := self._sum(tuple(each))) is not None:
+                made[name] = runners
+        return made
+
+    def _sum(self, each: tuple[Summed, ...]) -> list[GradientRunner] | None:
+        """The kernels of the sums of one input, checked; None where they do not pass."""
+        if each not in self._sums:
+            assert self.schedules is not None
+            fault = sum_fault(self.device, self.config, self.schedules, each)
+            made = None if fault else sum_runners(self.device, self.config, self.schedules, each)
+            said = f"FALLBACK to plain MLX operations: {fault}" if fault else "ok"
+            self.path.append(f"gradient of {each[0].array} by sums on {self.device.name}: {said}")
+            self._sums[each] = made
+        return self._sums[each]
 
     def explain(self) -> str:
         """What computes gradients, and how it was checked."""

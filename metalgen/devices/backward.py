@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 GradientRunner = Callable[..., list[mx.array]]
 """``run(q, k, v, results, cotangents, scale, inputs)``: gradients, shapes unchecked.
 
-``results``: output and log-sum-exp; ``cotangents``: of both, the second of which may be None."""
+``results``: output and log-sum-exp; ``cotangents``: of both, the second of which may be None.
+``terms``, by name: what `row_terms` makes of them, where that is known."""
 
 NOTHING_SEEN = 3.4028234663852886e38
 """The log-sum-exp of a row that sees no key, for kernels: finite, so that fast math has its way."""
@@ -76,28 +78,89 @@ def build_gradients(
         cotangents: tuple[mx.array, mx.array | None],
         scale: float,
         inputs: Inputs,
+        *,
+        terms: mx.array | None = None,
     ) -> list[mx.array]:
         if 0 in q.shape or 0 in k.shape:
             made = {"dq": q, "dk": k, "dv": v}
             return [mx.zeros_like(made[name]) for each in kernels for name in each.made]
-        dout = cotangents[0]
-        terms = row_terms(config, results, cotangents)
-        rotated = functools.partial(rotate_queries, config=config, inputs=inputs)
-        turned = q if config.rope is None else rotated(q)
-        positive = turned if scale > 0 else -turned if scale < 0 else mx.zeros_like(turned)
-        arrays = (positive, k, v, dout, terms)
+        prepared = prepare(config, (q, k, v), results, cotangents, scale, inputs, terms)
         found: dict[str, mx.array] = {}
         for each in kernels:
-            made_now = each(arrays, abs(scale) or 1.0, inputs)
+            made_now = each(prepared, inputs)
             found |= zip(each.made, made_now, strict=True)
         if "dq" in found:
             dq = found["dq"]
             if scale <= 0:
                 dq = -dq if scale < 0 else mx.zeros_like(dq)
-            found["dq"] = dq if config.rope is None else mx.vjp(rotated, [q], [dq])[1][0]
+            if config.rope is not None:
+                rotated = functools.partial(rotate_queries, config=config, inputs=inputs)
+                dq = mx.vjp(rotated, [q], [dq])[1][0]
+            found["dq"] = dq
         return [*found.values()]
 
     return run
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What backward kernels of a call read.
+
+    Args:
+        q: rotated, and of the sign that makes the scale positive.
+        k, v, dout: keys, values, and the cotangent of the output.
+        terms: of rows, as `row_terms` gives them.
+        scale: a positive number.
+    """
+
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    dout: mx.array
+    terms: mx.array
+    scale: float
+
+    def bound(
+        self, device: Compiles, config: AttentionConfig, schedule: Schedule, inputs: Inputs
+    ) -> tuple[list[mx.array], tuple[int, int, int], int]:
+        """The inputs of a schedule's kernels, ``(B, heads, L)`` of the owned rows, and the number
+        of packed sequences."""
+        language = get_language(schedule.language)
+        q, k = self.q, self.k
+        bound = [rows_as_bound(x, language) for x in (q, k, self.v, self.dout)]
+        bound += [self.terms, device.number(self.scale * math.log2(math.e))]
+        keys_owned = get_backward(schedule).main.keys_owned
+        binder = Binder(
+            (*q.shape[:3], k.shape[2]),
+            schedule.bq,
+            schedule.bk,
+            functools.partial(rows_as_bound, language=language),
+            keys_owned=keys_owned,
+        )
+        for feature in config.features:
+            bound += feature.bind(config, inputs, binder)
+        batch, heads, length, _ = (k if keys_owned else q).shape
+        sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
+        return bound, (batch, heads, length), sequences
+
+
+def prepare(
+    config: AttentionConfig,
+    arrays: tuple[mx.array, mx.array, mx.array],
+    results: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array | None],
+    scale: float,
+    inputs: Inputs,
+    terms: mx.array | None = None,
+) -> Prepared:
+    """What kernels read of a call: its arrays, their results and the cotangents of these."""
+    q, k, v = arrays
+    if config.rope is not None:
+        q = rotate_queries(q, config=config, inputs=inputs)
+    q = q if scale > 0 else -q if scale < 0 else mx.zeros_like(q)
+    if terms is None:
+        terms = row_terms(config, results, cotangents)
+    return Prepared(q, k, v, cotangents[0], terms, abs(scale) or 1.0)
 
 
 def row_terms(
@@ -125,35 +188,18 @@ class _Kernels:
         check_schedule(config, schedule, device.limits)
         self.device, self.config, self.schedule = device, config, schedule
         self.family = family = get_backward(schedule)
-        self.language = get_language(schedule.language)
         self.steps = family.steps(schedule)
         self.made = made_by(schedule)
         self.sources = [render(config, schedule, step) for step in self.steps]
         for source in self.sources:
-            check_buffers(source, self.language)
+            check_buffers(source, get_language(schedule.language))
         self.compiled: list[Launcher] = [device.compile(source) for source in self.sources]
 
-    def __call__(
-        self, arrays: tuple[mx.array, ...], scale: float, inputs: Inputs
-    ) -> list[mx.array]:
-        """The gradients that the family makes, of q, k, v, dO and the terms of rows."""
-        q, k, v, dout, terms = arrays
-        bound = [rows_as_bound(x, self.language) for x in (q, k, v, dout)]
-        bound += [terms, self.device.number(scale * math.log2(math.e))]
-        binder = Binder(
-            (*q.shape[:3], k.shape[2]),
-            self.schedule.bq,
-            self.schedule.bk,
-            functools.partial(rows_as_bound, language=self.language),
-            keys_owned=self.steps[0].keys_owned,
-        )
-        for feature in self.config.features:
-            bound += feature.bind(self.config, inputs, binder)
-        batch, heads, length, _ = (k if self.steps[0].keys_owned else q).shape
-        sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
-        shape = (batch, heads, length)
+    def __call__(self, prepared: Prepared, inputs: Inputs) -> list[mx.array]:
+        """The gradients that the family makes."""
+        bound, shape, sequences = prepared.bound(self.device, self.config, self.schedule, inputs)
         launch = self.family.launch(self.config, self.schedule, shape, sequences)
-        name = str(q.dtype).rpartition(".")[2]
+        name = str(prepared.q.dtype).rpartition(".")[2]
         found: list[mx.array] = []
         for step, source, kernel in zip(self.steps, self.sources, self.compiled, strict=True):
             dispatch = step.dispatch(self.config, self.schedule, launch, name)

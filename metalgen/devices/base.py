@@ -10,6 +10,7 @@ import mlx.core as mx
 from metalgen.devices.backward import GradientRunner
 from metalgen.errors import DeviceError, InvalidSchedule
 from metalgen.families import APPLE, Limits, Schedule
+from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
 
 Runner = Callable[..., "tuple[mx.array, mx.array | None]"]
@@ -60,6 +61,16 @@ class Device(abc.ABC):
 
         Raises:
             InvalidSchedule: as `build`, and on a device that runs no kernels.
+        """
+        raise InvalidSchedule("device", f"{self.name} runs no backward kernels")
+
+    def build_sum(
+        self, config: AttentionConfig, schedule: Schedule, summed: Summed
+    ) -> GradientRunner:
+        """A runner of a kernel that sums the gradient of one input (`metalgen.devices.sums`).
+
+        Raises:
+            InvalidSchedule: as `build_gradients`.
         """
         raise InvalidSchedule("device", f"{self.name} runs no backward kernels")
 

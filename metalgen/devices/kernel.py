@@ -16,7 +16,7 @@ from metalgen.devices.marking import Launcher
 from metalgen.devices.pieces import run_in_pieces
 from metalgen.families import Schedule, check_schedule, get_attention
 from metalgen.families.launch import Launch
-from metalgen.features.base import Binder
+from metalgen.features.base import Binder, Summed
 from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
@@ -47,6 +47,13 @@ class KernelDevice(Device):
         self, config: AttentionConfig, schedules: tuple[Schedule, ...]
     ) -> GradientRunner:
         return build_gradients(self, config, schedules)
+
+    def build_sum(
+        self, config: AttentionConfig, schedule: Schedule, summed: Summed
+    ) -> GradientRunner:
+        from metalgen.devices.sums import SumKernel
+
+        return SumKernel(self, config, schedule, summed)
 
     def build(self, config: AttentionConfig, schedule: Schedule) -> Runner:
         from metalgen.source.render import render  # brings Jinja, which a look-up does without

@@ -40,8 +40,8 @@ def marking(kernel: Launcher) -> Launcher:
     """The same kernel, whose outputs are marked where `marked_outputs` asks for it."""
 
     def launch(**arguments: Any) -> list[mx.array]:
-        if _marking.get():
-            arguments["init_value"] = math.nan
+        if _marking.get():  # but outputs to which kernels add begin with zeros
+            arguments.setdefault("init_value", math.nan)
         return kernel(**arguments)
 
     return launch

@@ -164,12 +164,18 @@ def _type(xp: Any, dtype: str) -> Any:
     return getattr(xp, "bool_" if dtype == "bool" else dtype)
 
 
-def _load(xp: Any, array: Any, indices: list[Any]) -> Any:
+def load_place(xp: Any, shape: Sequence[int], indices: list[Any]) -> Any:
+    """The number of the element of an array of a shape that indices load, counted row by row."""
     place: Any = 0
-    for size, index in zip(array.shape, indices, strict=True):
+    for size, index in zip(shape, indices, strict=True):
         index = index.astype(xp.int64)
         index = xp.clip(xp.where(index < 0, index + size, index), 0, size - 1)
         place = place * size + index
+    return place
+
+
+def _load(xp: Any, array: Any, indices: list[Any]) -> Any:
+    place = load_place(xp, array.shape, indices)
     flat = array.reshape(-1)
     if xp.__name__ == "numpy" and "float" in str(array.dtype):
         flat = flat.astype(xp.float64)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 from metalgen.dsl.graph import DTYPES, FLOATS, INPUTS, Graph, Node
+from metalgen.dsl.loads import place_nodes
 
 
 class Spelling(Protocol):
@@ -107,6 +108,25 @@ def print_graph(
     return _Printer(graph, language, prefix, inputs, of_rows, names).printed()
 
 
+def print_place(
+    graph: Graph,
+    load: int,
+    language: Spelling,
+    prefix: str,
+    inputs: Mapping[str, str],
+    of_rows: Sequence[str],
+    arrays: Sequence[str],
+) -> Printed:
+    """The statements that compute which element a node loads; the result is its number.
+
+    Args:
+        load: the node; the others as of `print_graph`.
+    """
+    printer = _Printer(graph, language, prefix, inputs, of_rows, arrays)
+    found = printer.printed(place_nodes(graph, load))
+    return replace(found, result=printer.place(graph.nodes[load]) or "0")
+
+
 class _Printer:
     def __init__(
         self,
@@ -127,9 +147,14 @@ class _Printer:
         self.names: list[str] = []
         self.levels: list[int] = []
 
-    def printed(self) -> Printed:
+    def printed(self, needed: Collection[int] | None = None) -> Printed:
+        """The statements of all nodes, or of those that are needed."""
         lines: list[list[str]] = [[], [], []]
         for n, node in enumerate(self.graph.nodes):
+            if needed is not None and n not in needed:
+                self.names.append("")
+                self.levels.append(0)
+                continue
             if node.op in INPUTS:
                 self.names.append(self.inputs[node.op])
                 of_row = node.op in self.of_rows
@@ -266,6 +291,11 @@ class _Printer:
         shape = self.graph.arrays[number].shape
         if not shape:
             return self.language.scalar.format(name)
+        return f"{name}[{self.place(node)}]"
+
+    def place(self, node: Node) -> str:
+        """The number of the element that a node loads; empty where its array has no axes."""
+        shape = self.graph.arrays[cast(int, node.array)].shape
         place = ""
         for extent, arg in zip(shape, node.args, strict=True):
             each = self.graph.nodes[arg]
@@ -280,7 +310,7 @@ class _Printer:
                 if place
                 else text
             )
-        return f"{name}[{place}]"
+        return place
 
     def _index(self, arg: int) -> str:
         dtype, name = self.graph.nodes[arg].dtype, self.names[arg]

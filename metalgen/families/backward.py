@@ -16,7 +16,7 @@ from metalgen.errors import ArgumentError
 from metalgen.families.attention import AttentionStep, extra_inputs
 from metalgen.families.base import Dispatch, Output, TunedFamily
 from metalgen.families.launch import Launch
-from metalgen.features.base import Site
+from metalgen.features.base import Site, Summed
 from metalgen.kinds import Kind, get_kind
 from metalgen.kinds.base import Require
 from metalgen.languages import get_language
@@ -48,6 +48,8 @@ class GradientStep(AttentionStep):
         made: which gradients: ``"dq"``, or among ``"dk"`` and ``"dv"``.
     """
 
+    summed: Summed | None = None
+
     def __init__(self, name: str, *, keys_owned: bool, made: tuple[str, ...]) -> None:
         super().__init__(name, "backward")
         self.keys_owned = keys_owned
@@ -73,7 +75,13 @@ class GradientStep(AttentionStep):
 
     def site(self, config: AttentionConfig, schedule: Schedule) -> Site:
         language = get_language(get_kind(schedule.kind).language)
-        return Site(language, schedule.bk, keys_owned=self.keys_owned, backward=True)
+        return Site(
+            language,
+            schedule.bk,
+            keys_owned=self.keys_owned,
+            backward=True,
+            summed=self.summed,
+        )
 
     def variables(self, config: AttentionConfig, schedule: Schedule) -> dict[str, Any]:
         found = self._variables(config, schedule, config.v_dim, 1, partial=False)
@@ -86,6 +94,7 @@ class GradientStep(AttentionStep):
         return found | {
             "keys_owned": self.keys_owned,
             "made": self.made,
+            "summed": self.summed,
             "group": config.heads_per_kv,
             "longest_first": config.causal and not self.keys_owned,
             "lse": False,
@@ -98,6 +107,30 @@ class GradientStep(AttentionStep):
         made = zip(self.outputs(config, schedule), self.made, strict=True)
         outputs = (Output(name, (*launch.shape, width[each]), dtype) for name, each in made)
         return Dispatch(launch.groups, tuple(outputs))
+
+
+class SumStep(GradientStep):
+    """A kernel that makes sums of the gradients of scores, for one input of a call."""
+
+    def __init__(self, summed: Summed) -> None:
+        super().__init__("backward_sums", keys_owned=summed.by == "key", made=())
+        self.summed = summed
+
+    def outputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
+        return ("grad_sum",)
+
+    def operands(self, config: AttentionConfig, schedule: Schedule) -> Operands:
+        found = (key_operands if self.keys_owned else row_operands)(config, ("dk",))
+        products = tuple(each for each in found.products if found.contracts_columns(each))
+        return dataclasses.replace(found, accumulators=found.scores, products=products)
+
+    def dispatch(
+        self, config: AttentionConfig, schedule: Schedule, launch: Launch, dtype: str
+    ) -> Dispatch:
+        batch, heads, length = launch.shape
+        if self.keys_owned:
+            heads *= config.heads_per_kv
+        return Dispatch(launch.groups, (Output("grad_sum", (batch, heads, length), "float32"),))
 
 
 def row_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:

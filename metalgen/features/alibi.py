@@ -16,6 +16,7 @@ from metalgen.features.base import (
     Macros,
     OptionalInput,
     Site,
+    Summed,
 )
 from metalgen.features.checks import switch
 from metalgen.features.contents import finite
@@ -67,6 +68,9 @@ class Alibi(Feature):
     )
     rank = 1
     adds = True
+
+    def sums(self, config: Fields, inputs: Any) -> list[Summed]:
+        return [Summed("alibi_slopes", "query", add="alibi")]
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         entry = "min(sequence, sequences - 1)" if config.varlen else "sequence"

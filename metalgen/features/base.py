@@ -115,6 +115,26 @@ class OptionalInput(NamedTuple):
             raise ArgumentError(f"{name}.shape", expected, array.shape)
 
 
+SumBy = Literal["query", "key", "pair"]
+
+
+class Summed(NamedTuple):
+    """The gradient of an input, summed by a kernel from dY, the gradient of changed scores.
+
+    Args:
+        array: name of the input, as `metalgen.reference.gradients_float64` has it.
+        by: what there is a sum for: each ``"query"``, each ``"key"``, each of every head, or each
+            element of the input, to which pairs of both (``"pair"``) add.
+        add: which of the adds of `Hooks` has the derivative of scores in it; empty: the functions.
+        node: of the score function's graph, the load whose elements these are.
+    """
+
+    array: str
+    by: SumBy
+    add: str = ""
+    node: int = -1
+
+
 class Site(NamedTuple):
     """Where a feature's code stands in a kernel.
 
@@ -126,6 +146,7 @@ class Site(NamedTuple):
             shares depend on the number of keys, or there are none.
         keys_owned: whether rows of keys are owned, and queries passed over.
         backward: whether the kernel computes gradients.
+        summed: of which input it sums the gradient; None: of none.
     """
 
     language: Any
@@ -134,6 +155,7 @@ class Site(NamedTuple):
     share: int | None = None
     keys_owned: bool = False
     backward: bool = False
+    summed: Summed | None = None
 
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -255,6 +277,10 @@ class Feature:
             else:
                 bound.append(mx.contiguous(array))
         return bound
+
+    def sums(self, config: Fields, inputs: Any) -> list[Summed]:
+        """What kernels sum so that a call's inputs get their gradients."""
+        return []
 
     def check_captured(self, arrays: Arrays) -> None:
         """Whether what it captures fits a call, used or not; raises `ArgumentError`."""

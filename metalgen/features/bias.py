@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -14,6 +14,8 @@ from metalgen.features.base import (
     Macros,
     OptionalInput,
     Site,
+    SumBy,
+    Summed,
 )
 from metalgen.features.checks import switch
 from metalgen.features.contents import finite_or_masked
@@ -51,6 +53,11 @@ class Bias(Feature):
     )
     rank = 1
     adds = True
+
+    def sums(self, config: Fields, inputs: Any) -> list[Summed]:
+        queries, keys = inputs.bias.shape[2:]
+        by: SumBy = "query" if keys == 1 else "key" if queries == 1 else "pair"
+        return [Summed("bias", by, add="bias")]
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         return Hooks(adds={"bias": Macros("bias")})

@@ -10,7 +10,17 @@ import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.arrays import Arrays, per_head, per_sequence
-from metalgen.features.base import HALF_UNIT, Binder, Feature, Field, Hooks, Site, unused
+from metalgen.features.base import (
+    HALF_UNIT,
+    Binder,
+    Feature,
+    Field,
+    Hooks,
+    Site,
+    SumBy,
+    Summed,
+    unused,
+)
 from metalgen.features.fields import Fields
 
 if TYPE_CHECKING:
@@ -21,8 +31,8 @@ LN2 = math.log(2)
 
 
 class Function(NamedTuple):
-    """A printed function; ``role`` is ``"score"``, ``"mask"``, or ``"slope"``, the derivative of
-    the score function in the score."""
+    """A printed function; ``role`` is ``"score"``, ``"mask"``, ``"slope"``, the derivative of the
+    score function in the score or in what a node loads, or ``"place"``, which element that is."""
 
     role: str
     group: tuple[str, ...]
@@ -97,6 +107,20 @@ class Functions(Feature):
             if graph is not None:
                 _check_indexed(f"{role}_mod", graph.indexed, arrays)
 
+    def sums(self, config: Fields, inputs: Any) -> list[Summed]:
+        from metalgen.dsl.loads import float_loads, place_inputs
+
+        graph = graphs(config).get("score")
+        found: list[Summed] = []
+        for load in () if graph is None else float_loads(graph):
+            assert graph is not None
+            of = place_inputs(graph, load)
+            by: SumBy = "key" if "kv" in of else "query"
+            if {"q", "kv"} <= of or "score" in of:
+                by = "pair"
+            found.append(Summed(f"score[{graph.nodes[load].array}]", by, node=load))
+        return found
+
     def sample(self, sampler: Sampler) -> dict[str, Any]:
         return sampler.functions()
 
@@ -137,8 +161,8 @@ def _check_indexed(name: str, indexed: dict[str, int], arrays: Arrays) -> None:
 
 
 def _printed(config: Fields, site: Site) -> list[Function]:
-    from metalgen.dsl.derivative import slope
-    from metalgen.dsl.printer import array_names, print_graph
+    from metalgen.dsl.derivative import of_loads, slope
+    from metalgen.dsl.printer import array_names, print_graph, print_place
 
     names = {"score": "score", "b": "batch", "h": "head", "q": "q_idx", "kv": "kv_idx"}
     if site.head_rows:
@@ -156,6 +180,10 @@ def _printed(config: Fields, site: Site) -> list[Function]:
         own = array_names(graph, role)
         found.append(printed(role, graph, own))
         if role == "score" and site.backward:
-            derivative = slope(graph)
+            load = -1 if site.summed is None else site.summed.node
+            derivative = slope(graph) if load < 0 else of_loads(graph)[load]
             found.append(printed("slope", derivative.graph, [own[n] for n in derivative.arrays]))
+            if load >= 0:
+                place = print_place(graph, load, site.language, "place", names, rows, own)
+                found.append(Function("place", place.group, place.row, place.element, place.result))
     return found

@@ -48,6 +48,11 @@ LANGUAGE = (
     Macro("length", ("name",), "rows of an array (B, H, L, D)"),
     Macro("pointer", ("type",), "the type of a pointer to elements of an input"),
     Macro("scalar", ("name",), "the value of an input that is one number", callers=("kinds",)),
+    Macro(
+        "add_to",
+        ("place", "x"),
+        "adds a float to one in an output, to which other threads may add meanwhile",
+    ),
     Macro("group_array", ("type", "name", "size"), "declares an array of a threadgroup"),
     Macro("exp2", ("x",), "2 to the power of x, as exact as the type of the arrays", callers=ALL),
     Macro("tanh", ("x",), "the hyperbolic tangent of x, exact", callers=ALL),

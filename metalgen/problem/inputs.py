@@ -99,6 +99,14 @@ class Inputs:
         return {name: array for name, array in found.items() if array is not None}
 
     @property
+    def names(self) -> list[str]:
+        """What `metalgen.reference.gradients_float64` calls the arrays, in the order of `arrays`;
+        captured ones of masks likewise."""
+        captured = [("score", len(self.score)), ("mask", len(self.mask))]
+        found = [f"{name}[{n}]" for name, count in captured for n in range(count)]
+        return [*found, *self.named]
+
+    @property
     def arrays(self) -> tuple[mx.array, ...]:
         """All arrays: captured ones of the score, of the mask, then the named ones."""
         return (*self.score, *self.mask, *self.named.values())

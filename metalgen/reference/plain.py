@@ -311,6 +311,38 @@ def _is_floating(array: mx.array) -> bool:
     return mx.issubdtype(array.dtype, mx.floating)
 
 
+def places_of_queries(q: mx.array, k: mx.array, varlen: bool, inputs: Inputs) -> Places:
+    """Where the rows of q stand; ``j`` is nothing's.
+
+    Args:
+        q, k: ``(B, H, Lq, D)`` and ``(B, Hkv, Lk, D)``.
+        varlen: whether sequences are packed.
+        inputs: of the call; where it has a `q_offset`, queries count from there.
+    """
+    row = mx.arange(q.shape[2], dtype=mx.int32)[:, None]
+    h = mx.arange(q.shape[1], dtype=mx.int32)[:, None, None]
+    b = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None]
+    if varlen:
+        cu_q = _starts(inputs.cu_q, q.shape[2])
+        b = _sequence(row, cu_q)
+        row = row - cu_q[b]
+    number = row if inputs.q_offset is None else row + inputs.q_offset[b]
+    return Places(b, h, number, mx.zeros((), mx.int32), number)
+
+
+def places_of_keys(q: mx.array, k: mx.array, varlen: bool, inputs: Inputs) -> Places:
+    """The same of the rows of k, for each head of q; ``i`` is nothing's."""
+    key = mx.arange(k.shape[2], dtype=mx.int32)
+    h = mx.arange(q.shape[1], dtype=mx.int32)[:, None, None]
+    b = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None]
+    if varlen:
+        cu_k = _starts(inputs.cu_k, k.shape[2])
+        b = _sequence(key[:, None], cu_k)[:, 0]
+        key = key - cu_k[b]
+    nothing = mx.zeros((), mx.int32)
+    return Places(b, h, nothing, key, nothing)
+
+
 def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> mx.array:
     """Queries ``(B, H, Lq, D)`` rotated by their positions, in float32, rounded to their type."""
     features = {"rope": config.rope, "rope_fixed": config.rope_fixed}

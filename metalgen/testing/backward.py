@@ -54,6 +54,22 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 """Changes of a default schedule that take every path of the templates; q and dout are owned there,
 and their names exchanged with those of k and v where keys are."""
+SUMMED: dict[str, dict[str, Any]] = {
+    "slopes": {"alibi": True, "causal": True},
+    "slopes by sequence": {"alibi": True, "alibi_by_sequence": True, "softcap": 5.0},
+    "slopes of packed sequences": {"alibi": True, "alibi_by_sequence": True, "varlen": True},
+    "a bias of queries": {"bias": True, "bias_shape": (2, 1, 37, 1), "dropout": 0.2},
+    "a bias of keys": {"bias": True, "bias_shape": (1, 4, 1, 53), "causal": True},
+    "a bias of both": {"bias": True, "bias_shape": (2, 4, 37, 53), "causal": True},
+    "a bias that entries share": {"bias": True, "bias_shape": (1, 4, 37, 53)},
+    "a bias that heads share": {"bias": True, "bias_shape": (2, 1, 37, 53), "window_left": 9},
+    "a bias of one number": {"bias": True, "bias_shape": (1, 1, 1, 1), "array_mask": True},
+    "captured arrays": {"function": 0, "causal": True},
+    "captured arrays, packed": {"function": 1, "varlen": True},
+    "captured arrays and lengths": {"function": 1, "kv_lens": True, "alibi": True},
+}
+"""What other arrays calls bring whose gradients kernels sum: fields of a config, the shape of its
+bias, and which of `functions` it has."""
 KEY_NAMES = {"q_source": "k_source", "dout_source": "v_source"}
 KEY_NAMES |= {own: other for other, own in KEY_NAMES.items()}
 
@@ -145,6 +161,38 @@ class BackwardConformance(OnDevice):
         if reason := unsupported(backward_config(config)):
             pytest.skip(f"gradients of {reason} are computed in plain MLX")
         self.check(config, sample_call(config, batch=3, q_len=37, kv_len=53, seed=1))
+
+    @pytest.mark.parametrize("name", SUMMED)
+    def test_sums_for_other_arrays(self, name: str) -> None:
+        """Gradients of slopes, of biases with axes of one element, and of captured arrays."""
+        dtype = DTYPES[list(SUMMED).index(name) % 3]
+        fields = dict(SUMMED[name])
+        shape, function = fields.pop("bias_shape", None), fields.pop("function", None)
+        if function is not None:
+            fields["score_mod"] = functions()[0][function]
+        config = AttentionConfig(32, dtype, heads_per_kv=2, **fields)
+        call = sample_call(config, batch=2, q_len=37, kv_len=53, seed=1)
+        if shape is not None:
+            bias = normal(tuple(shape), "float32", 5)
+            call = (*call[:3], replace(call[3], bias=bias))
+        self.check_sums(config, call)
+
+    def check_sums(self, config: AttentionConfig, call: Call) -> None:
+        """The gradients of all inputs for which there are sums, compared with the formulas."""
+        self.require(config.dtype)
+        results, cotangents = cotangents_of(config, call, 0.25, 7)
+        exact = exact_gradients(config, call, cotangents, 0.25)
+        found: dict[str, mx.array] = {}
+        for feature in config.features:
+            for each in feature.sums(config, call[3]):
+                schedule = self.schedules(config)[each.by == "key"]
+                run = self.device.build_sum(config, schedule, each)
+                (part,) = run(*call[:3], results, cotangents, 0.25, call[3])
+                found[each.array] = found[each.array] + part if each.array in found else part
+        assert found
+        for name, array in found.items():
+            error = relative_error(array, exact[name])
+            assert error <= 2 * GRADIENT_TOLERANCE[config.dtype], (name, error)
 
     @pytest.mark.parametrize("number", range(3))
     def test_functions(self, number: int) -> None:

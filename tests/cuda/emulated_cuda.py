@@ -73,10 +73,13 @@ class EmulatedCuda(KernelDevice):
             output_dtypes: list[mx.Dtype],
             grid: tuple[int, int, int],
             threadgroup: tuple[int, int, int],
+            init_value: float | None = None,
         ) -> list[mx.array]:
+            assert init_value in (None, 0.0)
+            unwritten = 0xFF if init_value is None else 0
             views = [_view(x, self.offset) for x in inputs]
             outputs = [
-                np.full(math.prod(shape) * dtype.size, 0xFF, np.uint8)
+                np.full(math.prod(shape) * dtype.size, unwritten, np.uint8)
                 for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
             ]
             types = tuple(_type(x.dtype) for x in inputs), tuple(map(_type, output_dtypes))

@@ -158,6 +158,13 @@ template <typename A> A em_read(const A *from) {
   return *from;
 }
 
+// Threads take turns only where they wait.
+inline float atomicAdd(float *to, float x) {
+  const float before = *to;
+  *to = before + x;
+  return before;
+}
+
 template <int BYTES> void em_copy(void *to, const void *from, int there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) em_report("a misaligned copy");
   if (there) em_inside(from, there);

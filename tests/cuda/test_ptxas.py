@@ -21,8 +21,8 @@ from metalgen.source.render import KernelSource, render
 from metalgen.testing.cases import FEATURES
 
 LIMITS = Limits(232448, 1024, "cuda", ("wgmma",))
-TYPES = {"q": "T", "k": "T", "v": "T", "bias": "T", "array_mask": "bool", "out": "T"}
-FLOATS = {"scale", "alibi", "sinks", "rope_freqs", "lse", "sums"}
+TYPES = {"q": "T", "k": "T", "v": "T", "dout": "T", "bias": "T", "array_mask": "bool", "out": "T"}
+FLOATS = {"scale", "alibi_slopes", "sinks", "rope_freqs", "lse", "sums", "terms", "grad_sum"}
 PRELUDE = """\
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
