@@ -13,9 +13,11 @@ Shapes are those of the named models, weights random (bfloat16), and there are a
 * ``8 bits``, ``4 bits``: a prompt of 16,384 tokens and 32 more, over quantized caches;
 * ``LoRA``: a step of training on 4,096 tokens.
 
-Both ways run alternately, `--rounds` times each. A row has the median of the tokens a second, their
-spread (half of the range over the median), the peak of memory, and the ratio of the medians. What
-fails is said, not left out. ``--twin`` compares logits: how far bfloat16 is, both ways, from a twin
+Both ways run alternately, each at least `--rounds` times, and more often while a row has taken
+less than `--seconds`: decoding of one token at a time varies by several percent from run to run.
+A row has the median of the tokens per second, their spread (half of the range over the median),
+the peak of memory, and the median ratio of neighboring runs with its 95 % interval. What fails is
+said, not left out. ``--twin`` compares logits: how far bfloat16 is, both ways, from a twin
 in float32.
 """
 
@@ -27,6 +29,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
@@ -39,9 +42,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from metalgen.bench.measuring import compare
 from metalgen.mlx_lm import patch, stats
 
 CHUNK = 2048
+MOST_ROUNDS = 15
+"""Rounds of a row at most."""
 VOCABULARY = 32000
 COMMON = {
     "vocab_size": VOCABULARY,  # the same for all, since attention is what is compared
@@ -331,15 +337,24 @@ def way(name: str, device: str | None) -> Iterator[None]:
 
 
 def measured(
-    make: Callable[[], tuple[int, Callable[[], float]]], rounds: int, device: str | None
+    make: Callable[[], tuple[int, Callable[[], float]]],
+    rounds: int,
+    seconds_of_row: float,
+    device: str | None,
 ) -> dict[str, Any]:
-    """Tokens a second, spread and peak memory of both ways, which take turns."""
+    """Tokens per second, spread and peak memory of both ways, which take turns."""
+    start = time.perf_counter()
     count, once = make()
     times: dict[str, list[float]] = {name: [] for name in WAYS}
     peaks: dict[str, float] = {}
     failures: dict[str, str] = {}
     summary = ""
-    for number in range(rounds + 1):  # the first round compiles
+    begin = math.inf
+    for number in range(MOST_ROUNDS + 1):  # the first round compiles
+        if number > rounds and time.perf_counter() - begin > seconds_of_row:
+            break
+        if number == 1:
+            begin = time.perf_counter()
         for name in WAYS if number % 2 else WAYS[::-1]:
             if name in failures:
                 continue
@@ -368,8 +383,11 @@ def measured(
             "spread": (max(rates) - min(rates)) / 2 / middle,
             "peak_gb": peaks[name],
         }
-    rates = [found[name].get("tokens_per_second") for name in WAYS]
-    found["ratio"] = rates[1] / rates[0] if all(rates) else None
+    found["ratio"] = None
+    if len(times[WAYS[0]]) == len(times[WAYS[1]]) > 0:
+        ratio = compare(times[WAYS[1]], times[WAYS[0]])
+        found["ratio"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+    found["seconds"] = time.perf_counter() - start
     return found
 
 
@@ -401,7 +419,9 @@ def line(model: str, row: str, found: dict[str, Any]) -> str:
         else:
             rate, spread = own["tokens_per_second"], own["spread"]
             cells += [f"{rate:,.0f} ±{spread:.0%}", f"{own['peak_gb']:.2f}"]
-    ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f}x"
+    ratio = "-"
+    if (own := found["ratio"]) is not None:
+        ratio = f"{own['value']:.2f}x [{own['low']:.2f}, {own['high']:.2f}]"
     return f"| {model} | {row} | " + " | ".join([*cells, ratio]) + " |"
 
 
@@ -410,7 +430,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rows", nargs="*", help="beginnings of rows' names; default: all")
     parser.add_argument("--layers", type=int, default=6, help="an even number; default: 6")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="at least; default: 4")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a row, at least; default: 4")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds; then it ends")
     parser.add_argument("--device", help="what computes metalgen's attention; default: the GPU")
     parser.add_argument("--output", type=Path, help="a JSON file, written after each row")
@@ -442,7 +463,7 @@ def main() -> int:
                 make = functools.partial(lora_row, model, scale)
             else:
                 make = functools.partial(row_of, model, row, scale)
-            found = measured(make, arguments.rounds, arguments.device)
+            found = measured(make, arguments.rounds, arguments.seconds, arguments.device)
             results.setdefault(name, {})[row] = found
             print(line(name, row, found), flush=True)
             if arguments.output is not None:
