@@ -14,7 +14,7 @@ from metalgen.calls.resolve import get_kernel
 from metalgen.devices import Device
 from metalgen.errors import MetalgenError
 from metalgen.problem.config import AttentionConfig
-from metalgen.tuning.workers.helpers import check_jobs, usual_jobs
+from metalgen.tuning.workers.helpers import check_jobs
 from metalgen.verification.items import Item, items, types_of
 from metalgen.verification.outcomes import Outcome, outcome_of
 from metalgen.verification.workers import side_by_side
@@ -35,6 +35,10 @@ CALLS: dict[str, dict[str, Any]] = {
 """Calls of which a verification says what computes them."""
 FEWEST_PROCESSORS = 4
 """Processors from which on worker processes are started by default."""
+SPARE_PROCESSORS = 2
+"""Processors that stay free then."""
+MOST_WORKERS = 16
+"""Worker processes that are started by default at most: each keeps a context on a GPU."""
 
 
 @dataclass
@@ -97,8 +101,8 @@ def verify_device(
         device: one that is available here.
         full: everything (an hour on a simulator); else about a minute.
         jobs: worker processes, 0 to 64; each compiles, executes and compares kernels of its
-            own. With 0, everything happens in this process. Default: those of a tuning run where
-            the device compiles and there are four or more processors, else 0.
+            own. With 0, everything happens in this process. Default: where the device compiles and
+            there are four or more processors, two fewer than those and at most 16; else 0.
         observe: told of progress.
 
     Raises:
@@ -122,10 +126,14 @@ def verify_device(
 
 
 def usual_workers(device: Device) -> int:
-    """How many worker processes verify a device unless told otherwise; 0: none but this one."""
-    if device.language is None or (os.cpu_count() or 1) < FEWEST_PROCESSORS:
+    """How many worker processes verify a device unless told otherwise; 0: none but this one.
+
+    More than compile in a tuning run: nothing is timed, so nothing waits for the device to be idle.
+    """
+    processors = os.cpu_count() or 1
+    if device.language is None or processors < FEWEST_PROCESSORS:
         return 0
-    return usual_jobs(device)
+    return min(MOST_WORKERS, processors - SPARE_PROCESSORS)
 
 
 def _outcomes(

@@ -94,6 +94,17 @@ def test_worker_processes_find_the_same_as_this_one() -> None:
     ]
 
 
+def test_workers_are_as_many_as_there_are_processors_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for processors in (1, 2, 3, 4, 16, 64):
+        monkeypatch.setattr("os.cpu_count", lambda count=processors: count)
+        found.append(running.usual_workers(get_device("simulator")))
+    assert found == [0, 0, 0, 2, 14, 16]
+    assert running.usual_workers(get_device("reference")) == 0  # it compiles nothing
+
+
 def test_a_kernel_that_ends_or_hangs_its_process_is_one_fault() -> None:
     todo = list(items.items(Fragile()))
     limited = side_by_side(Fragile(), todo, 2, time_limit=9.0)
