@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from metalgen.calls.checked import passes
 from metalgen.calls.verify_sums import sum_fault, sum_runners
+from metalgen.database.hit import Hit
 from metalgen.database.lookup import lookup
 from metalgen.devices import Device, Runner
 from metalgen.devices.backward import GradientRunner, row_terms
@@ -18,7 +19,7 @@ from metalgen.devices.mlx_attention import differentiates_in_linear_memory
 from metalgen.devices.sums import array_of, has_fixed_order
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, get_attention
-from metalgen.families.backward import backward_config, unsupported
+from metalgen.families.backward import BACKWARD_ALL, backward_config, made_by, unsupported
 from metalgen.families.sizes import Problem
 from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
@@ -29,7 +30,7 @@ from metalgen.source.hashes import template_hashes
 if TYPE_CHECKING:
     from metalgen.chips import Chip
 
-FAMILIES = ("backward_rows", "backward_keys")
+FAMILIES: tuple[str, ...] = ("backward_rows", "backward_keys")
 
 
 @dataclass(eq=False)
@@ -40,6 +41,7 @@ class KernelGradients:
         device: what runs them.
         config: of the forward pass.
         schedules: of the rows of queries, and of the rows of keys; None: there are no kernels.
+        joint: of a kernel that makes all three gradients, where that was measured as faster.
         forward: the schedule of the forward kernel.
         sources: where the schedules come from, if not by default.
         path: how they were checked; empty until the first gradient.
@@ -51,18 +53,27 @@ class KernelGradients:
     forward: Schedule
     sources: list[str] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    joint: Schedule | None = None
     _sums: dict[tuple[Summed, ...], list[GradientRunner] | None] = field(default_factory=dict)
 
     @functools.cached_property
-    def runners(self) -> list[GradientRunner] | None:
-        """The kernels, checked; None where there are none, or one of them does not pass."""
+    def runners(self) -> dict[tuple[int, ...], list[GradientRunner]] | None:
+        """The kernels, checked, by the numbers of the gradients that they make, of q, k and v; None
+        where there are none, or one of them does not pass."""
         if self.schedules is None:
             return None
-        for schedule in self.schedules:
-            if not passes(self.device, backward_config(self.config), schedule, self.path):
-                self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
-                return None
-        return [self.device.build_gradients(self.config, (each,)) for each in self.schedules]
+        bare = backward_config(self.config)
+        ways = [self.schedules] if self.joint is None else [(self.joint,), self.schedules]
+        for schedules in ways:
+            if all(passes(self.device, bare, each, self.path) for each in schedules):
+                return {
+                    tuple("qkv".index(name[1]) for name in made_by(each)): [
+                        self.device.build_gradients(self.config, (each,))
+                    ]
+                    for each in schedules
+                }
+        self.path.append("FALLBACK to plain MLX operations: no backward kernel passed")
+        return None
 
     @functools.cached_property
     def with_lse(self) -> Runner:
@@ -89,7 +100,7 @@ class KernelGradients:
         def gradients(*arrays: mx.array) -> tuple[mx.array, ...]:
             q, k, v, out, lse, dout, dlse, *others = arrays
             given = inputs.replaced(tuple(others))
-            parts = {(0,): [runners[0]], (1, 2): [runners[1]]}
+            parts = {**runners}
             for name, each in self._summed(q, given).items():
                 parts[(3 + given.names.index(name),)] = each
             kept = {n for part in parts for n in part}
@@ -163,7 +174,8 @@ class KernelGradients:
         """What computes gradients, and how it was checked."""
         if self.schedules is None:
             return "plain MLX operations, in blocks of queries: memory grows with the length"
-        names = ", ".join(str(schedule) for schedule in self.schedules)
+        used = self.schedules if self.joint is None else (self.joint,)
+        names = ", ".join(str(schedule) for schedule in used)
         checked = "; ".join([*self.sources, *(self.path or ["checked with the first gradient"])])
         return f"metalgen's backward kernels ({names}; {checked})"
 
@@ -221,27 +233,38 @@ def backward_kernels(
     if reason := unsupported(bare):
         path.append(f"gradients: backward kernels do not support {reason}")
         return KernelGradients(device, config, None, forward)
-    sources: list[str] = []
+    hits = [_on_record(where, problem, family) for family in FAMILIES]
     try:
-        rows, keys = (_schedule(where, problem, family, sources) for family in FAMILIES)
+        rows, keys = (
+            default_schedule(bare, where.limits, family) if hit is None else hit.schedule
+            for family, hit in zip(FAMILIES, hits, strict=True)
+        )
     except InvalidSchedule as error:
         path.append(f"gradients: no backward kernel fits: {error.detail}")
         return KernelGradients(device, config, None, forward)
-    return KernelGradients(device, config, (rows, keys), forward, sources)
+    found = KernelGradients(device, config, (rows, keys), forward)
+    names = FAMILIES
+    together = None if config.deterministic else _on_record(where, problem, BACKWARD_ALL.name)
+    if together is not None and is_faster(together, hits):
+        found.joint, hits, names = together.schedule, [together], (BACKWARD_ALL.name,)
+    pairs = zip(names, hits, strict=True)
+    found.sources += [f"{name}: {hit.place}, {hit.provenance}" for name, hit in pairs if hit]
+    return found
 
 
-def _schedule(where: Where, problem: Problem, family: str, sources: list[str]) -> Schedule:
-    """The best schedule of a backward family on record, or the default one."""
+def is_faster(one: Hit, several: list[Hit | None]) -> bool:
+    """Whether a kernel was measured as faster than several others together, each of them too."""
+    times = [hit.seconds for hit in (one, *several) if hit is not None and hit.is_measured]
+    if len(times) <= len(several) or None in times:
+        return False
+    first, *others = (seconds for seconds in times if seconds is not None)
+    return first < sum(others)
+
+
+def _on_record(where: Where, problem: Problem, family: str) -> Hit | None:
+    """The best schedule of a backward family on record."""
     assert where.device.language is not None
     bare = backward_config(problem.config)
     own = Problem(bare, problem.batch_heads, problem.q_len, problem.kv_len, family)
-    hit = lookup(
-        own,
-        where.chip,
-        template_hashes(family, where.device.language),
-        limits=where.limits,
-    )
-    if hit is None:
-        return default_schedule(bare, where.limits, family)
-    sources.append(f"{family}: {hit.place}, {hit.provenance}")
-    return hit.schedule
+    hashes = template_hashes(family, where.device.language)
+    return lookup(own, where.chip, hashes, limits=where.limits)

@@ -114,6 +114,7 @@ def command(
     if plan.device is None and not all(isinstance(f, AttentionFamily) for f in families):
         expected = "a device that measures: the chip model does not predict backward kernels"
         raise ArgumentError("backward", expected, plan.chip.name)
+    chosen = chosen.within(plan.device.limits if plan.device else plan.chip.limits)
     share = sharing.arguments(plan.device)
     if dry_run:
         _dry_run(plan, chosen, trials, as_json)

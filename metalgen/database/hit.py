@@ -44,11 +44,15 @@ class Hit:
     path: list[str] = field(default_factory=list, compare=False)
 
     @property
+    def is_measured(self) -> bool:
+        """Measured on this very chip, under this MLX."""
+        return self.exact and self.provenance == "measured"
+
+    @property
     def beats_mlx(self) -> bool:
         """Measured on this very chip, under this MLX, as faster than MLX's own attention."""
         return (
-            self.exact
-            and self.provenance == "measured"
+            self.is_measured
             and self.seconds is not None
             and self.mlx_seconds is not None
             and self.seconds < self.mlx_seconds

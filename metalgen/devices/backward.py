@@ -14,6 +14,7 @@ from metalgen.devices.binding import check_buffers, launched, rows_as_bound
 from metalgen.devices.marking import Launcher
 from metalgen.families import Limits, Schedule, check_schedule
 from metalgen.families.backward import backward_config, get_backward, made_by
+from metalgen.families.launch import Launch
 from metalgen.features.base import Binder
 from metalgen.features.softcap import lse_shift
 from metalgen.languages import get_language
@@ -122,14 +123,14 @@ class Prepared:
 
     def bound(
         self, device: Compiles, config: AttentionConfig, schedule: Schedule, inputs: Inputs
-    ) -> tuple[list[mx.array], tuple[int, int, int], int]:
-        """The inputs of a schedule's kernels, ``(B, heads, L)`` of the owned rows, and the number
-        of packed sequences."""
+    ) -> tuple[list[mx.array], Launch]:
+        """The inputs of a schedule's kernels, and their launch."""
         language = get_language(schedule.language)
         q, k = self.q, self.k
         bound = [rows_as_bound(x, language) for x in (q, k, self.v, self.dout)]
         bound += [self.terms, device.number(self.scale * math.log2(math.e))]
-        keys_owned = get_backward(schedule).main.keys_owned
+        family = get_backward(schedule)
+        keys_owned = family.main.keys_owned
         binder = Binder(
             (*q.shape[:3], k.shape[2]),
             schedule.bq,
@@ -139,9 +140,11 @@ class Prepared:
         )
         for feature in config.features:
             bound += feature.bind(config, inputs, binder)
-        batch, heads, length, _ = (k if keys_owned else q).shape
+        own, others = (k, q) if keys_owned else (q, k)
         sequences = 0 if inputs.cu_q is None else inputs.cu_q.size - 1
-        return bound, (batch, heads, length), sequences
+        batch, heads, length, _ = own.shape
+        shape = (batch, heads, length)
+        return bound, family.launch(config, schedule, shape, sequences, others.shape[2])
 
 
 def prepare(
@@ -197,12 +200,11 @@ class _Kernels:
 
     def __call__(self, prepared: Prepared, inputs: Inputs) -> list[mx.array]:
         """The gradients that the family makes."""
-        bound, shape, sequences = prepared.bound(self.device, self.config, self.schedule, inputs)
-        launch = self.family.launch(self.config, self.schedule, shape, sequences)
+        bound, launch = prepared.bound(self.device, self.config, self.schedule, inputs)
         name = str(prepared.q.dtype).rpartition(".")[2]
         found: list[mx.array] = []
         for step, source, kernel in zip(self.steps, self.sources, self.compiled, strict=True):
             dispatch = step.dispatch(self.config, self.schedule, launch, name)
             given: dict[str, Any] = launched(source, dispatch)
             found += kernel(inputs=bound, **given)
-        return found
+        return [x.astype(prepared.q.dtype) for x in found]

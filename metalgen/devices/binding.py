@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def launched(source: KernelSource, dispatch: Dispatch) -> dict[str, Any]:
     """The arguments of a compiled kernel for one launch, but for its inputs."""
     x, y, z = dispatch.groups
-    return {
+    zeros = {"init_value": 0.0} if dispatch.zeroed else {}
+    return zeros | {
         "output_shapes": [output.shape for output in dispatch.outputs],
         "output_dtypes": [getattr(mx, output.dtype) for output in dispatch.outputs],
         "grid": (x * source.threads, y, z),

@@ -13,7 +13,7 @@ from metalgen.devices.backward import Compiles, Prepared, prepare
 from metalgen.devices.binding import check_buffers, launched
 from metalgen.dsl.loads import places
 from metalgen.families import Schedule, check_schedule
-from metalgen.families.backward import SumStep, backward_config, get_backward
+from metalgen.families.backward import SumStep, backward_config
 from metalgen.families.base import Dispatch, Output
 from metalgen.features.base import Summed
 from metalgen.features.functions import graphs
@@ -84,15 +84,13 @@ class SumKernel:
         if 0 in q.shape or 0 in k.shape:
             return [mx.zeros(array.shape)]
         prepared = prepare(self.config, (q, k, v), results, cotangents, scale, inputs, terms)
-        bound, shape, sequences = prepared.bound(self.device, self.bare, self.schedule, inputs)
-        launch = get_backward(self.schedule).launch(self.bare, self.schedule, shape, sequences)
+        bound, launch = prepared.bound(self.device, self.bare, self.schedule, inputs)
         dispatch = self.step.dispatch(self.bare, self.schedule, launch, "float32")
         pairs = self.summed.by == "pair"
         if pairs:
-            dispatch = Dispatch(dispatch.groups, (Output("grad_sum", array.shape, "float32"),))
+            output = Output("grad_sum", array.shape, "float32")
+            dispatch = Dispatch(dispatch.groups, (output,), zeroed=True)
         given = launched(self.source, dispatch)
-        if pairs:
-            given["init_value"] = 0.0
         (sums,) = self.kernel(inputs=bound, **given)
         return [sums if pairs else self._added(sums, array, prepared, inputs)]
 

@@ -5,6 +5,9 @@ family `backward_rows` owns rows of queries and passes over keys, as the forward
 family `backward_keys` owns rows of keys and passes over the queries of all heads that share them,
 with transposed scores S^T = K Q^T. Each row of a gradient is summed by one simdgroup in a fixed
 order: no atomics, and the same bits every time.
+
+The family `backward_all` makes all three gradients by one kernel that owns rows of keys: five
+products for each score instead of seven. Rows of dQ are summed by float atomics, in any order.
 """
 
 from __future__ import annotations
@@ -24,10 +27,12 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.schedules import Knob, Limits, Schedule
 
 if TYPE_CHECKING:
-    from metalgen.kinds.operands import Operands
+    from metalgen.kinds.operands import Added, Operands
 
 MOST_COLUMNS = 256
 """Widest head dimension whose gradients fit the registers."""
+MOST_COLUMNS_TOGETHER = 128
+"""Widest one of which those of keys and of values both fit, next to those of queries."""
 
 APART = Knob(
     "apart",
@@ -59,7 +64,13 @@ class GradientStep(AttentionStep):
         return ("q", "k", "v", "dout", "terms", "scale", *extra_inputs(config))
 
     def outputs(self, config: AttentionConfig, schedule: Schedule) -> tuple[str, ...]:
-        return tuple(f"grad_{name[1]}" for name in self.made)
+        stored = self.stored
+        return tuple(f"{'grad' if name in stored else 'sums'}_{name[1]}" for name in self.made)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Those of the gradients whose rows it owns; it adds to the others."""
+        return tuple(name for name in self.made if not self.keys_owned or name != "dq")
 
     def threads(self, schedule: Schedule) -> int:
         return schedule.threads
@@ -93,7 +104,7 @@ class GradientStep(AttentionStep):
         }
         return found | {
             "keys_owned": self.keys_owned,
-            "made": self.made,
+            "made": self.stored,
             "summed": self.summed,
             "group": config.heads_per_kv,
             "longest_first": config.causal and not self.keys_owned,
@@ -104,9 +115,13 @@ class GradientStep(AttentionStep):
         self, config: AttentionConfig, schedule: Schedule, launch: Launch, dtype: str
     ) -> Dispatch:
         width = {"dq": config.head_dim, "dk": config.head_dim, "dv": config.v_dim}
-        made = zip(self.outputs(config, schedule), self.made, strict=True)
-        outputs = (Output(name, (*launch.shape, width[each]), dtype) for name, each in made)
-        return Dispatch(launch.groups, tuple(outputs))
+        outputs = []
+        for name, each in zip(self.outputs(config, schedule), self.made, strict=True):
+            added = each not in self.stored
+            heads = launch.shape[1] * config.heads_per_kv
+            shape = (launch.shape[0], heads, launch.others) if added else launch.shape
+            outputs.append(Output(name, (*shape, width[each]), "float32" if added else dtype))
+        return Dispatch(launch.groups, tuple(outputs), zeroed=self.stored != self.made)
 
 
 class SumStep(GradientStep):
@@ -178,6 +193,7 @@ def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
         products.append(Product("dk", "dp", "q"))
     return Operands(
         own=(k, v) if "dk" in made else (k,),
+        added=_added_queries(config) if "dq" in made else None,
         traversed=(q, dout),
         accumulators=(*scores, *results),
         products=tuple(products),
@@ -189,6 +205,15 @@ def key_operands(config: AttentionConfig, made: tuple[str, ...]) -> Operands:
         own_count="kv_len",
         together=True,
     )
+
+
+def _added_queries(config: AttentionConfig) -> Added:
+    """dQ += scale dX K, of the queries of a pass."""
+    from metalgen.kinds.operands import Added, Product
+
+    packed = " + first_query" if config.varlen else ""
+    row = f"((int64_t(batch) * q_shape[1] + head) * q_shape[2]{packed})"
+    return Added(Product("sums_q", "dp", "k"), row, "(scale2 * LN2)")
 
 
 class Backward(TunedFamily):
@@ -223,13 +248,15 @@ class Backward(TunedFamily):
         schedule: Schedule,
         shape: tuple[int, int, int],
         sequences: int = 0,
+        others: int = 0,
     ) -> Launch:
-        """The launch for owned rows of a shape ``(B, heads, L)``, of so many packed sequences."""
+        """The launch for owned rows of a shape ``(B, heads, L)``, of so many packed sequences, that
+        passes over so many other rows."""
         batch, heads, length = shape
         blocks = -(-length // schedule.bq)
         if config.varlen:  # each sequence has room for blocks of its own
             blocks = length // schedule.bq + sequences + 1
-        return Launch((blocks, heads, batch), shape)
+        return Launch((blocks, heads, batch), shape, others=others)
 
 
 class BackwardRows(Backward):
@@ -264,6 +291,22 @@ class BackwardKeys(Backward):
         return (self.main, *self.each)
 
 
+class BackwardAll(Backward):
+    """All three gradients at once."""
+
+    name = "backward_all"
+    own = ("k", "v")
+    traversed = ("q", "dout")
+    adds = True
+    main = GradientStep("backward_all", keys_owned=True, made=("dk", "dv", "dq"))
+
+    def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
+        super().check(config, schedule, require)
+        widest = max(config.head_dim, config.v_dim)
+        detail = f"dK and dV of {widest} columns, of at most {MOST_COLUMNS_TOGETHER}"
+        require("width", widest <= MOST_COLUMNS_TOGETHER, detail)
+
+
 def made_by(schedule: Schedule) -> list[str]:
     """Which gradients the kernels of a schedule make, in order."""
     family = get_backward(schedule)
@@ -276,10 +319,10 @@ def get_backward(schedule: Schedule) -> Backward:
     Raises:
         ArgumentError: it computes no gradients.
     """
-    for family in (BACKWARD_ROWS, BACKWARD_KEYS):
+    for family in (BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_ALL):
         if family.name == schedule.family:
             return family
-    known = f"{BACKWARD_ROWS.name} or {BACKWARD_KEYS.name}"
+    known = f"{BACKWARD_ROWS.name}, {BACKWARD_KEYS.name} or {BACKWARD_ALL.name}"
     raise ArgumentError("schedule", f"one of {known}", schedule.family)
 
 
@@ -313,3 +356,4 @@ def unsupported(config: AttentionConfig) -> str:
 
 BACKWARD_ROWS = BackwardRows()
 BACKWARD_KEYS = BackwardKeys()
+BACKWARD_ALL = BackwardAll()

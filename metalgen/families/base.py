@@ -25,10 +25,14 @@ class Output(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """One launch of a step: threadgroups along x, y and z, and the arrays that it makes."""
+    """One launch of a step: threadgroups along x, y and z, and the arrays that it makes.
+
+    `zeroed`: whether these begin with zeros, because the kernel adds to them.
+    """
 
     groups: tuple[int, int, int]
     outputs: tuple[Output, ...]
+    zeroed: bool = False
 
 
 class Step(abc.ABC):
@@ -103,6 +107,7 @@ class Family(abc.ABC):
             passes over; none in a family without matrix products.
         together: whether the rows of a pass are fetched together, of all operands, because several
             products read the same ones.
+        adds: whether a product contracts owned rows, and adds to rows in memory.
     """
 
     name: str
@@ -110,6 +115,7 @@ class Family(abc.ABC):
     own: tuple[str, ...] = ()
     traversed: tuple[str, ...] = ()
     together: bool = False
+    adds: bool = False
 
     def knobs(self, kind: Kind | None) -> tuple[Knob, ...]:
         """What its schedules choose, in the order in which a search enumerates them.

@@ -22,12 +22,14 @@ class Launch:
         shape: ``(B, H, L)`` of its output's rows.
         splits: outputs of each row that a combine step merges.
         start: batch entry, head (or KV head) and block of rows where it begins; None: at the first.
+        others: rows that are passed over, where outputs have a row for each; else 0.
     """
 
     groups: tuple[int, int, int]
     shape: tuple[int, int, int]
     splits: int = 1
     start: tuple[int, int, int] | None = None
+    others: int = 0
 
 
 DETERMINISTIC_KEYS = 16384

@@ -5,7 +5,7 @@ from __future__ import annotations
 from metalgen.errors import ArgumentError
 from metalgen.families.append import APPEND
 from metalgen.families.attention import AttentionFamily
-from metalgen.families.backward import BACKWARD_KEYS, BACKWARD_ROWS
+from metalgen.families.backward import BACKWARD_ALL, BACKWARD_KEYS, BACKWARD_ROWS
 from metalgen.families.base import Family, TunedFamily
 from metalgen.families.decode import DECODE
 from metalgen.families.forward import FORWARD
@@ -36,7 +36,7 @@ def register(family: Family, *rooms: Kind | Language) -> None:
             kind.words if kind else family.words,
             language=language,
             required_kind=kind is not None and kind is not kinds_in(language)[0],
-            operands=(family.own, family.traversed, family.together),
+            operands=(family.own, family.traversed, family.together, family.adds),
             copying_simdgroups=kind.copying_simdgroups if kind else 0,
         )
 
@@ -107,4 +107,5 @@ for _forward in (FORWARD, DECODE):
     register(_forward, *KINDS.values())
 for _backward in (BACKWARD_ROWS, BACKWARD_KEYS):
     register(_backward, *(kind for kind in KINDS.values() if kind.backward))
+register(BACKWARD_ALL, *(kind for kind in KINDS.values() if kind.backward and kind.adds))
 register(APPEND, *LANGUAGES.values())

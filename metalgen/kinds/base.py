@@ -37,6 +37,7 @@ class Kind(abc.ABC):
         instructions: what a chip's limits must name for it to be used; empty: every chip of the
             language has it. Where it is there, it comes before the kinds that need nothing.
         backward: whether the backward families have kernels of it.
+        adds: whether it has products that contract owned rows (`metalgen.kinds.operands.Added`).
         deciding_simdgroups: that decide together whether their rows see the keys of a pass.
         copying_simdgroups: simdgroups of a threadgroup that own no rows and copy for the others.
     """
@@ -54,6 +55,7 @@ class Kind(abc.ABC):
     counted: bool = False
     instructions: str = ""
     backward: bool = True
+    adds: bool = False
     deciding_simdgroups: int = 1
     copying_simdgroups: int = 0
 

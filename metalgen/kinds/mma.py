@@ -31,6 +31,7 @@ class Mma(Kind):
     row_block = 16
     depth = 16
     threads = 256
+    adds = True
 
     def __init__(self) -> None:
         self.knobs = self.knobs_of(("q",), ("k", "v"))
@@ -110,12 +111,12 @@ class Mma(Kind):
         )
         sharing = s.simdgroups // getattr(s, "key_simdgroups", 1)
         sizes = {"bq": s.bq, "bk": s.bk, "sharing": sharing}
-        return mma_tiles(own, traversed, **sizes, together=s.together)
+        return mma_tiles(own, traversed, **sizes, together=s.together, adds=s.adds)
 
     def threadgroup_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         """The Q tile, one that quantized tiles may be dequantized into, and the ring."""
         tiles = self.tiles(config, schedule)
-        return int(tiles.own + tiles.work + schedule.buffers * tiles.ring)
+        return int(tiles.own + tiles.work + schedule.buffers * tiles.ring + tiles.added)
 
     def dynamic_bytes(self, config: AttentionConfig, schedule: Schedule) -> int:
         return self.threadgroup_bytes(config, schedule)
@@ -148,6 +149,7 @@ class Mma(Kind):
             found == widest,
             f"{self.name} stages whole rows: bd must be {widest}, not {found}",
         )
+        require("dtype", not schedule.adds or config.itemsize == 2, "of 16-bit types only")
 
     def defaults(
         self, config: AttentionConfig, limits: Limits, *, few_rows: bool

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from metalgen.kinds.mma_tiles import CHUNK_BYTES, DEPTH, RawTile, mma_tiles, padded, row_bytes
+from metalgen.kinds.mma_tiles import (
+    CHUNK_BYTES,
+    DEPTH,
+    MmaTiles,
+    RawTile,
+    mma_tiles,
+    padded,
+    row_bytes,
+)
 from metalgen.kinds.operands import Operand, Operands, Product
 from metalgen.schedules import Schedule
 
@@ -91,6 +99,53 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """How the warps of a block share out an output of so many blocks of 16 rows and columns.
+
+    Args:
+        rows, columns: blocks of a warp.
+        warps: that share the columns of the same rows.
+        apart: from a warp's block of rows to its next.
+        ragged: whether some warps have fewer columns.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    apart: int
+    ragged: bool
+
+
+def shares(rows: int, columns: int, warps: int) -> Shares:
+    """Columns are shared out first: a fragment of them then serves all rows of a warp."""
+    apart = next(
+        n
+        for n in range(min(rows, max(1, warps // columns)), 0, -1)
+        if rows % n == 0 and warps % n == 0
+    )
+    across = warps // apart
+    own = -(-columns // across)
+    return Shares(rows // apart, own, across, apart, own * across != columns)
+
+
+@dataclass(frozen=True)
+class Adding:
+    """A product that contracts the owned rows of a block.
+
+    Args:
+        operand: its right side.
+        offset: where its left side is left for all warps, in bytes.
+        copy: how the rows of that tile lie.
+        shares: who computes what.
+    """
+
+    operand: Operand
+    offset: int
+    copy: Copy
+    shares: Shares
+
+
+@dataclass(frozen=True)
 class MmaPlan:
     """Everything that the templates substitute.
 
@@ -116,6 +171,7 @@ class MmaPlan:
         waiting: groups of copies that may be on their way when a step's tile is needed.
         own_lines, lines: rows of a block of owned operands, and of a pass.
         threads: threads per block.
+        added: the product that contracts owned rows; None: there is none.
     """
 
     operands: Operands
@@ -140,6 +196,7 @@ class MmaPlan:
     own_lines: int
     lines: int
     threads: int
+    added: Adding | None = None
 
     @property
     def constants(self) -> dict[str, int]:
@@ -169,7 +226,8 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
     own, traversed = operands.own, operands.traversed
     sharing = schedule.simdgroups // getattr(schedule, "key_simdgroups", 1)
     sizes = {"bq": schedule.bq, "bk": schedule.bk, "sharing": sharing}
-    tiles = mma_tiles(own, traversed, **sizes, together=operands.together)
+    adds = operands.added is not None
+    tiles = mma_tiles(own, traversed, **sizes, together=operands.together, adds=adds)
     lines = dict.fromkeys((each.name for each in own), schedule.bq)
     copies = {
         each.name: _copy(each, lines.get(each.name, schedule.bk), schedule.threads)
@@ -216,7 +274,19 @@ def mma_plan(operands: Operands, schedule: Schedule) -> MmaPlan:
         own_lines=schedule.bq,
         lines=schedule.bk,
         threads=schedule.threads,
+        added=_adding(operands, schedule, tiles),
     )
+
+
+def _adding(operands: Operands, schedule: Schedule, tiles: MmaTiles) -> Adding | None:
+    if operands.added is None:
+        return None
+    operand = operands.operand(operands.added.product.right)
+    columns = padded(operand.width) // DEPTH
+    copy = _copy(replace(operand, width=schedule.bk), schedule.bq, schedule.threads)
+    offset = tiles.own + tiles.work + schedule.buffers * tiles.ring
+    own = shares(schedule.bk // DEPTH, columns, schedule.simdgroups)
+    return Adding(operand, offset, copy, own)
 
 
 def cached_keys(operands: Operands) -> int:

@@ -74,6 +74,7 @@ class MmaTiles:
         work: bytes of the tile that raw tiles are dequantized into.
         ring: bytes of one tile of the ring; of those of a pass, where they come together.
         offsets: where the rows of each traversed operand begin in it, in bytes, by name.
+        added: bytes of the tile of an accumulator that all warps read.
     """
 
     raw: dict[str, RawTile]
@@ -82,6 +83,7 @@ class MmaTiles:
     work: int
     ring: int
     offsets: dict[str, int]
+    added: int = 0
 
 
 def mma_tiles(
@@ -92,6 +94,7 @@ def mma_tiles(
     bk: int,
     sharing: int,
     together: bool = False,
+    adds: bool = False,
 ) -> MmaTiles:
     """The tiles of `bq` rows of each owned operand, and of `bk` rows of a traversed one.
 
@@ -100,6 +103,7 @@ def mma_tiles(
         bq, bk: rows.
         sharing: how many warps read the same rows of a pass.
         together: whether the rows of a pass come together, of all traversed operands.
+        adds: whether a product contracts owned rows.
     """
     raw = {each.name: _raw(each, bk) for each in traversed if each.bits is not None}
     direct = bool(raw) and sharing == 1 and traversed[0].itemsize == 2
@@ -115,6 +119,7 @@ def mma_tiles(
         offsets={
             name: start if together else 0 for name, start in zip(sizes, starts, strict=False)
         },
+        added=bq * row_bytes(bk, own[0].itemsize) if adds else 0,
     )
 
 

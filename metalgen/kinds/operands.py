@@ -117,6 +117,22 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A product that contracts owned rows, A += P^T B, to whose rows several threadgroups add.
+
+    Args:
+        product: A is an output in floats, which begins with zeros, P an accumulator, B an owned
+            operand; rows of A are those of a pass.
+        first_row: the row of A that the first traversed row is, by the kernel's names.
+        factor: what the product is multiplied by, likewise.
+    """
+
+    product: Product
+    first_row: str
+    factor: str
+
+
+@dataclass(frozen=True)
 class Extent:
     """Which rows of an array there are, by the kernel's names: from `least` on, and below `count`.
 
@@ -191,6 +207,7 @@ class Operands:
         own_start, own_count: the threadgroup's first owned row, and how many rows there are, by the
             names that the kernel's text has for them.
         together: whether the rows of a pass are fetched together, of all traversed operands.
+        added: one more product of a pass.
     """
 
     own: tuple[Operand, ...]
@@ -202,6 +219,7 @@ class Operands:
     own_count: str
     ordered_heads: int = 0
     together: bool = False
+    added: Added | None = None
 
     @property
     def own_extent(self) -> Extent:

@@ -156,7 +156,7 @@ def define_schedule(
     *,
     language: str,
     required_kind: bool = False,
-    operands: tuple[tuple[str, ...], tuple[str, ...], bool] = ((), (), False),
+    operands: tuple[tuple[str, ...], tuple[str, ...], bool, bool] = ((), (), False, False),
     copying_simdgroups: int = 0,
 ) -> None:
     """Register the type of a family's schedules with a kind.
@@ -168,7 +168,7 @@ def define_schedule(
         language: name of the language of its kernels.
         required_kind: whether stored keys state the kind.
         operands: names of those whose rows are owned, and of those that are passed over; whether
-            the rows of a pass are fetched together.
+            the rows of a pass are fetched together, and whether a product contracts owned rows.
         copying_simdgroups: simdgroups of a threadgroup that copy for the others.
     """
     attributes = {
@@ -182,6 +182,7 @@ def define_schedule(
         "traversed": operands[1],
         "together": operands[2],
         "copying_simdgroups": copying_simdgroups,
+        "adds": operands[3],
         "__module__": __name__,
     }
     name = f"{family.title()}{(kind or language).title()}Schedule"

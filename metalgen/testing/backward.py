@@ -27,6 +27,7 @@ from metalgen.calls.verify_gradients import (
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Schedule, default_schedule
 from metalgen.families.backward import backward_config, made_by, unsupported
+from metalgen.families.rules import device_kinds
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.problem.samples import Call, sample_call
@@ -54,6 +55,18 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 """Changes of a default schedule that take every path of the templates; q and dout are owned there,
 and their names exchanged with those of k and v where keys are."""
+TOGETHER: dict[str, dict[str, Any]] = {
+    "dense": {"dim": 128},
+    "causal, heads that share keys": {"dim": 64, "causal": True, "heads_per_kv": 2},
+    "padded columns": {"dim": 72, "value_head_dim": 24, "knobs": {"bk": 16}},
+    "an odd width": {"dim": 9, "value_head_dim": 40, "window_left": 9},
+    "warps that share rows": {"dim": 32, "knobs": {"simdgroups": 8, "row_blocks": 1, "bk": 64}},
+    "packed, one buffer": {"dim": 20, "varlen": True, "causal": True, "knobs": {"buffers": 1}},
+    "features": {"dim": 64, "softcap": 20.0, "alibi": True, "dropout": 0.2, "kv_lens": True},
+    "array mask": {"dim": 96, "array_mask": True, "knobs": {"simdgroups": 1, "row_blocks": 1}},
+    "queries that are used": {"dim": 16, "seqused_q": True, "rope": "half"},
+}
+"""Fields of a config, and knobs of the schedule, of the kernel that makes all gradients."""
 SUMMED: dict[str, dict[str, Any]] = {
     "slopes": {"alibi": True, "causal": True},
     "slopes by sequence": {"alibi": True, "alibi_by_sequence": True, "softcap": 5.0},
@@ -98,7 +111,7 @@ class BackwardConformance(OnDevice):
         call: Call,
         *,
         scale: float = 0.25,
-        schedules: tuple[Schedule, Schedule] | None = None,
+        schedules: tuple[Schedule, ...] | None = None,
     ) -> dict[str, mx.array]:
         """The gradients of q, k and v, compared with the formulas in float64."""
         self.require(config.dtype)
@@ -161,6 +174,24 @@ class BackwardConformance(OnDevice):
         if reason := unsupported(backward_config(config)):
             pytest.skip(f"gradients of {reason} are computed in plain MLX")
         self.check(config, sample_call(config, batch=3, q_len=37, kv_len=53, seed=1))
+
+    @pytest.mark.parametrize("name", TOGETHER)
+    def test_all_gradients_by_one_kernel(self, name: str) -> None:
+        """Those of queries by atomic adds, on devices that have such kernels."""
+        fields = dict(TOGETHER[name])
+        dim, knobs = fields.pop("dim"), fields.pop("knobs", {})
+        dtype = DTYPES[2 * (list(TOGETHER).index(name) % 2)]
+        config = AttentionConfig(dim, dtype, **fields)
+        self.require(dtype)
+        bare, limits = backward_config(config), self.device.limits
+        if not device_kinds(limits, "backward_all"):
+            pytest.skip(f"{self.name} has no kernels that make all gradients at once")
+        schedule = replace(default_schedule(bare, limits, "backward_all"), **knobs)
+        rows = 16 * schedule.row_blocks * schedule.simdgroups
+        schedule = replace(schedule, bq=rows)
+        call = sample_call(config, batch=2, q_len=37, kv_len=75, seed=1)
+        found = self.check(config, call, schedules=(schedule,))
+        assert set(found) == set("qkv")
 
     @pytest.mark.parametrize("name", SUMMED)
     def test_sums_for_other_arrays(self, name: str) -> None:

@@ -10,13 +10,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from metalgen.errors import ArgumentError
+from metalgen.errors import ArgumentError, InvalidSchedule
+from metalgen.families import Limits, default_schedule, get_tuned
 from metalgen.families.backward import (
+    BACKWARD_ALL,
     BACKWARD_KEYS,
     BACKWARD_ROWS,
     backward_config,
     unsupported,
 )
+from metalgen.families.rules import device_kinds
 from metalgen.families.sizes import DECODE_QUERIES, Problem
 from metalgen.problem.config import AttentionConfig
 
@@ -75,6 +78,20 @@ class Preset:
     name: str | None
     problems: tuple[Problem, ...]
     models: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+
+    def within(self, limits: Limits) -> Preset:
+        """The same without problems of families that have no kernels of them on a chip."""
+
+        def has_kernels(problem: Problem) -> bool:
+            if not device_kinds(limits, problem.family):
+                return False
+            try:
+                default_schedule(problem.config, limits, problem.family)
+            except InvalidSchedule:
+                return not get_tuned(problem.family).adds
+            return True
+
+        return replace(self, problems=tuple(filter(has_kernels, self.problems)))
 
 
 def _model(name: str, heads: int, kv_heads: int, head_dim: int) -> Model:
@@ -221,8 +238,9 @@ def preset(name: str) -> Preset:
 def of_gradients(chosen: Preset) -> Preset:
     """The problems of backward kernels that training with the problems of a preset has.
 
-    Two for each problem of many queries: gradients of queries, and of keys and values. (What LoRA
-    and full fine-tuning differ in, the gradients of weights, is no attention.)
+    Three for each problem of many queries: gradients of queries, of keys and values, and all of
+    them at once, which not every chip has kernels for (`Preset.within`). (What LoRA and full
+    fine-tuning differ in, the gradients of weights, is no attention.)
 
     Raises:
         ArgumentError: backward kernels support none of them.
@@ -232,7 +250,7 @@ def of_gradients(chosen: Preset) -> Preset:
         bare = backward_config(problem.config)
         if problem.q_len <= DECODE_QUERIES or unsupported(bare):
             continue
-        for family in (BACKWARD_ROWS, BACKWARD_KEYS):
+        for family in (BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_ALL):
             own = replace(problem, config=bare, family=family.name)
             labels = chosen.models.get(problem.key, ())
             sources[own] = tuple(dict.fromkeys((*sources.get(own, ()), *labels)))

@@ -146,7 +146,8 @@ def translation(source: KernelSource, inputs: tuple[str, ...], outputs: tuple[st
     """The C++ of a kernel whose arrays have these types, for emulator.h."""
 
     def portable(function: re.Match[str]) -> str:
-        own = any(word in function[0] for word in ("asm", "mg_shared(const", "__floats2"))
+        words = ("asm", "mg_shared(const", "__floats2", "mg_add_4")
+        own = any(word in function[0] for word in words)
         return "" if own else function[0]
 
     parameters, arguments = [], []

@@ -165,6 +165,12 @@ inline float atomicAdd(float *to, float x) {
   return before;
 }
 
+inline void mg_add_4(float *to, float x, float y, float z, float w) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) em_report("a misaligned sum");
+  const float all[4] = {x, y, z, w};
+  for (int n = 0; n < 4; n++) to[n] += all[n];
+}
+
 template <int BYTES> void em_copy(void *to, const void *from, int there) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) em_report("a misaligned copy");
   if (there) em_inside(from, there);

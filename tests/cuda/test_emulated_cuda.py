@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
 
+from metalgen.calls.verify_gradients import verify_gradients
 from metalgen.families import default_schedule
 from metalgen.kinds import mma_plan
 from metalgen.problem.config import AttentionConfig
@@ -63,6 +64,28 @@ def case_of(config: AttentionConfig, family: str = "forward", **sizes: Any) -> C
     sharing = getattr(schedule, "key_simdgroups", 1)
     rows = 16 * schedule.row_blocks * schedule.simdgroups // sharing
     return replace(case, schedule=replace(schedule, bq=rows), **sizes)
+
+
+@pytest.mark.parametrize("fields", [{"causal": True, "heads_per_kv": 2}, {"softcap": 20.0}])
+def test_one_kernel_makes_all_gradients(gpu: EmulatedCuda, fields: dict[str, Any]) -> None:
+    """Also of 8 warps that share the rows of dQ."""
+    config = AttentionConfig(32, "bfloat16", **fields)
+    default = default_schedule(config, gpu.limits, "backward_all")
+    many = replace(default, simdgroups=8, row_blocks=1, bq=128, bk=64)
+    for schedule in (default, many):
+        result = verify_gradients(gpu, config, schedule)
+        assert result.ok, result.detail
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "warps", "found"),
+    [(2, 8, 4, (2, 2, 4, 1, False)), (4, 2, 8, (1, 1, 2, 4, False)), (2, 5, 4, (2, 2, 4, 1, True))],
+)
+def test_warps_share_out_what_is_added(
+    rows: int, columns: int, warps: int, found: tuple[Any, ...]
+) -> None:
+    made = mma_plan.shares(rows, columns, warps)
+    assert (made.rows, made.columns, made.warps, made.apart, made.ragged) == found
 
 
 @pytest.mark.parametrize("way", WAYS)
