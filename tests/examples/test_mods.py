@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 import pytest
 
 MODS = Path(__file__).parents[2] / "examples" / "mods"
+GALLERY = MODS.parents[1] / "docs" / "gallery"
 HEADS = {"alibi": 4, "dilated": 4, "relative_bias": 4}
 SKIPPED = {
     "causal": 6 / 16,
@@ -46,8 +48,33 @@ def test_a_modification_runs_and_draws(name: str, tmp_path: Path) -> None:
         assert f"{SKIPPED[name]:.0%} of the blocks skipped" in done.stdout
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
+    shown = (GALLERY / f"{name}.png").read_bytes()
+    assert pixels(data) == pixels(shown), f"draw docs/gallery/{name}.png again"
     heads = HEADS.get(name, 1)
     assert struct.unpack(">II", data[16:24]) == (heads * 384 + (heads - 1) * 8, 384)
+
+
+def pixels(png: bytes) -> bytes:
+    """The rows of a PNG file whose image is one IDAT chunk, behind its header of 33 bytes."""
+    (length,) = struct.unpack(">I", png[33:37])
+    assert png[37:41] == b"IDAT"
+    return zlib.decompress(png[41 : 41 + length])
+
+
+def test_the_gallery_shows_each_with_the_functions_of_its_script() -> None:
+    page = (GALLERY.parent / "gallery.md").read_text(encoding="utf-8")
+    sections = page.split("\n### ")[1:]
+    shown = {}
+    for section in sections:
+        (script,) = set(re.findall(r"\]\(\.\./examples/mods/(\w+)\.py\)", section))
+        assert f"](gallery/{script}.png)" in section
+        shown[script] = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    assert set(shown) == {p.stem for p in MODS.glob("[a-z]*.py")}
+    for script, blocks in shown.items():
+        source = " ".join((MODS / f"{script}.py").read_text(encoding="utf-8").split())
+        assert blocks
+        for function in "".join(blocks).split("\n\n\n"):
+            assert " ".join(function.split()) in source, script
 
 
 def test_there_is_one_for_each_that_the_documentation_names() -> None:

@@ -12,7 +12,7 @@ import pytest
 import metalgen
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["own-model", "flash-attn", "flex-attention"]
+PAGES = ["own-model", "flash-attn", "flex-attention", "how-a-kernel-comes-to-be"]
 
 
 @pytest.fixture(autouse=True)
