@@ -1,12 +1,12 @@
 """Every family and feature of the CUDA target once, small, for compute-sanitizer:
 
     MLX_USE_CUDA_GRAPHS=0 compute-sanitizer --tool memcheck --kernel-regex kns=metalgen \\
-        python -m benchmarks.sanitize_cuda [--part N/M]
+        python -m benchmarks.sanitize_cuda [--part N/M] [--match backward]
 
 The tools racecheck and synccheck likewise. Each kernel is compared with the reference, too; the
 exit code is 1 where one of them is wrong. With --part every M-th kernel is run, from the N-th on: a
 checked process keeps one CPU core busy and hardly any GPU, so M of them take about an M-th of the
-time.
+time. With --match those alone run in whose description the text stands.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ import mlx.core as mx
 from metalgen.append.launch import kernel_rows, rows_fault
 from metalgen.calls.verify import verify
 from metalgen.calls.verify_gradients import verify_gradients
+from metalgen.calls.verify_sums import sum_fault
 from metalgen.devices import Device, get_device
 from metalgen.dsl.trace import trace
+from metalgen.errors import InvalidSchedule
 from metalgen.families import default_schedule
 from metalgen.families.append import append_schedule
-from metalgen.families.backward import backward_config, unsupported
+from metalgen.families.backward import BACKWARD_ALL, backward_config, unsupported
+from metalgen.families.rules import device_kinds
+from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
+from metalgen.problem.samples import sample_call
 
 SLOPES = mx.arange(8).astype(mx.float32)
 SCORE = trace(
@@ -77,6 +82,35 @@ APPENDS = (
 """What the append family makes rows of."""
 
 
+def together(device: Device, bare: AttentionConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The kernel that makes all gradients, where a device has it for a config."""
+    if device_kinds(device.limits, BACKWARD_ALL.name):
+        try:
+            schedule = default_schedule(bare, device.limits, BACKWARD_ALL.name)
+        except InvalidSchedule:
+            return
+        yield (
+            f"{bare} {BACKWARD_ALL.name} {schedule}",
+            lambda: verify_gradients(device, bare, schedule).detail,
+        )
+
+
+def sums(device: Device, bare: AttentionConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The kernels that sum the gradients of other inputs."""
+    inputs = sample_call(bare, q_len=33, kv_len=33)[3]
+    found: dict[str, list[Summed]] = {}
+    for feature in bare.features:
+        for summed in feature.sums(bare, inputs):
+            found.setdefault(summed.array, []).append(summed)
+    families = ("backward_rows", "backward_keys")
+    for name, each in found.items():
+        schedules = tuple(default_schedule(bare, device.limits, f) for f in families)
+        yield (
+            f"{bare} backward sums of {name}",
+            lambda s=schedules, e=tuple(each): sum_fault(device, bare, s, e),
+        )
+
+
 def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
     """What each is, and what runs it and says what is wrong with it."""
     for config in CONFIGS:
@@ -103,6 +137,8 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
                     f"{bare} {family} {schedule}",
                     lambda c=bare, s=schedule: verify_gradients(device, c, s).detail,
                 )
+        yield from together(device, bare)
+        yield from sums(device, bare)
     for config in APPENDS:
         for append in (append_schedule(), append_schedule(32, 1)):
             yield (
@@ -124,10 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--match", default="", metavar="TEXT")
     parser.add_argument("--part", type=part_of, default=slice(None), metavar="N/M")
     options = parser.parse_args(arguments)
     ran = wrong = 0
-    for kernel, fault_of in list(kernels(get_device(options.device)))[options.part]:
+    every = kernels(get_device(options.device))
+    chosen = [pair for pair in every if options.match in pair[0]]
+    for kernel, fault_of in chosen[options.part]:
         fault = fault_of()
         print(kernel, fault or "ok", flush=True)
         ran += 1
