@@ -372,6 +372,7 @@ CONFIGS = [
     AttentionConfig(40, "float32", value_head_dim=24, kv_lens=True),
     AttentionConfig(72, "bfloat16", kv_lens=True, rope="pairs", rope_dims=20),
     AttentionConfig(64, "float16", value_head_dim=128, kv_bits=4),
+    AttentionConfig(64, "float16", kv_bits=8, value_bits=4, value_group=32, rope="half"),
     AttentionConfig(96, "float32", kv_bits=8, kv_group=32, rope="half", rope_dims=64),
     AttentionConfig(128, "float16", page_size=16, kv_bits=4, kv_group=128, rope="half"),
     AttentionConfig(64, "bfloat16", page_size=8, varlen=True, kv_bits=8, rope="pairs"),

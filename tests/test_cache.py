@@ -86,6 +86,21 @@ class TestDense:
         expected = metalgen.attention(q, whole[0], whole[1], device="reference", **options)
         assert close(out, expected)
 
+    def test_keys_and_values_quantized_apart(self, device: str) -> None:
+        cache = KVCache(bits=(8, 4), group_size=(64, 32), device=device)
+        k, v = normal((1, 2, 40, 64), seed=1), normal((1, 2, 40, 64), seed=2)
+        for first, last in ((0, 33), (33, 40)):
+            keys, values = cache.append(k[:, :, first:last], v[:, :, first:last])
+        for part, rows, group, bits in ((keys, k, 64, 8), (values, v, 32, 4)):
+            expected = mx.quantize(rows, group, bits, stream=mx.cpu)
+            for mine, theirs in zip(part, expected, strict=True):  # type: ignore[arg-type]
+                np.testing.assert_array_equal(np.array(mine), np.array(theirs))
+        assert repr(cache) == "<KVCache of 40 rows, 8 bits (keys) and 4 (values)>"
+        q = normal((1, 4, 7, 64), seed=3)
+        out = metalgen.attention(q, keys, values, causal=True, device=device)
+        whole = (mx.dequantize(*keys, 64, 8), mx.dequantize(*values, 32, 4))  # type: ignore[misc, call-arg]
+        assert close(out, metalgen.attention(q, *whole, causal=True, device="reference"))
+
 
 def _address(x: Any) -> int:
     return int(np.array(x, copy=False).__array_interface__["data"][0])
@@ -370,6 +385,9 @@ def test_bad_input_is_one_clear_error(message: str, change: dict[str, Any]) -> N
     [
         ("bits", lambda: KVCache(bits=3)),
         ("group_size", lambda: KVCache(bits=4, group_size=16)),
+        ("bits: .*a pair of them .keys, values.", lambda: KVCache(bits=(8, 3))),
+        ("bits", lambda: KVCache(bits=(8, 4, 4))),  # type: ignore[arg-type]
+        ("group_size", lambda: KVCache(bits=8, group_size=(64, 16))),
         ("step", lambda: KVCache(step=0)),
         ("rope", lambda: KVCache(rope=Rope)),  # type: ignore[arg-type]
         ("cache: expected rows", lambda: KVCache().state),

@@ -147,3 +147,35 @@ def test_a_window_is_named_by_its_ends() -> None:
     )
     both = AttentionConfig(64, window_left=8, window_right=0)
     assert str(both) == "D64 float16 window_left=8 window_right=0"
+
+
+def test_values_quantized_as_keys_are_have_one_spelling() -> None:
+    alike = AttentionConfig(64, kv_bits=8, kv_group=32)
+    assert (
+        AttentionConfig(64, kv_bits=8, kv_group=32, value_bits=8, value_group=32).key == alike.key
+    )
+    apart = AttentionConfig(64, kv_bits=8, kv_group=32, value_bits=4, value_group=64)
+    assert apart.key == (
+        '{"dtype":"float16","head_dim":64,"kv_bits":8,"kv_group":32,"value_bits":4,"value_group":64}'
+    )
+    assert AttentionConfig.from_json(apart.key) == apart
+    assert str(apart) == "D64 float16 k8:32 v4:64"
+    assert (apart.v_bits, apart.v_group, alike.v_bits, alike.v_group) == (4, 64, 8, 32)
+    assert apart.kv_row_bytes == 64 + 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"value_bits": 4}, "value_bits: expected None without kv_bits"),
+        ({"kv_bits": 8, "value_bits": 3}, "value_bits: expected one of None, 4, 8"),
+        ({"kv_bits": 8, "value_group": 16}, "value_group: expected one of None, 32, 64, 128"),
+        (
+            {"kv_bits": 8, "kv_group": 32, "value_group": 128},
+            "value_head_dim: expected a multiple of value_group=128",
+        ),
+    ],
+)
+def test_values_that_cannot_be_quantized_so(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        AttentionConfig(64, **fields)

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from metalgen.errors import ArgumentError
 from metalgen.features.conversions import integers
+from metalgen.features.quantized import packing
 from metalgen.features.triple import arrays_of, bits_of
 from metalgen.plurals import counted
 from metalgen.problem.config import AttentionConfig
@@ -67,7 +68,8 @@ def config_of(
         raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
     if rope is not None and rope.one_position:
         raise ArgumentError("rope.one_position", "False for keys, which turn as they stand", True)
-    bits, group = _quantization(key, k)
+    bits, group = _quantization("keys", key, k)
+    value_bits, value_group = _quantization("values", value, v)
     for name, array, axes in (("block_table", block_table, 2), ("cu_seqlens", cu_seqlens, 1)):
         if array is not None:
             integers(name, array, axes)
@@ -94,6 +96,8 @@ def config_of(
         page_size=None if block_table is None else key[0].shape[2],
         kv_bits=bits,
         kv_group=group,
+        value_bits=value_bits,
+        value_group=value_group,
         rope=None if rope is None else rope.style,
         rope_dims=None if rope is None else rope.dims,
     )
@@ -101,15 +105,17 @@ def config_of(
     return config
 
 
-def _quantization(key: tuple[mx.array, ...], k: mx.array) -> tuple[int | None, int]:
-    if len(key) == 1:
+def _quantization(name: str, parts: tuple[mx.array, ...], rows: mx.array) -> tuple[int | None, int]:
+    """Bits and group of the cache's keys or values, as new rows of them say."""
+    if len(parts) == 1:
         return None, 64
-    width = k.shape[3]
-    bits = bits_of(key[0], width)
-    group = width // max(1, key[1].shape[3])
+    width = rows.shape[3]
+    bits = bits_of(parts[0], width)
+    group = width // max(1, parts[1].shape[3])
     if bits is None:
-        expected = f"a last axis of {width // 8} (4 bits) or {width // 4} (8 bits) for k's {width}"
-        raise ArgumentError("cache, packed keys", expected, key[0].shape)
+        sizes = f"{width // 8} (4 bits) or {width // 4} (8 bits)"
+        expected = f"a last axis of {sizes} for {name[0]}'s {width}"
+        raise ArgumentError(f"cache, packed {name}", expected, parts[0].shape)
     return bits, group
 
 
@@ -134,9 +140,10 @@ def _check_cache(
                 raise ArgumentError(f"{name}.shape", expected, rows.shape)
     for name, parts, width in (("keys", key, config.head_dim), ("values", value, config.v_dim)):
         forms = [(own, width)]
-        if config.kv_bits is not None:
-            groups = (own, width // config.kv_group)
-            forms = [(mx.uint32, width * config.kv_bits // 32), groups, groups]
+        bits, group = packing(config, name[0])
+        if bits is not None:
+            groups = (own, width // group)
+            forms = [(mx.uint32, width * bits // 32), groups, groups]
         for part, (dtype, columns) in zip(parts, forms, strict=True):
             if part.dtype != dtype or part.shape != (*slots, columns):
                 expected = f"{str(dtype).removeprefix('mlx.core.')} {(*slots, columns)}"

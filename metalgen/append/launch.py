@@ -16,6 +16,7 @@ from metalgen.devices.marking import marked_outputs
 from metalgen.errors import MetalgenError
 from metalgen.families import Schedule
 from metalgen.families.append import APPEND, append_schedule, is_placed, operands
+from metalgen.features.quantized import packing
 from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
@@ -79,10 +80,11 @@ def plain_rows(config: AttentionConfig, given: Mapping[str, mx.array]) -> Arrays
         rows = given[operand]
         if operand == "k" and config.rope is not None:
             rows = _rotated(config, rows, sequence, local, given)
-        if config.kv_bits is None:
+        bits, group = packing(config, operand)
+        if bits is None:
             found[f"{operand}_rows"] = rows
         else:
-            parts = mx.quantize(rows, config.kv_group, config.kv_bits)
+            parts = mx.quantize(rows, group, bits)
             for part, array in zip(("words", "scales", "biases"), parts, strict=True):
                 found[f"{operand}_{part}"] = array
     if is_placed(config):
@@ -183,7 +185,8 @@ def rows_fault(config: AttentionConfig, maker: Maker) -> str:
 
 def _dequantized(config: AttentionConfig, name: str, made: Arrays) -> mx.array:
     words, scales, biases = (made[f"{name}_{part}"] for part in ("words", "scales", "biases"))
-    return mx.dequantize(words, scales, biases, config.kv_group, config.kv_bits)
+    bits, group = packing(config, name)
+    return mx.dequantize(words, scales, biases, group, bits)
 
 
 def store_slice(cache: mx.array, rows: mx.array, start: int) -> mx.array:

@@ -80,8 +80,7 @@ class Work:
         seen = self.kv_len
         if c.window_left is not None:
             seen = min(seen, self.q_len + c.window_left)
-        width = (c.head_dim + c.v_dim) * (c.itemsize if c.kv_bits is None else c.kv_bits / 8)
-        return self.batch * self.kv_heads * seen * width
+        return self.batch * self.kv_heads * seen * c.kv_row_bytes
 
     @property
     def tokens(self) -> int:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import mlx.core as mx
 
 from metalgen.arguments import check_integer
-from metalgen.caches.parts import check_quantization, empty, rows_of, slots_of, wider
+from metalgen.caches.parts import (
+    OneOrBoth,
+    check_quantization,
+    empty,
+    rows_of,
+    said,
+    slots_of,
+    wider,
+)
 from metalgen.errors import ArgumentError
 from metalgen.families.sizes import MAX_LENGTH
 from metalgen.features.triple import Part
@@ -25,8 +33,9 @@ class KVCache:
     binds the names anew does), else MLX has to copy the cache to keep them as they are.
 
     Args:
-        bits, group_size: quantize what comes, as ``mx.quantize`` does (4 or 8 bits); keys and
-            values then come back as its three arrays. None: keep it as it is.
+        bits, group_size: quantize what comes, as ``mx.quantize`` does (4 or 8 bits, groups of 32,
+            64 or 128); keys and values then come back as its three arrays. A pair says it of keys
+            and of values. None: keep it as it is.
         rope: how keys turn; its offset, if any, is the position of the first row of all.
         step: slots that the cache grows by.
         device: as in `metalgen.attention`.
@@ -41,24 +50,23 @@ class KVCache:
     def __init__(
         self,
         *,
-        bits: int | None = None,
-        group_size: int = 64,
+        bits: OneOrBoth | None = None,
+        group_size: OneOrBoth = 64,
         rope: Rope | None = None,
         step: int = 256,
         device: str | None = None,
     ) -> None:
-        bits, group_size = check_quantization(bits, group_size)
+        packings = check_quantization(bits, group_size)
         if rope is not None and not isinstance(rope, Rope):
             raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
         step = check_integer("step", step, 1, MAX_LENGTH)
         self.length = 0
-        self._bits, self._group = bits, group_size
+        self._packings = packings
         self._rope, self._step, self._device = rope, step, device
         self._cache: tuple[Part, Part] | None = None
 
     def __repr__(self) -> str:
-        kept = "" if self._bits is None else f", {self._bits} bits"
-        return f"<KVCache of {counted(self.length, 'row')}{kept}>"
+        return f"<KVCache of {counted(self.length, 'row')}{said(self._packings)}>"
 
     def append(self, k: mx.array, v: mx.array) -> tuple[Part, Part]:
         """All keys and values, the new ones at the end.
@@ -104,8 +112,8 @@ class KVCache:
         if self._cache is None:
             batch, heads = k.shape[:2]
             keys, values = (
-                empty(batch, heads, more, x.shape[3], x.dtype, self._bits, self._group)
-                for x in (k, v)
+                empty(batch, heads, more, x.shape[3], x.dtype, packing)
+                for x, packing in zip((k, v), self._packings, strict=True)
             )
             return keys, values
         keys, values = (wider(part, more) for part in self._cache)

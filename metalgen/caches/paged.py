@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from metalgen.append.checks import MAX_ROWS
 from metalgen.arguments import as_integer, check_integer, check_positive
-from metalgen.caches.parts import check_quantization, empty
+from metalgen.caches.parts import OneOrBoth, check_quantization, empty
 from metalgen.errors import ArgumentError, MetalgenError
 from metalgen.features.fields import DTYPES
 from metalgen.features.pages import MAX_PAGE, MIN_PAGE
@@ -58,8 +58,8 @@ class PagedKVCache:
         value_head_dim: int | None = None,
         dtype: mx.Dtype = mx.float16,
         page_size: int = 16,
-        bits: int | None = None,
-        group_size: int = 64,
+        bits: OneOrBoth | None = None,
+        group_size: OneOrBoth = 64,
         rope: Rope | None = None,
         device: str | None = None,
     ) -> None:
@@ -80,13 +80,12 @@ class PagedKVCache:
             raise ArgumentError("pages", expected, pages)
         if dtype not in [getattr(mx, name) for name in DTYPES]:
             raise ArgumentError("dtype", f"one of {', '.join(DTYPES)}", dtype)
-        bits, group_size = check_quantization(bits, group_size)
+        packings = check_quantization(bits, group_size)
         if rope is not None and not isinstance(rope, Rope):
             raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
-        widths = (head_dim, value_dim)
         self.keys, self.values = (
-            empty(pages + 1, kv_heads, page_size, width, dtype, bits, group_size)
-            for width in widths
+            empty(pages + 1, kv_heads, page_size, width, dtype, packing)
+            for width, packing in zip((head_dim, value_dim), packings, strict=True)
         )
         self.page_size = page_size
         self._rope, self._device = rope, device

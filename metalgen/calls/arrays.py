@@ -7,10 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from metalgen.arguments import check_integer
 from metalgen.calls.options import Keys, Options
 from metalgen.errors import ArgumentError
 from metalgen.features.quantized import KV_BITS, KV_GROUPS
 from metalgen.features.triple import arrays_of, bits_of, group_of
+from metalgen.problem.config import MAX_HEAD_DIM
 
 MANY_HEADS = 512
 """More query heads than any known model has: such a call has probably rows before heads."""
@@ -20,11 +22,18 @@ Parts = tuple[mx.array, ...]
 """Rows alone; or, quantized, packed words, scales and biases."""
 
 
-def main_arrays(q: mx.array, k: Keys, v: Keys) -> tuple[mx.array, Parts, Parts, int | None, int]:
-    """Queries, keys and values of one type, and bits and group of quantized keys and values.
+def main_arrays(
+    q: mx.array, k: Keys, v: Keys, value_head_dim: int | None = None
+) -> tuple[mx.array, Parts, Parts, dict[str, Any]]:
+    """Queries, keys and values of one type, and the config's fields that they decide.
 
     Types that differ are promoted by MLX's rule, as in ``mx.fast.scaled_dot_product_attention``:
-    float32 queries with bfloat16 keys are computed in float32.
+    float32 queries with bfloat16 keys are computed in float32. The fields are ``value_head_dim``
+    and, where keys and values are quantized, bits and groups of both.
+
+    Args:
+        q, k, v: as of `metalgen.attention`.
+        value_head_dim: width of the values; None: what v says.
 
     Raises:
         ArgumentError: what cannot be q, k and v of one call.
@@ -49,15 +58,26 @@ def main_arrays(q: mx.array, k: Keys, v: Keys) -> tuple[mx.array, Parts, Parts, 
     if len(key) == 1:
         if not q.dtype == key[0].dtype == value[0].dtype:
             q, key, value = _promoted(q, key, value)
-        return q, key, value, None, 64
+        width = value[0].shape[3]
+        if value_head_dim not in (None, width):
+            raise ArgumentError("value_head_dim", f"{width}, as v has, or None", value_head_dim)
+        return q, key, value, {"value_head_dim": width}
     bits, group = _quantization("k", key, q.shape[3])
-    v_dim = value[0].shape[3] * 32 // bits
-    if (value[0].dtype, value[1].shape[3] * group) != (mx.uint32, v_dim):
-        expected = f"quantized as k is, with {bits} bits and groups of {group}"
-        raise ArgumentError("v", expected, [f"{x.dtype} {x.shape}" for x in value])
+    if value_head_dim is None:
+        value_head_dim = _value_width(value, q.shape[3], bits, group)
+    else:
+        value_head_dim = check_integer("value_head_dim", value_head_dim, 1, MAX_HEAD_DIM)
+    value_bits, value_group = _quantization("v", value, value_head_dim)
+    fields = {
+        "value_head_dim": value_head_dim,
+        "kv_bits": bits,
+        "kv_group": group,
+        "value_bits": value_bits,
+        "value_group": value_group,
+    }
     if any(x.dtype != q.dtype for x in (*key[1:], *value[1:])):
         q, key, value = _promoted(q, key, value)
-    return q, key, value, bits, group
+    return q, key, value, fields
 
 
 def types_of(q: mx.array, k: Keys, v: Keys) -> dict[str, str]:
@@ -122,6 +142,16 @@ def _taken_apart(name: str, x: Any) -> tuple[Any, ...]:
     return found
 
 
+def _value_width(value: Parts, width: int, bits: int, group: int) -> int:
+    """The width of quantized values: that of rows quantized as keys are, else that of keys.
+
+    Words and scales alone do not tell 64 columns of 8 bits from 128 columns of 4 bits in groups
+    twice as large; `value_head_dim` does.
+    """
+    alike = value[0].shape[3] * 32 // bits
+    return alike if value[1].shape[3] * group == alike else width
+
+
 def _quantization(name: str, parts: Parts, width: int) -> tuple[int, int]:
     """Bits and group of quantized rows of a width."""
     if parts[0].dtype != mx.uint32:
@@ -129,11 +159,12 @@ def _quantization(name: str, parts: Parts, width: int) -> tuple[int, int]:
     bits = bits_of(parts[0], width)
     if bits is None:
         sizes = " or ".join(f"{width * b // 32} ({b} bits)" for b in KV_BITS)
-        expected = f"a last axis of {sizes} for queries of width {width}"
+        owner = "queries" if name == "k" else "values"
+        expected = f"a last axis of {sizes} for {owner} of width {width}"
         raise ArgumentError(f"{name}[0].shape", expected, parts[0].shape)
     group = group_of(parts[1], width)
     if group is None:
         known = ", ".join(f"{width // g} (groups of {g})" for g in KV_GROUPS if width % g == 0)
-        expected = f"a last axis of {known}" if known else "queries of a width that 32 divides"
+        expected = f"a last axis of {known}" if known else "rows of a width that 32 divides"
         raise ArgumentError(f"{name}[1].shape", expected, parts[1].shape)
     return bits, group

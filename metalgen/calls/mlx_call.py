@@ -25,6 +25,7 @@ _TAKEN = frozenset(
     {
         *("causal", "window_left", "window_right", "mask", "bias", "sinks"),
         *("device", "chip", "deterministic", "tf32", "max_work", "check", "stream"),
+        "value_head_dim",
     }
 )
 """Options that do not keep a call from MLX's function; of the last ones nothing depends."""

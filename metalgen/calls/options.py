@@ -36,6 +36,7 @@ class SharedOptions(TypedDict, total=False):
     deterministic: bool
     tf32: bool
     max_work: int | None
+    value_head_dim: int | None
     check: bool
     device: str | None
     chip: str | None

@@ -126,8 +126,7 @@ def cost(problem: Problem) -> float:
         seen //= 2
     width = config.head_dim + config.v_dim
     operations = 2 * problem.batch_heads * problem.q_len * seen * width
-    bits = config.kv_bits or (32 if config.dtype == "float32" else 16)
-    moved = problem.batch_heads / config.heads_per_kv * seen * width * bits / 8
+    moved = problem.batch_heads / config.heads_per_kv * seen * config.kv_row_bytes
     return max(operations, BALANCE * moved)
 
 

@@ -136,8 +136,8 @@ def prepare(
     if not options.keys() <= KNOWN_OPTIONS:
         raise unexpected(operation, options)
     options, names = _widened(options, functions)
-    q, key, value, bits, group = main_arrays(q, k, v)
-    if bits is not None:
+    q, key, value, widths = main_arrays(q, k, v, options.get("value_head_dim"))
+    if len(key) > 1:
         names = {**names, "k": "k[0]", "v": "v[0]"}
     arrays = (q, key[0], value[0])
     if functions is NO_FUNCTIONS and not return_lse:
@@ -145,7 +145,7 @@ def prepare(
         if by_mlx is not None:
             return Request(by_mlx[0], arrays, by_mlx[1])
     try:
-        config = _config(q, key[0], value[0], bits, group, return_lse, options, functions)
+        config = _config(q, key[0], widths, return_lse, options, functions)
     except ArgumentError as error:
         if type(error) is ArgumentError and error.argument in FIELD_OPTIONS:
             option = FIELD_OPTIONS[error.argument]
@@ -235,16 +235,14 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
 def _config(
     q: mx.array,
     key: mx.array,
-    value: mx.array,
-    bits: int | None,
-    group: int,
+    widths: Mapping[str, Any],
     return_lse: bool,
     options: Options,
     functions: Functions,
 ) -> AttentionConfig:
-    shape, packed = q.shape, 1 if bits is None else 32 // bits
+    shape = q.shape
     fields: dict[str, Any] = {
-        "value_head_dim": value.shape[3] * packed,
+        **widths,
         "heads_per_kv": shape[1] // key.shape[1],
         "return_lse": return_lse,
     }
@@ -255,8 +253,6 @@ def _config(
             fields[_SWITCHES[name]] = True
     slopes = options.get("alibi_slopes")
     fields["alibi_by_sequence"] = isinstance(slopes, mx.array) and slopes.ndim == 2
-    if bits is not None:
-        fields |= {"kv_bits": bits, "kv_group": group}
     if options.get("block_table") is not None:
         fields |= {"page_size": key.shape[2], "kv_lens": False}
     if (rope := options.get("rope")) is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from metalgen.errors import ArgumentError
 from metalgen.families.base import Dispatch, Family, Output, Step
+from metalgen.features.quantized import packing
 from metalgen.kinds import Kind
 from metalgen.kinds.base import Require
 from metalgen.problem.config import AttentionConfig
@@ -71,10 +72,11 @@ def _outputs(config: AttentionConfig, shape: tuple[int, int, int]) -> list[Outpu
     found: list[Output] = []
     for name in operands(config):
         width = config.head_dim if name == "k" else config.v_dim
-        if config.kv_bits is None:
+        bits, group = packing(config, name)
+        if bits is None:
             found.append(Output(f"{name}_rows", (*shape, width), config.dtype))
             continue
-        words, groups = width * config.kv_bits // 32, width // config.kv_group
+        words, groups = width * bits // 32, width // group
         found.append(Output(f"{name}_words", (*shape, words), "uint32"))
         for part in ("scales", "biases"):
             found.append(Output(f"{name}_{part}", (*shape, groups), config.dtype))
@@ -137,15 +139,10 @@ class MakeRows(Step):
             found["PAIRS"] = config.rotary_dim // 2
         if config.page_size is not None:
             found["PAGE"] = config.page_size
+        if not config.quantized_apart:
+            found |= _packed(config, "k")
         if config.kv_bits is not None:
-            bits = config.kv_bits
-            found |= {
-                "BITS": bits,
-                "BINS": (1 << bits) - 1,
-                "EACH": 32 // bits,  # columns of a word
-                "LANES": config.kv_group * bits // 32,  # words of a group, one for each lane
-                "WIDEST": max(config.head_dim, config.v_dim),
-            }
+            found["WIDEST"] = max(config.head_dim, config.v_dim)
         return found
 
 
@@ -184,17 +181,31 @@ def append_schedule(threads: int = 128, elements: int = 8, *, language: str = "m
     return made.from_dict({"threads": threads, "elements": elements})
 
 
+def _packed(config: AttentionConfig, name: str) -> dict[str, int]:
+    """Constants of quantized keys or values."""
+    bits, group = packing(config, name)
+    if bits is None:
+        return {}
+    return {
+        "BITS": bits,
+        "BINS": (1 << bits) - 1,
+        "EACH": 32 // bits,  # columns of a word
+        "LANES": group * bits // 32,  # words of a group, one for each lane
+    }
+
+
 def _operand(config: AttentionConfig, name: str) -> dict[str, Any]:
     width = config.head_dim if name == "k" else config.v_dim
     pairs = config.rotary_dim // 2 if name == "k" and config.rope is not None else 0
-    bits = config.kv_bits or 0
+    bits, group = packing(config, name)
     return {
         "name": name,
         "width": width,
         "pairs": pairs,
         "columns": width - pairs,
-        "words": width * bits // 32,
-        "groups": width // config.kv_group,
+        "words": width * (bits or 0) // 32,
+        "groups": width // group,
+        "constants": _packed(config, name) if config.quantized_apart else {},
     }
 
 

@@ -69,7 +69,7 @@ def _check_products(
     require("threads", s.threads <= most, f"{s.threads} threads of at most {most}")
     depth = kind.depth * sharing
     require("bk", s.bk % depth == 0, f"bk must be a multiple of {depth}, not {s.bk}")
-    group = 1 if config.kv_bits is None else config.kv_group
+    group = 1 if config.kv_bits is None else config.v_group
     require(
         "value_parts",
         s.value_parts == 1 or config.v_dim % (s.value_parts * max(kind.depth, group)) == 0,

@@ -49,6 +49,8 @@ class Fields:
     seqused_q: bool = False
     alibi_by_sequence: bool = False
     rope_fixed: bool = False
+    value_bits: int | None = None
+    value_group: int | None = None
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     features: ClassVar[tuple[Any, ...]] = ()
@@ -58,6 +60,28 @@ class Fields:
     def v_dim(self) -> int:
         """Width of a value and output row."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def v_bits(self) -> int | None:
+        """Bits of an element of quantized values; None: they are not quantized."""
+        return self.kv_bits if self.value_bits is None else self.value_bits
+
+    @property
+    def v_group(self) -> int:
+        """Columns of quantized values that share a scale and a bias."""
+        return self.kv_group if self.value_group is None else self.value_group
+
+    @property
+    def kv_row_bytes(self) -> float:
+        """Bytes of the elements of a key and its value, without scales and biases."""
+        if self.kv_bits is None or self.v_bits is None:
+            return (self.head_dim + self.v_dim) * self.itemsize
+        return (self.head_dim * self.kv_bits + self.v_dim * self.v_bits) / 8
+
+    @property
+    def quantized_apart(self) -> bool:
+        """Whether values are quantized otherwise than keys."""
+        return self.value_bits is not None or self.value_group is not None
 
     @property
     def rotary_dim(self) -> int:

@@ -73,7 +73,7 @@ class Kind(abc.ABC):
 
     def default_value_parts(self, config: AttentionConfig) -> int:
         """Shares of the values of which one fits the registers: of 256 columns at most."""
-        group = max(self.depth, 1 if config.kv_bits is None else config.kv_group)
+        group = max(self.depth, 1 if config.kv_bits is None else config.v_group)
         parts = [n for n in (1, 2, 4) if config.v_dim % (n * group) == 0]
         return next((n for n in parts if config.v_dim // n <= 256), 1)
 

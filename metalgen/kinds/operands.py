@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from metalgen.features.quantized import packing
 from metalgen.problem.config import AttentionConfig
 
 
@@ -27,6 +28,7 @@ class Operand:
         itemsize: bytes per element, dequantized.
         bits: of a quantized element, or None.
         group: neighbouring elements that share a scale and a bias, where quantized.
+        packing: what the constants of its bits and group begin with, such as ``"KV"``.
         page: rows that lie in one page, or None: no pages.
         head_rows: whether the owned rows are those of several heads, one head after the other.
         rotated: whether rows are rotated by their positions when they are read.
@@ -46,6 +48,7 @@ class Operand:
     rotated: bool = False
     shares: int = 1
     several_heads: bool = False
+    packing: str = "KV"
 
     def array_bytes(self, array: str) -> int:
         """Bytes of a row of one of its arrays."""
@@ -76,9 +79,12 @@ def operand(name: str, config: AttentionConfig, value_parts: int = 1) -> Operand
     rows, columns = "query" if name in ("q", "dout") else "key", "DV" if wide else "D"
     if rows == "query":
         return Operand(name, rows, columns, width, config.itemsize)
-    bits, group, page = config.kv_bits, config.kv_group, config.page_size
-    shares = value_parts if wide else 1
-    return Operand(*(name, rows, columns, width, config.itemsize, bits, group, page), shares=shares)
+    bits, group = packing(config, name)
+    return Operand(
+        *(name, rows, columns, width, config.itemsize, bits, group, config.page_size),
+        shares=value_parts if wide else 1,
+        packing=name.upper() if config.quantized_apart else "KV",
+    )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,17 @@ def unpacked_rows(rows: mx.array, group_size: int, bits: int, dtype: mx.Dtype) -
     return rows[..., : groups * each], scales[..., :groups], scales[..., groups:]
 
 
+def _alike(bits: object, group_size: object) -> tuple[int, int]:
+    """Bits and group of keys and values alike; raises `ArgumentError`."""
+    keys, values = check_quantization(bits, group_size)
+    if keys.bits is None:
+        raise ArgumentError("bits", "a number of bits", bits)
+    if keys != values:
+        expected = "one number for keys and values: mlx-lm's caches say one"
+        raise ArgumentError("bits, group_size", expected, (bits, group_size))
+    return keys.bits, keys.group
+
+
 class Packed:
     """What makes one of mlx-lm's caches hold quantized rows; see the module.
 
@@ -58,10 +69,8 @@ class Packed:
     dtype: str
 
     def _quantize_by(self, bits: int, group_size: int) -> None:
-        plain_bits, self.group_size = check_quantization(bits, group_size)
-        if plain_bits is None:
-            raise ArgumentError("bits", "a number of bits", bits)
-        self.bits, self.dtype = plain_bits, ""
+        self.bits, self.group_size = _alike(bits, group_size)
+        self.dtype = ""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Triple, Triple]:
         """Stores new rows, quantized; returns all keys and all values."""
@@ -245,6 +254,6 @@ def make_prompt_cache(
     Raises:
         ArgumentError: bits or groups that cannot be used.
     """
-    bits, group = check_quantization(kv_bits, group_size)
+    alike = None if kv_bits is None else _alike(kv_bits, group_size)
     found: list[Any] = _cache.make_prompt_cache(model, max_kv_size)
-    return found if bits is None else [quantized(cache, bits, group) for cache in found]
+    return found if alike is None else [quantized(cache, *alike) for cache in found]

@@ -73,7 +73,8 @@ def attention(
             and Dv outside of 8 to 576, and float64, go to MLX's function, with the options that it
             has (masks, windows, sinks); `explain` says so. Quantized keys and values: in place of
             k and v each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64
-            or 128: packed words, scales, biases. Pages: see `block_table`.
+            or 128, not necessarily the same for both: packed words, scales, biases. Pages: see
+            `block_table`.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         causal: query i sees key j when ``j <= i + kv_len - q_len``.
         window_left, window_right: a sliding window: query i sees key j only when
@@ -120,6 +121,9 @@ def attention(
         tf32: float32 products of CUDA kernels may keep 11 bits of each factor.
         max_work: most scores (queries times keys of all heads) that one dispatch computes; a call
             with more is cut into several. For GPUs that draw a screen meanwhile.
+        value_head_dim: Dv. None: read off the shape of v; quantized values are taken as quantized
+            like keys if their shapes allow it, else as of D columns. Say it where that is wrong:
+            64 columns of 8 bits look like 128 columns of 4 bits in groups twice as large.
         check: look at contents, too: lengths, tables, offsets and numbers that cannot be are
             errors.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.

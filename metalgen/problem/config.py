@@ -94,6 +94,7 @@ class AttentionConfig(Fields):
             page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
         kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups
             of 32, 64 or 128; calls bring their scales and biases.
+        value_bits, value_group: those of v, where they differ from k's. None: as k's.
         rope: rotary embedding of the queries in the kernel: ``"half"`` (columns c and c + D / 2
             turn together) or ``"pairs"`` (2 c and 2 c + 1). Calls bring frequencies and offsets;
             keys come turned already (see `metalgen.append_kv`).

@@ -39,7 +39,7 @@ class Inputs:
         q_offset: ``(N,)``, the number of each sequence's first query, among its keys.
         block_table: ``(N, pages)``: which page of k and v holds keys ``n * page_size`` and on; a
             number that is no page's (-1) stands for keys that are not seen.
-        k_scales, k_biases, v_scales, v_biases: ``(..., D / kv_group)``, of the config's type, the
+        k_scales, k_biases, v_scales, v_biases: ``(..., D / group)``, of the config's type, the
             first axes as k's and v's.
         rope_freqs: ``(rope_dims / 2,)`` float32, radians a position.
         rope_offset: ``(N,)``, the position of each sequence's first query.
@@ -187,22 +187,22 @@ def check_qkv(
     def misshapen(name: str, expected: str, x: mx.array) -> ArgumentError:
         return ArgumentError(f"{inputs.spoken(name)}.shape", expected, x.shape)
 
-    words = 1 if config.kv_bits is None else 32 // config.kv_bits
     kv_dtype = config.dtype if config.kv_bits is None else "uint32"
     axes = "(B, H, L, D)" if config.page_size is None else "(pages, H, page_size, D)"
-    for name, x, width, dtype in (
-        ("q", q, config.head_dim, config.dtype),
-        ("k", k, config.head_dim // words, kv_dtype),
-        ("v", v, config.v_dim // words, kv_dtype),
+    for name, x, width, dtype, bits in (
+        ("q", q, config.head_dim, config.dtype, None),
+        ("k", k, config.head_dim, kv_dtype, config.kv_bits),
+        ("v", v, config.v_dim, kv_dtype, config.v_bits),
     ):
         if not isinstance(x, mx.array):
             raise ArgumentError(inputs.spoken(name), "an mlx.core.array", type(x).__name__)
         shape = x.shape
         if len(shape) != 4:
             raise misshapen(name, f"4 axes {'(B, H, L, D)' if name == 'q' else axes}", x)
-        if shape[3] != width:
-            quantized = f", {config.kv_bits} bits an element" if dtype == "uint32" else ""
-            raise misshapen(name, f"a last axis of {width}{quantized}", x)
+        columns = width if bits is None else width * bits // 32
+        if shape[3] != columns:
+            quantized = "" if bits is None else f", {bits} bits an element"
+            raise misshapen(name, f"a last axis of {columns}{quantized}", x)
         if x.dtype != getattr(mx, dtype):
             raise ArgumentError(f"{inputs.spoken(name)}.dtype", dtype, str(x.dtype))
     if config.varlen:

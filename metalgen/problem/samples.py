@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from metalgen.features.functions import graphs
+from metalgen.features.quantized import packing
 from metalgen.problem.inputs import NOTHING, Inputs, max_kv_len
 
 if TYPE_CHECKING:
@@ -194,15 +195,14 @@ class _Sampler:
                 part = part.swapaxes(1, 2)
             return part[:, :, 2 : 2 + keys] if extra else part
 
-        if self.config.kv_bits is None:
+        bits, group = packing(self.config, name)
+        if bits is None:
             return view(mx.where(mask, x, self.outside))
         if x.size:
-            words, scales, biases = mx.quantize(
-                x, group_size=self.config.kv_group, bits=self.config.kv_bits
-            )
+            words, scales, biases = mx.quantize(x, group_size=group, bits=bits)
         else:  # mx.quantize takes no empty array
-            words = mx.zeros((*x.shape[:3], width * self.config.kv_bits // 32), mx.uint32)
-            scales = biases = mx.zeros((*x.shape[:3], width // self.config.kv_group), self.dtype)
+            words = mx.zeros((*x.shape[:3], width * bits // 32), mx.uint32)
+            scales = biases = mx.zeros((*x.shape[:3], width // group), self.dtype)
         for kind, part in (("scales", scales), ("biases", biases)):
             self.layout[f"{name}_{kind}"] = view(mx.where(mask, part, self.outside))
         return view(words)

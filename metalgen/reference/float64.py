@@ -63,8 +63,8 @@ def arrays_of(
     q: Any, k: Any, v: Any, features: dict[str, Any], inputs: Inputs
 ) -> tuple[Float64, Float64, Float64]:
     """Queries, keys and values of a call, dequantized."""
-    keys = _dequantized(k, inputs.k_scales, inputs.k_biases, features)
-    return as_float64(q), keys, _dequantized(v, inputs.v_scales, inputs.v_biases, features)
+    keys = _dequantized("k", k, inputs.k_scales, inputs.k_biases, features)
+    return as_float64(q), keys, _dequantized("v", v, inputs.v_scales, inputs.v_biases, features)
 
 
 def sequences_of(
@@ -246,17 +246,20 @@ def rotated(
 
 
 def _dequantized(
-    x: Any, scales: mx.array | None, biases: mx.array | None, features: dict[str, Any]
+    name: str, x: Any, scales: mx.array | None, biases: mx.array | None, features: dict[str, Any]
 ) -> Float64:
     """``scale * q + bias``, rounded to the config's type; q in the words from the lowest bits."""
-    bits = features.get("kv_bits")
+    bits, group = features.get("kv_bits"), features.get("kv_group", 64)
+    if name == "v":
+        bits = features.get("value_bits") or bits
+        group = features.get("value_group") or group
     if bits is None:
         return as_float64(x)
     words = np.array(x, dtype=np.uint32)[..., None]
     numbers = words >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
     width = words.shape[3] * 32 // bits
     numbers = numbers.reshape(*words.shape[:3], width).astype(np.float64)
-    scale, bias = (np.repeat(as_float64(a), features["kv_group"], axis=3) for a in (scales, biases))
+    scale, bias = (np.repeat(as_float64(a), group, axis=3) for a in (scales, biases))
     with np.errstate(invalid="ignore"):  # anything may lie where nothing is looked at
         return _rounded(scale * numbers + bias, features)
 

@@ -86,9 +86,17 @@ class Located:
     inputs: Inputs
 
 
+def packing_of(name: str, features: dict[str, Any]) -> tuple[int | None, int]:
+    """Bits and group of quantized keys (``"k"``) or values (``"v"``)."""
+    bits, group = features.get("kv_bits"), features.get("kv_group", 64)
+    if name == "v":
+        bits, group = features.get("value_bits") or bits, features.get("value_group") or group
+    return bits, group
+
+
 def v_width(v: mx.array, features: dict[str, Any]) -> int:
     """Columns of the values."""
-    bits = features.get("kv_bits")
+    bits, _ = packing_of("v", features)
     return int(v.shape[3] if bits is None else v.shape[3] * 32 // bits)
 
 
@@ -102,8 +110,8 @@ def located(q: mx.array, k: mx.array, v: mx.array, features: dict[str, Any]) -> 
         inputs = _gathered_scales(inputs)
         k, v = (_gathered(x, inputs.block_table) for x in (k, v))
     if features.get("kv_bits") is not None:
-        k = _dequantized(k, inputs.k_scales, inputs.k_biases, q.dtype, features)
-        v = _dequantized(v, inputs.v_scales, inputs.v_biases, q.dtype, features)
+        k = _dequantized("k", k, inputs.k_scales, inputs.k_biases, q.dtype, features)
+        v = _dequantized("v", v, inputs.v_scales, inputs.v_biases, q.dtype, features)
     sequence_keys = k.shape[2]
     if paged and features.get("varlen"):  # all sequences' keys one after the other
         k, v = (_joined(x) for x in (k, v))
@@ -376,6 +384,7 @@ def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -
 
 
 def _dequantized(
+    name: str,
     x: mx.array,
     scales: mx.array | None,
     biases: mx.array | None,
@@ -384,10 +393,11 @@ def _dequantized(
 ) -> mx.array:
     """``scale * q + bias`` in float32, rounded once: mx.dequantize rounds differently by device."""
     assert scales is not None and biases is not None
-    bits = features["kv_bits"]
+    bits, group = packing_of(name, features)
+    assert bits is not None
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
     numbers = (x[..., None] >> shifts) & mx.array(2**bits - 1, mx.uint32)
-    groups = (*scales.shape, features["kv_group"])
+    groups = (*scales.shape, group)
     numbers = numbers.astype(mx.float32).reshape(groups)
     scale, bias = (a.astype(mx.float32)[..., None] for a in (scales, biases))
     width = groups[3] * groups[4]

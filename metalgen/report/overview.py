@@ -137,8 +137,8 @@ def bytes_of(r: Result) -> float:
     """Bytes of queries, keys, values and outputs, each once."""
     p, c = r.problem, r.problem.config
     width = c.head_dim + c.v_dim
-    each = c.itemsize if c.kv_bits is None else c.kv_bits / 8
-    keys = p.batch_heads / c.heads_per_kv * p.kv_len * width * each
+    rows = p.batch_heads / c.heads_per_kv * p.kv_len
+    keys = rows * c.kv_row_bytes
     return keys + p.batch_heads * p.q_len * width * c.itemsize
 
 

@@ -188,6 +188,10 @@ def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
     changes["rope_fixed"] = config.rope is not None and random.random() < 0.3
     if config.page_size is not None and random.random() < 0.2:
         changes["page_size"] = random.choice((264, 512, 4096))
+    if config.kv_bits is not None and random.random() < 0.4:
+        changes["value_bits"] = random.choice(KV_BITS)
+        groups = [group for group in KV_GROUPS if config.v_dim % group == 0]
+        changes["value_group"] = random.choice(groups)
     return replace(config, **changes)
 
 

@@ -191,7 +191,7 @@ DEFAULT_MODELS: dict[str, tuple[str, ...]] = {
 types: the published one, and for the commonest also float16."""
 DEFAULT_PREFILL, DEFAULT_DECODE = (2048,), (4096,)
 DEFAULT_QUANTIZED = {"llama-3.2-1b": (8, 4), "llama-3-8b": (8, 4)}
-"""Bits of quantized keys and values that the default preset decodes with, by model."""
+"""Bits of quantized keys and values that the default preset has problems of, by model."""
 KV_GROUP = 64
 """Elements of a group of quantized keys, as in mlx-lm."""
 
@@ -210,9 +210,9 @@ _FAMILIES = (
 def preset(name: str) -> Preset:
     """The problems of a preset.
 
-    ``default`` is what most users need first: prefill and decode of `DEFAULT_MODELS`, and decode
-    over quantized keys and values for some of them. All others
-    are the named models in prefill and decode lengths.
+    ``default`` is what most users need first: prefill and decode of `DEFAULT_MODELS`, and the same
+    over quantized keys and values for some of them. All others are the named models in prefill and
+    decode lengths.
 
     Raises:
         ArgumentError: an unknown name, with the nearest ones.
@@ -309,12 +309,10 @@ def _problems(
             softcap=layer.softcap,
             sinks=layer.sinks,
         )
+        packed = [replace(config, kv_bits=bits, kv_group=KV_GROUP) for bits in quantized]
         if not layer.decode_only:
             for n in prefill:
-                yield Problem(config, layer.heads, n, n)
+                yield from (Problem(each, layer.heads, n, n) for each in (config, *packed))
         if not layer.prefill_only:
             for n in decode:
-                yield Problem(config, layer.heads, 1, n)
-                for bits in quantized:
-                    packed = replace(config, kv_bits=bits, kv_group=KV_GROUP)
-                    yield Problem(packed, layer.heads, 1, n)
+                yield from (Problem(each, layer.heads, 1, n) for each in (config, *packed))

@@ -263,7 +263,11 @@ QUANTIZED: dict[str, tuple[Any, Any, str]] = {
         quantized(K, 2),
         r"k\[0\].shape: expected a last axis of 4 \(4 bits\) or 8 \(8 bits\) for queries",
     ),
-    "of different bits": (K8, K4, "v: expected quantized as k is, with 8 bits and groups of 32"),
+    "of values of 2 bits": (
+        K8,
+        quantized(K, 2),
+        r"v\[0\].shape: expected a last axis of 4 \(4 bits\) or 8 \(8 bits\) for values",
+    ),
     "of biases of another shape": (
         (*K8[:2], K8[2][:, :, :4]),
         K8,
@@ -287,6 +291,20 @@ def test_quantized_keys_and_values_that_do_not_fit(name: str) -> None:
     k, v, message = QUANTIZED[name]
     with pytest.raises(ArgumentError, match=f"^{message}"):
         attention(Q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("v", "width", "message"),
+    [
+        (K, 16, "value_head_dim: expected 32, as v has, or None, but got 16"),
+        (K8, 16, r"v\[0\].shape: expected .* for values of width 16"),
+        (K8, 32.5, "value_head_dim: expected an integer"),
+    ],
+)
+def test_widths_that_values_do_not_have(v: Any, width: Any, message: str) -> None:
+    k = K8 if isinstance(v, tuple) else K
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        attention(Q, k, v, value_head_dim=width)
 
 
 def test_groups_that_there_are_not() -> None:

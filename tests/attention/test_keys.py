@@ -231,6 +231,23 @@ def test_quantized_keys_and_values_say_their_bits_and_groups_themselves(
         assert_close(out, expected)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "width"),
+    [((8, 64), (4, 32), None), ((4, 32), (8, 128), None), ((8, 32), (4, 64), 128)],
+)
+def test_keys_and_values_quantized_apart(
+    where: str, key: tuple[int, int], value: tuple[int, int], width: int | None
+) -> None:
+    """Bits and groups of each; the last case looks like 8-bit values of 64 columns."""
+    q = normal((2, 4, 3, 128), "float16", 1)
+    k, v = (normal((2, 2, 40, 128), "float16", seed) for seed in (2, 3))
+    hows = [{"bits": bits, "group_size": group} for bits, group in (key, value)]
+    triples = [mx.quantize(x, **how) for x, how in zip((k, v), hows, strict=True)]
+    expected = sdpa(q, *(dequantized(x, **how) for x, how in zip(triples, hows, strict=True)))
+    out = attention(q, *triples, scale=SCALE, value_head_dim=width, device=where)
+    assert_close(out, expected)
+
+
 ROPES: dict[str, dict[str, Any]] = {
     "halves": {},
     "pairs": {"style": "pairs"},

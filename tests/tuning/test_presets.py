@@ -31,8 +31,8 @@ def test_the_default_preset_is_what_current_models_call() -> None:
     assert {(p.q_len, p.kv_len) for p in chosen.problems} == {(2048, 2048), (1, 4096)}
     assert {p.config.sinks for p in chosen.problems if p.config.heads_per_kv == 8} == {True}
     packed = [p for p in chosen.problems if p.config.kv_bits]
-    assert len(packed) == 2 * 2 * 2  # two models, two types, 8 and 4 bits
-    assert {(p.q_len, p.config.kv_group) for p in packed} == {(1, 64)}
+    assert len(packed) == 2 * 2 * 2 * 2  # two models, two types, 8 and 4 bits, prefill and decode
+    assert {(p.q_len, p.config.kv_group) for p in packed} == {(2048, 64), (1, 64)}
     half = {p.config.head_dim for p in chosen.problems if p.config.dtype == "float16"}
     assert half == {64, 128}  # the Llamas and SmolLM2
     assert len(chosen.problems) == (9 + 3) * 2 + len(packed)
