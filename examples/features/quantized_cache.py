@@ -2,7 +2,7 @@
 
 The format is MLX's own (`mx.quantize`, affine): bits and group size are read off the shapes. Eight
 bits are half of the bytes of float16, four bits a quarter, and a scale and a bias per group. Keys
-and values may be quantized apart; keys usually need more bits, because their errors enter exponents.
+and values may be quantized apart; keys usually need more bits, as their errors enter exponents.
 """
 
 from __future__ import annotations

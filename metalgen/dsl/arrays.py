@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -64,6 +64,31 @@ class View:
         order = [left.index(axis) for axis in self.axes if axis in left]
         return mx.transpose(found, order).reshape(self.shape) if self.shape else found
 
+    def fixed(self, constant: Callable[[int], int | None]) -> View:
+        """With the axes that constants index reduced to that element, as loads take it."""
+        array, indices = self.array, list(self.indices)
+        for axis, index in enumerate(self.indices):
+            value = None if index is None else constant(index)
+            if value is not None:
+                size = self.array.shape[axis]
+                place = min(max(value + size if value < 0 else value, 0), size - 1)
+                array, indices[axis] = mx.take(array, mx.array([place]), axis=axis), None
+        return View(array, tuple(indices), self.axes)
+
+    def batched(self, extents: Mapping[int, int]) -> mx.array:
+        """What is left for all values of some indices, ``(*extents, *shape)``.
+
+        Args:
+            extents: how many values each index has, by the number of its node; see
+                `shared_extents`.
+        """
+        places = [self.indices.index(n) if n in self.indices else None for n in extents]
+        order = [axis for axis in (*places, *self.axes) if axis is not None]
+        order += [axis for axis in range(self.array.ndim) if axis not in order]  # of one element
+        own = [1 if axis is None else self.array.shape[axis] for axis in places]
+        array = mx.transpose(self.array, order).reshape((*own, *self.shape))
+        return mx.broadcast_to(array, (*extents.values(), *self.shape))
+
     def gathered(self, numbers: dict[int, int], sizes: Sequence[int]) -> View | None:
         """With some axes indexed, which keep one element; None where slices are taken."""
         indices, axes = list(self.indices), list(self.axes)
@@ -90,3 +115,22 @@ class View:
             return None
         left = iter(wide)
         return View(self.array, self.indices, tuple(None if n == 1 else next(left) for n in shape))
+
+
+def shared_extents(views: Sequence[View]) -> dict[int, int] | None:
+    """The indices of views, by their nodes, with the extents of the axes that they index.
+
+    None where no view has all of them (so that what is computed for all of their values would
+    outgrow the arrays), where extents differ, or where a node indexes an array twice.
+    """
+    found: dict[int, int] = {}
+    for view in sorted(views, key=lambda v: sum(n is not None for n in v.indices), reverse=True):
+        own = [
+            (n, extent)
+            for n, extent in zip(view.indices, view.array.shape, strict=True)
+            if n is not None
+        ]
+        found = found or dict(own)
+        if len(dict(own)) < len(own) or any(found.get(n) != extent for n, extent in own):
+            return None
+    return found

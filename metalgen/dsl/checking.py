@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -92,3 +93,37 @@ def looked_at(function: Callable[..., Any], argument: str) -> FunctionError:
         "write mx.where(condition, a, b) for if and ?:, & | ~ for and, or, not, mx.minimum and "
         "mx.maximum for min and max, and no item(), int(), float() or bool()",
     )
+
+
+def untraceable(
+    error: Exception, function: Callable[..., Any], argument: str
+) -> FunctionError | None:
+    """What an error of MLX's says of a function that it traced; None: nothing that is known."""
+    if isinstance(error, KeyError):
+        if not any(isinstance(key, mx.array) for key in error.args):
+            return None
+        return FunctionError(
+            argument,
+            "arrays where something is looked up",
+            "a dictionary",
+            "put its values into an mx.array, and index that, as in table[h]",
+        )
+    said = str(error)
+    if "eval" in said and "transformation" in said:
+        return looked_at(function, argument)
+    if "uncaptured inputs" in said:
+        return FunctionError(
+            argument,
+            "captured arrays that are reached in one way each",
+            "one that is also reached where it cannot be found (a property, a library)",
+            "make it a global variable, a variable of the enclosing function or a default",
+        )
+    if match := re.search(r"Unable to get state for primitive (\w+)", said):
+        return FunctionError(
+            argument,
+            "operations that MLX can export",
+            f"MLX's {match[1]}",
+            "write x ^ -1 for mx.bitwise_invert(x), ~x for booleans, and compute anything else "
+            "before, capture the result, and index it",
+        )
+    return None

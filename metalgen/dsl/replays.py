@@ -1,4 +1,4 @@
-"""Arrays computed from captured ones alone: by MLX, before the kernel.
+"""Arrays and rows of arrays computed from captured ones alone: by MLX, before the kernel.
 
 MLX hands over the primitives that a function consists of, with their arguments; here each is
 computed again. A primitive may have several outputs.
@@ -6,11 +6,14 @@ computed again. A primitive may have several outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from metalgen.dsl.arrays import View, shared_extents
+from metalgen.dsl.graph import MAX_ARRAY_ELEMENTS
 from metalgen.dsl.operations import BINARY, BITWISE, LOGS, UNARY
 
 OnArrays = Callable[[list[Any], list[Any]], Any]
@@ -76,10 +79,33 @@ def _updated(array: Any, place: Any, updates: Any, kind: int) -> Any:
 
 def _scatter_axis(values: list[Any], arguments: list[Any]) -> Any:
     kind, axis = arguments
-    if kind != 1:  # sums, which no function of MLX's makes
-        raise NotImplementedError
     source, indices, updates = values
-    return mx.put_along_axis(source, indices, updates, axis=axis)
+    if kind == 1:
+        return mx.put_along_axis(source, indices, updates, axis=axis)
+    # Sums: updates of all other places of the array at once.
+    shape = indices.shape
+    places = [
+        mx.arange(extent).reshape([-1 if n == own else 1 for n in range(len(shape))])
+        for own, extent in enumerate(shape)
+    ]
+    places[axis] = indices
+    return source.at[tuple(places)].add(mx.broadcast_to(updates, shape))
+
+
+def _add_product(values: list[Any], arguments: list[Any]) -> Any:
+    alpha, beta = arguments
+    x, y, added = values
+    return mx.addmm(added, x, y, alpha=alpha, beta=beta)
+
+
+def _dynamic_slice(values: list[Any], arguments: list[Any]) -> Any:
+    axes, sizes = arguments
+    return mx.slice(values[0], values[1], axes=axes, slice_size=sizes)
+
+
+def _dynamic_update(values: list[Any], arguments: list[Any]) -> Any:
+    source, update, start = values
+    return mx.slice_update(source, update, start, axes=arguments[-1])
 
 
 def _slice_update(values: list[Any], arguments: list[Any]) -> Any:
@@ -157,7 +183,47 @@ ON_ARRAYS: dict[str, OnArrays] = {
     "FFT": _fft,
     "DivMod": lambda v, a: mx.divmod(*v),
     "ScatterAxis": _scatter_axis,
+    "AddMM": _add_product,
+    "ErfInv": lambda v, a: mx.erfinv(v[0]),
+    "DynamicSlice": _dynamic_slice,
+    "DynamicSliceUpdate": _dynamic_update,
     "Concatenate": lambda v, a: mx.concatenate(v, a[0]),
     "Reduce": lambda v, a: getattr(mx, _REDUCE[a[0]])(v[0], axis=tuple(a[1]), keepdims=True),
 }
 """What is computed from captured arrays alone, before the kernel, by MLX; by primitive."""
+
+
+def mapped(
+    name: str, arguments: list[Any], rows: Sequence[View], shapes: Sequence[tuple[int, ...]]
+) -> list[View] | None:
+    """What a primitive makes of rows of captured arrays, for all values of their indices at once.
+
+    Args:
+        name, arguments: the primitive's.
+        rows: its inputs, some of whose axes are indexed.
+        shapes: of its outputs, for one value of each index.
+
+    Returns:
+        Its outputs with the same indices; None where nothing is indexed, where rows are single
+        elements, or where MLX cannot map it.
+    """
+    extents = shared_extents(rows)
+    if name not in ON_ARRAYS or not extents or all(view.size == 1 for view in rows):
+        return None
+    count = math.prod(extents.values())
+    if count * max(map(math.prod, shapes)) > MAX_ARRAY_ELEMENTS:
+        return None
+    batches = [view.batched(extents).reshape((count, *view.shape)) for view in rows]
+    try:
+        made = mx.vmap(lambda *each: ON_ARRAYS[name](list(each), arguments))(*batches)
+    except (NotImplementedError, RuntimeError, ValueError):  # MLX maps some primitives only
+        return None
+    several = list(made) if isinstance(made, (list, tuple)) else [made]
+    if [tuple(array.shape[1:]) for array in several] != list(shapes):
+        return None
+    found = []
+    for array, shape in zip(several, shapes, strict=True):
+        axes = tuple(range(len(extents), len(extents) + len(shape)))
+        whole = array.reshape((*extents.values(), *shape))
+        found.append(View(whole, (*extents, *(None for _ in shape)), axes))
+    return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import mlx.core as mx
 
 from metalgen.dsl import cells
 from metalgen.dsl.arrays import View
-from metalgen.dsl.checking import SIGNATURES, checked, looked_at, result_of
+from metalgen.dsl.checking import SIGNATURES, checked, result_of, untraceable
 from metalgen.dsl.errors import FunctionError
 from metalgen.dsl.graph import (
     DTYPES,
@@ -26,7 +25,7 @@ from metalgen.dsl.graph import (
     Node,
 )
 from metalgen.dsl.operations import BINARY, BITWISE, COMPARISONS, LOGICAL, LOGS, SAME, UNARY
-from metalgen.dsl.replays import ON_ARRAYS
+from metalgen.dsl.replays import ON_ARRAYS, mapped
 
 RESHAPING = (
     *("Squeeze", "ExpandDims", "Reshape", "Flatten", "Unflatten", "Broadcast", "Full"),
@@ -84,34 +83,11 @@ def trace(function: Callable[..., Any] | Traced, argument: str = "score_mod") ->
         mx.export_function(records.append, call, *scalars, *captured)
     except FunctionError:
         raise
-    except KeyError as error:
-        if not any(isinstance(key, mx.array) for key in error.args):
+    except (KeyError, ValueError) as error:
+        if (found := untraceable(error, function, argument)) is None:
             raise
-        raise FunctionError(
-            argument,
-            "arrays where something is looked up",
-            "a dictionary",
-            "put its values into an mx.array, and index that, as in table[h]",
-        ) from None  # its key has no value that could be printed
-    except ValueError as error:
-        if "eval" in str(error) and "transformation" in str(error):
-            raise looked_at(function, argument) from error
-        if "uncaptured inputs" in str(error):
-            raise FunctionError(
-                argument,
-                "captured arrays that are reached in one way each",
-                "one that is also reached where it cannot be found (a property, a library)",
-                "make it a global variable, a variable of the enclosing function or a default",
-            ) from None
-        if match := re.search(r"Unable to get state for primitive (\w+)", str(error)):
-            raise FunctionError(
-                argument,
-                "operations that MLX can export",
-                f"MLX's {match[1]}",
-                "write x ^ -1 for mx.bitwise_invert(x), ~x for booleans, and compute anything else "
-                "before, capture the result, and index it",
-            ) from None
-        raise
+        # The key of a KeyError may have no value that could be printed.
+        raise found from (None if isinstance(error, KeyError) else error)
     return _Reader(argument, captured).read(records)
 
 
@@ -244,7 +220,7 @@ class _Reader:
             shape or any(array.shape for array in arrays)
         ):
             self._on_arrays(name, arguments, arrays, outputs)
-        else:
+        elif not self._on_rows(name, arguments, values, outputs):
             self._on_cells(name, arguments, values, [tuple(each[1]) for each in inputs], outputs)
 
     def _gathered(self, values: list[Any], arguments: list[Any]) -> View | None:
@@ -328,6 +304,32 @@ class _Reader:
                 raise self._misplaced(name, "whole arrays")
             # MLX does not hand over the type of mx.arange either.
             self.known[output] = View.whole(array if array.dtype == dtype else array.astype(dtype))
+
+    def _on_rows(
+        self, name: str, arguments: list[Any], values: list[Any], outputs: list[Any]
+    ) -> bool:
+        """What indices leave of captured arrays: by MLX, for all values of the indices at once.
+
+        Returns:
+            Whether that can be; elements are computed in the kernel otherwise.
+        """
+        views = [self._fixed(value) for value in values]
+        rows = [view for view in views if view is not None]
+        shapes = [tuple(shape) for _, shape, _ in outputs]
+        given = [shapes[0]] if name == "Full" else arguments
+        found = mapped(name, given, rows, shapes) if len(rows) == len(views) else None
+        if found is None:
+            return False
+        for view, (output, _, dtype) in zip(found, outputs, strict=True):
+            self.known[output] = replace(view, array=view.array.astype(dtype))
+        return True
+
+    def _fixed(self, value: Any) -> View | None:
+        """A captured array or a constant, with all indices fixed that are constants."""
+        if isinstance(value, View):
+            return value.fixed(self._value)
+        arrays = self._whole([value])
+        return None if arrays is None else View.whole(arrays[0])
 
     def _on_cells(
         self,
