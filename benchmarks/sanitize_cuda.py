@@ -27,7 +27,12 @@ from metalgen.dsl.trace import trace
 from metalgen.errors import InvalidSchedule
 from metalgen.families import default_schedule
 from metalgen.families.append import append_schedule
-from metalgen.families.backward import BACKWARD_ALL, backward_config, unsupported
+from metalgen.families.backward import (
+    BACKWARD_ALL,
+    backward_config,
+    backward_families,
+    unsupported,
+)
 from metalgen.families.rules import device_kinds
 from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
@@ -102,7 +107,7 @@ def sums(device: Device, bare: AttentionConfig) -> Iterator[tuple[str, Callable[
     for feature in bare.features:
         for summed in feature.sums(bare, inputs):
             found.setdefault(summed.array, []).append(summed)
-    families = ("backward_rows", "backward_keys")
+    families = [family.name for family in backward_families(bare)]
     for name, each in found.items():
         schedules = tuple(default_schedule(bare, device.limits, f) for f in families)
         yield (
@@ -129,8 +134,11 @@ def kernels(device: Device) -> Iterator[tuple[str, Callable[[], str]]]:
                     lambda c=config, s=schedule, f=family: verify(device, c, s).detail,
                 )
     for bare in BACKWARD:
-        for family in ("backward_rows", "backward_keys"):
-            default = default_schedule(bare, device.limits, family)
+        for family in (each.name for each in backward_families(bare)):
+            try:
+                default = default_schedule(bare, device.limits, family)
+            except InvalidSchedule:  # quantized rows
+                continue
             values = {"buffers": 1, **({"apart": 1} if "apart" in default.knobs else {})}
             for schedule in dict.fromkeys([default, dataclasses.replace(default, **values)]):
                 yield (

@@ -18,7 +18,7 @@ from metalgen.calls.verify_gradients import (
 )
 from metalgen.devices import get_device
 from metalgen.families import APPLE, Schedule, default_schedule, is_valid
-from metalgen.families.backward import backward_config, made_by, unsupported
+from metalgen.families.backward import backward_config, backward_families, made_by, unsupported
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.samples import Call, sample_call
 from metalgen.simulator.counters import Counters
@@ -30,7 +30,7 @@ class TestSimulator(BackwardConformance):
     name = "simulator"
 
 
-def fuzzed(number: int) -> tuple[AttentionConfig, Call, tuple[Schedule, Schedule]] | None:
+def fuzzed(number: int) -> tuple[AttentionConfig, Call, tuple[Schedule, ...]] | None:
     """The combination of that number: any features and sizes, and schedules of any knobs."""
     made = made_up(number, APPLE, small=True)
     config = made.config
@@ -39,8 +39,8 @@ def fuzzed(number: int) -> tuple[AttentionConfig, Call, tuple[Schedule, Schedule
         return None
     random = Random(number)
     found = []
-    for family in ("backward_rows", "backward_keys"):
-        base = default_schedule(bare, APPLE, family)
+    for family in backward_families(bare):
+        base = default_schedule(bare, APPLE, family.name)
         knobs = {n: k for n, k in base.knobs.items() if n not in ("bq", "bd", "math_mode")}
         while True:
             values = {n: random.choice(k.candidates(bare, APPLE)) for n, k in knobs.items()}
@@ -51,7 +51,7 @@ def fuzzed(number: int) -> tuple[AttentionConfig, Call, tuple[Schedule, Schedule
             if is_valid(bare, schedule, APPLE):
                 found.append(schedule)
                 break
-    return config, made.call(), (found[0], found[1])
+    return config, made.call(), tuple(found)
 
 
 def check_fuzzed(number: int, *, checked: bool) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from metalgen.errors import InvalidSchedule
 from metalgen.families import (
     Limits,
     Schedule,
@@ -34,7 +35,7 @@ from metalgen.families import (
     language_of,
 )
 from metalgen.families.append import ELEMENTS, THREADS, append_schedule, operands
-from metalgen.families.backward import backward_config, unsupported
+from metalgen.families.backward import backward_config, backward_families, unsupported
 from metalgen.languages import LANGUAGES
 from metalgen.problem.config import AttentionConfig
 from metalgen.source.digests import code_of
@@ -224,8 +225,12 @@ def drawn_backward() -> Drawn:
             bare = backward_config(config)
             if unsupported(bare):
                 continue
-            for (language, limits), family in product(LIMITS.items(), BACKWARD):
-                default = default_schedule(bare, limits, family)
+            families = [family.name for family in backward_families(bare)]
+            for (language, limits), family in product(LIMITS.items(), families):
+                try:
+                    default = default_schedule(bare, limits, family)
+                except InvalidSchedule:  # quantized rows on CUDA
+                    continue
                 changes = [{}, {"buffers": 3 - default.buffers}, {"apart": 1}]
                 for change in changes if width == 64 else changes[:1]:
                     if change.keys() <= default.knobs.keys():

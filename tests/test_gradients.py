@@ -11,11 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 import metalgen
-from metalgen import AttentionConfig
+from metalgen import AttentionConfig, simulator
 from metalgen.calls import resolve, verify_gradients
 from metalgen.calls.verify import relative_error
 from metalgen.problem.inputs import Inputs
-from metalgen.reference import gradients_float64
+from metalgen.problem.samples import sample_call
+from metalgen.reference import config_features, gradients_float64
 from metalgen.testing.devices import normal
 
 SCALE = 0.3
@@ -272,6 +273,30 @@ def test_every_array_of_a_call_has_its_gradient_beside_kernels() -> None:
     exact["bias"] = exact["bias"][0]
     for name, array in zip(("q", "k", "v", "bias", "alibi_slopes", "sinks"), found, strict=True):
         assert relative_error(array, exact[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_queries_over_a_cache_have_their_gradient_from_a_kernel(bits: int | None) -> None:
+    """Pages and quantized keys have none from kernels; those of whole pages are plain MLX's."""
+    config = AttentionConfig(
+        32, "float32", page_size=8, kv_bits=bits, kv_group=32 if bits else 64, causal=True
+    )
+    q, k, v, inputs = sample_call(config, batch=2, q_len=37, kv_len=53, seed=1)
+    kernel = metalgen.get_kernel(config, batch=2, heads=2, q_len=37, device="simulator")
+    given = normal(q.shape, "float32", 5)
+
+    def loss(q: mx.array) -> mx.array:
+        return (kernel(q, k, v, scale=SCALE, inputs=inputs) * given).sum()
+
+    mx.eval(mx.grad(loss)(q))
+    with simulator.record() as runs:
+        found = mx.grad(loss)(q)
+        mx.eval(found)
+    assert [name for each in runs if "backward" in (name := each.kernel)]
+    assert kernel.backward == "metalgen" and "backward_rows" in kernel.explain()
+    features = config_features(config) | {"inputs": inputs}
+    exact = gradients_float64(q, k, v, (given, None), scale=SCALE, **features)["q"]
+    assert relative_error(found, exact) < 1e-5
 
 
 def test_wrong_backward_kernels_give_way_to_plain_operations(

@@ -19,7 +19,13 @@ from metalgen.devices.mlx_attention import differentiates_in_linear_memory
 from metalgen.devices.sums import array_of, has_fixed_order
 from metalgen.errors import InvalidSchedule
 from metalgen.families import Limits, Schedule, default_schedule, get_attention
-from metalgen.families.backward import BACKWARD_ALL, backward_config, made_by, unsupported
+from metalgen.families.backward import (
+    BACKWARD_ALL,
+    backward_config,
+    backward_families,
+    made_by,
+    unsupported,
+)
 from metalgen.families.sizes import Problem
 from metalgen.features.base import Summed
 from metalgen.problem.config import AttentionConfig
@@ -30,8 +36,6 @@ from metalgen.source.hashes import template_hashes
 if TYPE_CHECKING:
     from metalgen.chips import Chip
 
-FAMILIES: tuple[str, ...] = ("backward_rows", "backward_keys")
-
 
 @dataclass(eq=False)
 class KernelGradients:
@@ -40,7 +44,8 @@ class KernelGradients:
     Attributes:
         device: what runs them.
         config: of the forward pass.
-        schedules: of the rows of queries, and of the rows of keys; None: there are no kernels.
+        schedules: of the rows of queries, and of the rows of keys unless these are a cache; None:
+            there are no kernels.
         joint: of a kernel that makes all three gradients, where that was measured as faster.
         forward: the schedule of the forward kernel.
         sources: where the schedules come from, if not by default.
@@ -49,7 +54,7 @@ class KernelGradients:
 
     device: Device
     config: AttentionConfig
-    schedules: tuple[Schedule, Schedule] | None
+    schedules: tuple[Schedule, ...] | None
     forward: Schedule
     sources: list[str] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
@@ -104,8 +109,9 @@ class KernelGradients:
             for name, each in self._summed(q, given).items():
                 parts[(3 + given.names.index(name),)] = each
             kept = {n for part in parts for n in part}
-            floats = {3 + n for n, x in enumerate(others) if mx.issubdtype(x.dtype, mx.floating)}
-            found = [q, k, v, *(mx.zeros_like(x) for x in others)]
+            every = (q, k, v, *others)
+            floats = {n for n, x in enumerate(every) if mx.issubdtype(x.dtype, mx.floating)}
+            found = [mx.zeros_like(x) for x in every]
             if left := sorted(floats - kept):
                 rest = plain(*arrays, wanted=left)
                 for n in left:
@@ -163,6 +169,8 @@ class KernelGradients:
         """The kernels of the sums of one input, checked; None where they do not pass."""
         if each not in self._sums:
             assert self.schedules is not None
+            if len(self.schedules) == 1 and any(one.by == "key" for one in each):
+                return None
             fault = sum_fault(self.device, self.config, self.schedules, each)
             made = None if fault else sum_runners(self.device, self.config, self.schedules, each)
             said = f"FALLBACK to plain MLX operations: {fault}" if fault else "ok"
@@ -175,7 +183,7 @@ class KernelGradients:
         if self.schedules is None:
             return "plain MLX operations, in blocks of queries: memory grows with the length"
         used = self.schedules if self.joint is None else (self.joint,)
-        names = ", ".join(str(schedule) for schedule in used)
+        names = ", ".join(f"{schedule.family} {schedule}" for schedule in used)
         checked = "; ".join([*self.sources, *(self.path or ["checked with the first gradient"])])
         return f"metalgen's backward kernels ({names}; {checked})"
 
@@ -233,18 +241,19 @@ def backward_kernels(
     if reason := unsupported(bare):
         path.append(f"gradients: backward kernels do not support {reason}")
         return KernelGradients(device, config, None, forward)
-    hits = [_on_record(where, problem, family) for family in FAMILIES]
+    names = tuple(family.name for family in backward_families(bare))
+    hits = [_on_record(where, problem, family) for family in names]
     try:
-        rows, keys = (
+        schedules = tuple(
             default_schedule(bare, where.limits, family) if hit is None else hit.schedule
-            for family, hit in zip(FAMILIES, hits, strict=True)
+            for family, hit in zip(names, hits, strict=True)
         )
     except InvalidSchedule as error:
         path.append(f"gradients: no backward kernel fits: {error.detail}")
         return KernelGradients(device, config, None, forward)
-    found = KernelGradients(device, config, (rows, keys), forward)
-    names = FAMILIES
-    together = None if config.deterministic else _on_record(where, problem, BACKWARD_ALL.name)
+    found = KernelGradients(device, config, schedules, forward)
+    alone = config.deterministic or len(names) == 1
+    together = None if alone else _on_record(where, problem, BACKWARD_ALL.name)
     if together is not None and is_faster(together, hits):
         found.joint, hits, names = together.schedule, [together], (BACKWARD_ALL.name,)
     pairs = zip(names, hits, strict=True)

@@ -25,7 +25,7 @@ TOLERANCE = {"float32": 2e-4, "float16": 1e-2, "bfloat16": MOST}
 def sum_fault(
     device: Device,
     config: AttentionConfig,
-    schedules: tuple[Schedule, Schedule],
+    schedules: tuple[Schedule, ...],
     each: tuple[Summed, ...],
 ) -> str:
     """What is wrong with the kernels that sum the gradient of an input; empty where nothing is.
@@ -62,7 +62,7 @@ def sum_fault(
 def sum_runners(
     device: Device,
     config: AttentionConfig,
-    schedules: tuple[Schedule, Schedule],
+    schedules: tuple[Schedule, ...],
     each: tuple[Summed, ...],
 ) -> list[GradientRunner]:
     """The kernels of sums, each by the schedule that owns the rows by which it sums."""

@@ -19,7 +19,7 @@ from metalgen.features.base import Binder
 from metalgen.features.softcap import lse_shift
 from metalgen.languages import get_language
 from metalgen.problem.config import AttentionConfig
-from metalgen.problem.inputs import Inputs
+from metalgen.problem.inputs import Inputs, max_kv_len
 from metalgen.reference.plain import rotate_queries
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Prepared:
         family = get_backward(schedule)
         keys_owned = family.main.keys_owned
         binder = Binder(
-            (*q.shape[:3], k.shape[2]),
+            (*q.shape[:3], max_kv_len(config, k, inputs)),
             schedule.bq,
             schedule.bk,
             functools.partial(rows_as_bound, language=language),

@@ -238,6 +238,9 @@ class Backward(TunedFamily):
     def check(self, config: AttentionConfig, schedule: Schedule, require: Require) -> None:
         reason = unsupported(config)
         require("config", not reason, f"no backward kernels: {reason}")
+        if self.main.keys_owned:
+            caches = cached_by(config)
+            require("config", not caches, f"no gradients of keys and values: {', '.join(caches)}")
 
     def defaults(self, kind: Kind, config: AttentionConfig, limits: Limits) -> list[dict[str, Any]]:
         return kind.backward_defaults(config, own=self.own)
@@ -342,6 +345,17 @@ def backward_config(config: AttentionConfig) -> AttentionConfig:
         deterministic=False,
         max_work=None,
     )
+
+
+def backward_families(config: AttentionConfig) -> tuple[Backward, ...]:
+    """Those that make the gradients of a config one after the other: of queries, and of keys and
+    values unless these are a cache."""
+    return (BACKWARD_ROWS,) if cached_by(config) else (BACKWARD_ROWS, BACKWARD_KEYS)
+
+
+def cached_by(config: AttentionConfig) -> list[str]:
+    """Names of the features by which keys and values are a cache, without gradients."""
+    return [feature.name for feature in config.features if feature.freezes_keys]
 
 
 def unsupported(config: AttentionConfig) -> str:

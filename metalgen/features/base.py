@@ -228,6 +228,7 @@ class Feature:
         one_head: whether the rows of a threadgroup must be those of one head.
         has_backward: whether backward kernels have all of its hooks; else gradients of configs
             that use it are computed in plain MLX.
+        freezes_keys: whether keys and values are a cache, of which kernels make no gradients.
     """
 
     name: ClassVar[str]
@@ -241,6 +242,7 @@ class Feature:
     numbered: ClassVar[bool] = False
     one_head: ClassVar[bool] = False
     has_backward: ClassVar[bool] = False
+    freezes_keys: ClassVar[bool] = False
 
     def excludes(self, config: Fields) -> Mapping[str, str]:
         """Fields that must be at their defaults, each with what an error says was expected."""

@@ -48,6 +48,8 @@ class Pages(Feature):
     """A number in the table that is no page's stands for keys that are not seen."""
 
     name = "pages"
+    has_backward = True
+    freezes_keys = True
     fields = (Field("page_size", _page_size, None, "k.shape, keys of a page"),)
     inputs = (
         OptionalInput(

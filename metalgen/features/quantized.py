@@ -66,6 +66,8 @@ class Quantized(Feature):
     """
 
     name = "quantized"
+    has_backward = True
+    freezes_keys = True
     fields = (
         Field("kv_bits", _bits),
         Field("kv_group", _group, NO_GROUP),

@@ -149,6 +149,8 @@ class Mma(Kind):
             found == widest,
             f"{self.name} stages whole rows: bd must be {widest}, not {found}",
         )
+        whole = not schedule.together or config.kv_bits is None
+        require("quantized", whole, f"{self.name} has no quantized rows that come together")
         require("dtype", not schedule.adds or config.itemsize == 2, "of 16-bit types only")
 
     def defaults(

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from metalgen.errors import ArgumentError, InvalidSchedule
-from metalgen.families import Limits, default_schedule, get_tuned
+from metalgen.families import AttentionFamily, Limits, default_schedule, get_tuned
 from metalgen.families.backward import (
     BACKWARD_ALL,
-    BACKWARD_KEYS,
-    BACKWARD_ROWS,
     backward_config,
+    backward_families,
     unsupported,
 )
 from metalgen.families.rules import device_kinds
@@ -80,15 +79,17 @@ class Preset:
     models: dict[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     def within(self, limits: Limits) -> Preset:
-        """The same without problems of families that have no kernels of them on a chip."""
+        """The same without problems of gradients of which a chip has no kernels."""
 
         def has_kernels(problem: Problem) -> bool:
+            if isinstance(get_tuned(problem.family), AttentionFamily):
+                return True
             if not device_kinds(limits, problem.family):
                 return False
             try:
                 default_schedule(problem.config, limits, problem.family)
             except InvalidSchedule:
-                return not get_tuned(problem.family).adds
+                return False
             return True
 
         return replace(self, problems=tuple(filter(has_kernels, self.problems)))
@@ -250,7 +251,8 @@ def of_gradients(chosen: Preset) -> Preset:
         bare = backward_config(problem.config)
         if problem.q_len <= DECODE_QUERIES or unsupported(bare):
             continue
-        for family in (BACKWARD_ROWS, BACKWARD_KEYS, BACKWARD_ALL):
+        families = backward_families(bare)
+        for family in (*families, BACKWARD_ALL)[: 3 if len(families) > 1 else 1]:
             own = replace(problem, config=bare, family=family.name)
             labels = chosen.models.get(problem.key, ())
             sources[own] = tuple(dict.fromkeys((*sources.get(own, ()), *labels)))

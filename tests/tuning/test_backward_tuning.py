@@ -61,6 +61,6 @@ def test_presets_have_problems_of_gradients() -> None:
 
 
 def test_problems_that_no_backward_kernel_supports_are_refused() -> None:
-    config = AttentionConfig(64, page_size=16)
+    config = AttentionConfig(512)
     with pytest.raises(ArgumentError, match="backward kernels support"):
         of_gradients(Preset(None, (Problem(config, 1, 128, 128),)))
