@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -35,6 +35,14 @@ class Where:
     device: str | None = None
     chip: str | None = None
     block_size: int | None = None
+
+
+class KeyColumns(NamedTuple):
+    """Quantized values that are columns of the keys, as in latent attention."""
+
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
 
 
 active: Where | None = None
@@ -76,15 +84,21 @@ def compute(
     softcap: float | None = None,
 ) -> mx.array:
     """`scaled_dot_product_attention`, with a softcap of the scores (Gemma 2)."""
+    apart = not isinstance(keys, mx.array) and quantized_apart(cache)
+
+    def own(reason: str) -> mx.array:
+        rows = _dequantized(keys, values, cache) if apart else (keys, values, cache)
+        return _own(queries, *rows, scale, mask, sinks, reason)
+
     rules = mask if isinstance(mask, MaskRules) else None
     if rules is not None and not _fits(rules, queries, keys):
         mask, rules = rules.array("keys of another length than the cache's"), None
     counts.masks[_kind(mask)] += 1
     where = active
     if where is None:
-        return _own(queries, keys, values, cache, scale, mask, sinks, "unpatched")
+        return own("unpatched")
     if softcap is None and (reason := _stays(keys, sinks)):
-        return _own(queries, keys, values, cache, scale, mask, sinks, reason)
+        return own(reason)
     named = where.device or default_device().name
     plain = rules is None and softcap is None and where.block_size is None
     if plain and isinstance(keys, mx.array) and named != "reference":
@@ -95,6 +109,8 @@ def compute(
     options = Options(sinks=sinks, device=where.device, chip=where.chip)
     if softcap is not None:
         options["softcap"] = softcap
+    if apart and not isinstance(values, KeyColumns):
+        options["value_head_dim"] = values[0].shape[3] * 32 // cache.value_bits
     try:
         if rules is not None:
             return _by_rules(queries, keys, values, scale, rules, options)
@@ -105,7 +121,22 @@ def compute(
         if softcap is not None or error.argument == "block_size":
             raise
         reason = f"metalgen does not take it: {error}"
-        return _own(queries, keys, values, cache, scale, mask, sinks, reason)
+        return own(reason)
+
+
+def quantized_apart(cache: Any) -> bool:
+    """Whether a cache quantizes values otherwise than keys."""
+    if not hasattr(cache, "value_bits"):
+        return False
+    return bool((cache.bits, cache.group_size) != (cache.value_bits, cache.value_group_size))
+
+
+def _dequantized(keys: Any, values: Any, cache: Any) -> tuple[Any, Any, Any]:
+    """Rows for mlx-lm's own function, which has one number of bits for both, and no cache."""
+    own = {"group_size": cache.group_size, "bits": cache.bits}
+    other = {"group_size": cache.value_group_size, "bits": cache.value_bits}
+    values_own = own if isinstance(values, KeyColumns) else other
+    return mx.dequantize(*keys, **own), mx.dequantize(*values, **values_own), None
 
 
 def _kind(mask: Any) -> str:

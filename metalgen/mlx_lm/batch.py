@@ -26,8 +26,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="file of answers; default: standard output")
     parser.add_argument("--max-tokens", "-m", type=int, default=256, help="of each answer")
-    parser.add_argument("--kv-bits", type=int, help="4 or 8: quantize the caches")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="32, 64 or 128")
+    parser.add_argument(
+        "--kv-bits",
+        type=one_or_both,
+        help="4 or 8: quantize the caches; 8,4: keys and values apart",
+    )
+    parser.add_argument(
+        "--kv-group-size", type=one_or_both, default=64, help="32, 64 or 128, or a pair as above"
+    )
     parser.add_argument("--completion-batch-size", type=int, default=32)
     parser.add_argument("--prefill-batch-size", type=int, default=8)
     parser.add_argument("--ignore-chat-template", action="store_true")
@@ -45,6 +51,12 @@ def main() -> None:
     part.write_text("\n".join(lines) + "\n", "utf-8")
     part.replace(arguments.output)
     print(f"{len(lines)} answers in {arguments.output}")
+
+
+def one_or_both(text: str) -> int | tuple[int, int]:
+    """A number for keys and values alike, or two with a comma between; raises `ValueError`."""
+    keys, comma, values = text.partition(",")
+    return (int(keys), int(values)) if comma else int(keys)
 
 
 def read_prompts(path: Path) -> list[str]:

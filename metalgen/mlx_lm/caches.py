@@ -15,13 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalgen.caches.parts import check_quantization
+from metalgen.caches.parts import OneOrBoth, Packing, check_quantization
 from metalgen.errors import ArgumentError
 
 _cache: Any = importlib.import_module("mlx_lm.models.cache")
 
 Triple = tuple[mx.array, mx.array, mx.array]
 """Packed words, scales and biases, as ``mx.quantize`` returns them."""
+Packings = tuple[Packing, Packing]
+"""How keys and values are quantized."""
 
 
 def packed_rows(rows: mx.array, group_size: int, bits: int) -> mx.array:
@@ -45,37 +47,44 @@ def unpacked_rows(rows: mx.array, group_size: int, bits: int, dtype: mx.Dtype) -
     return rows[..., : groups * each], scales[..., :groups], scales[..., groups:]
 
 
-def _alike(bits: object, group_size: object) -> tuple[int, int]:
-    """Bits and group of keys and values alike; raises `ArgumentError`."""
-    keys, values = check_quantization(bits, group_size)
-    if keys.bits is None:
-        raise ArgumentError("bits", "a number of bits", bits)
-    if keys != values:
-        expected = "one number for keys and values: mlx-lm's caches say one"
-        raise ArgumentError("bits, group_size", expected, (bits, group_size))
-    return keys.bits, keys.group
+def _packings(bits: object, group_size: object) -> Packings:
+    """How keys and values are quantized; raises `ArgumentError`, also where they are not."""
+    found = check_quantization(bits, group_size)
+    if bits is None:
+        raise ArgumentError("bits", "a number of bits, or a pair (keys, values)", bits)
+    return found
 
 
 class Packed:
     """What makes one of mlx-lm's caches hold quantized rows; see the module.
 
     Attributes:
-        bits, group_size: of keys and values, as of ``mx.quantize``.
+        bits, group_size: of keys, as of ``mx.quantize``.
+        value_bits, value_group_size: of values.
         dtype: name of the rows' type; empty before the first.
     """
 
     bits: int
     group_size: int
+    value_bits: int
+    value_group_size: int
     dtype: str
 
-    def _quantize_by(self, bits: int, group_size: int) -> None:
-        self.bits, self.group_size = _alike(bits, group_size)
-        self.dtype = ""
+    def _quantize_by(self, packings: Packings, dtype: str = "") -> None:
+        (bits, self.group_size), (value_bits, self.value_group_size) = packings
+        assert bits is not None and value_bits is not None
+        self.bits, self.value_bits, self.dtype = bits, value_bits, dtype
+
+    @property
+    def packings(self) -> Packings:
+        """How keys and values are quantized."""
+        keys = Packing(self.bits, self.group_size)
+        return keys, Packing(self.value_bits, self.value_group_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Triple, Triple]:
         """Stores new rows, quantized; returns all keys and all values."""
         self.dtype = str(keys.dtype).removeprefix("mlx.core.")
-        new = (packed_rows(x, self.group_size, self.bits) for x in (keys, values))
+        new = _packed(keys, values, self.packings)
         return self._views(super().update_and_fetch(*new))  # type: ignore[misc]
 
     def keys_and_values(self) -> tuple[Triple, Triple]:
@@ -85,51 +94,59 @@ class Packed:
     def _views(self, parts: Sequence[Any]) -> tuple[Triple, Triple]:
         dtype = getattr(mx, self.dtype)
         keys, values = (
-            unpacked_rows(x, self.group_size, self.bits, dtype) if isinstance(x, mx.array) else x
-            for x in parts
+            unpacked_rows(x, group, bits or 0, dtype) if isinstance(x, mx.array) else x
+            for x, (bits, group) in zip(parts, self.packings, strict=True)
         )
         return keys, values
 
     @property
     def state(self) -> Any:
         """What mlx-lm saves of a cache."""
-        return (*super().state, self.bits, self.group_size, self.dtype)  # type: ignore[misc]
+        bits, groups = zip(*self.packings, strict=True)
+        both = [pair[0] if pair[0] == pair[1] else list(pair) for pair in (bits, groups)]
+        return (*super().state, *both, self.dtype)  # type: ignore[misc]
 
     @state.setter
     def state(self, saved: Any) -> None:
-        *own, self.bits, self.group_size, self.dtype = saved
+        *own, bits, group_size, dtype = saved
+        self._quantize_by(_packings(bits, group_size), dtype)
         for kind in type(self).__mro__:
             if kind.__module__ == _cache.__name__ and "state" in vars(kind):
                 vars(kind)["state"].fset(self, own)
                 return
 
-    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+    def to_quantized(self, group_size: OneOrBoth = 64, bits: OneOrBoth = 4) -> Any:
         """Itself: it is quantized."""
         return self
 
 
-def _become(cache: Any, kind: Any, bits: int, group_size: int, dtype: str) -> Any:
+def _packed(keys: mx.array, values: mx.array, packings: Packings) -> list[mx.array]:
+    both = zip((keys, values), packings, strict=True)
+    return [packed_rows(x, group, bits or 0) for x, (bits, group) in both]
+
+
+def _become(cache: Any, kind: Any, packings: Packings, dtype: str) -> Any:
     cache.__class__ = kind
-    cache.bits, cache.group_size, cache.dtype = bits, group_size, dtype
+    cache._quantize_by(packings, dtype)
     return cache
 
 
 def _like(cache: Any, kind: Any, others: Sequence[Any]) -> Any:
     dtype = next((c.dtype for c in others if c.dtype), "")
-    return _become(cache, kind, others[0].bits, others[0].group_size, dtype)
+    return _become(cache, kind, others[0].packings, dtype)
 
 
 class PackedKVCache(Packed, _cache.KVCache):  # type: ignore[misc]
     """mlx-lm's ``KVCache``, quantized; it can be merged into a batch.
 
     Args:
-        bits: 4 or 8.
-        group_size: 32, 64 or 128; it divides the head dimensions.
+        bits: 4 or 8, or a pair (keys, values).
+        group_size: 32, 64 or 128, or a pair; it divides the head dimensions.
     """
 
-    def __init__(self, bits: int = 8, group_size: int = 64) -> None:
+    def __init__(self, bits: OneOrBoth = 8, group_size: OneOrBoth = 64) -> None:
         super().__init__()
-        self._quantize_by(bits, group_size)
+        self._quantize_by(_packings(bits, group_size))
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
@@ -145,9 +162,11 @@ class PackedRotatingKVCache(Packed, _cache.RotatingKVCache):  # type: ignore[mis
         bits, group_size: as of `PackedKVCache`.
     """
 
-    def __init__(self, max_size: int, keep: int = 0, bits: int = 8, group_size: int = 64) -> None:
+    def __init__(
+        self, max_size: int, keep: int = 0, bits: OneOrBoth = 8, group_size: OneOrBoth = 64
+    ) -> None:
         super().__init__(max_size, keep)
-        self._quantize_by(bits, group_size)
+        self._quantize_by(_packings(bits, group_size))
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
@@ -178,9 +197,11 @@ class PackedBatchKVCache(_Batch, _cache.BatchKVCache):  # type: ignore[misc]
 
     _single = PackedKVCache
 
-    def __init__(self, left_padding: list[int], bits: int = 8, group_size: int = 64) -> None:
+    def __init__(
+        self, left_padding: list[int], bits: OneOrBoth = 8, group_size: OneOrBoth = 64
+    ) -> None:
         super().__init__(left_padding)
-        self._quantize_by(bits, group_size)
+        self._quantize_by(_packings(bits, group_size))
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
@@ -199,10 +220,14 @@ class PackedBatchRotatingKVCache(_Batch, _cache.BatchRotatingKVCache):  # type: 
     _single = PackedRotatingKVCache
 
     def __init__(
-        self, max_size: int, left_padding: list[int], bits: int = 8, group_size: int = 64
+        self,
+        max_size: int,
+        left_padding: list[int],
+        bits: OneOrBoth = 8,
+        group_size: OneOrBoth = 64,
     ) -> None:
         super().__init__(max_size, left_padding)
-        self._quantize_by(bits, group_size)
+        self._quantize_by(_packings(bits, group_size))
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
@@ -219,26 +244,28 @@ TWINS = {
 """mlx-lm's caches, and what holds the same, quantized."""
 
 
-def quantized(cache: Any, bits: int = 8, group_size: int = 64) -> Any:
+def quantized(cache: Any, bits: OneOrBoth = 8, group_size: OneOrBoth = 64) -> Any:
     """The quantized twin of one of mlx-lm's caches, which is taken over; others as they are."""
     if type(cache) not in [getattr(_cache, name) for name in TWINS]:
         return cache
-    dtype = ""
+    dtype, packings = "", _packings(bits, group_size)
     if cache.keys is not None:
         dtype = str(cache.keys.dtype).removeprefix("mlx.core.")
-        cache.keys, cache.values = (
-            packed_rows(x, group_size, bits) for x in (cache.keys, cache.values)
-        )
-    return _become(cache, TWINS[type(cache).__name__], bits, group_size, dtype)
+        cache.keys, cache.values = _packed(cache.keys, cache.values, packings)
+    return _become(cache, TWINS[type(cache).__name__], packings, dtype)
 
 
-def to_quantized(self: Any, group_size: int = 64, bits: int = 4) -> Any:
+def to_quantized(self: Any, group_size: OneOrBoth = 64, bits: OneOrBoth = 4) -> Any:
     """What mlx-lm's rotating and batch caches lack; `metalgen.mlx_lm.patch` gives it to them."""
     return quantized(self, bits, group_size)
 
 
 def make_prompt_cache(
-    model: Any, max_kv_size: int | None = None, *, kv_bits: int | None = None, group_size: int = 64
+    model: Any,
+    max_kv_size: int | None = None,
+    *,
+    kv_bits: OneOrBoth | None = None,
+    group_size: OneOrBoth = 64,
 ) -> list[Any]:
     """mlx-lm's ``make_prompt_cache``, with quantized caches from the first token on.
 
@@ -248,12 +275,14 @@ def make_prompt_cache(
     Args:
         model: one of mlx-lm's.
         max_kv_size: most keys of a layer that has no cache of its own kind; None: no bound.
-        kv_bits: 4 or 8; None: not quantized.
-        group_size: 32, 64 or 128.
+        kv_bits: 4 or 8, or a pair (keys, values); None: not quantized.
+        group_size: 32, 64 or 128, or a pair.
 
     Raises:
         ArgumentError: bits or groups that cannot be used.
     """
-    alike = None if kv_bits is None else _alike(kv_bits, group_size)
+    check_quantization(kv_bits, group_size)
     found: list[Any] = _cache.make_prompt_cache(model, max_kv_size)
-    return found if alike is None else [quantized(cache, *alike) for cache in found]
+    if kv_bits is None:
+        return found
+    return [quantized(cache, kv_bits, group_size) for cache in found]

@@ -214,8 +214,8 @@ def _columns(rows: Any, stop: int, cache: Any) -> Any:
     if isinstance(rows, mx.array):
         return rows[..., :stop]
     words, *others = rows
-    parts = [words[..., : stop * cache.bits // 32]]
-    return (*parts, *(x[..., : stop // cache.group_size] for x in others))
+    scales, biases = (x[..., : stop // cache.group_size] for x in others)
+    return attention.KeyColumns(words[..., : stop * cache.bits // 32], scales, biases)
 
 
 def _plain(rows: Any, cache: Any) -> mx.array:
