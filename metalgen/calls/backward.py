@@ -68,8 +68,7 @@ class KernelGradients:
         if self.schedules is None:
             return None
         bare = backward_config(self.config)
-        ways = [self.schedules] if self.joint is None else [(self.joint,), self.schedules]
-        for schedules in ways:
+        for schedules in dict.fromkeys([self.used, self.schedules]):
             if all(passes(self.device, bare, each, self.path) for each in schedules):
                 return {
                     tuple("qkv".index(name[1]) for name in made_by(each)): [
@@ -178,12 +177,18 @@ class KernelGradients:
             self._sums[each] = made
         return self._sums[each]
 
+    @property
+    def used(self) -> tuple[Schedule, ...]:
+        """The schedules of the kernels that compute gradients, as far as these pass their check."""
+        if self.schedules is None:
+            return ()
+        return self.schedules if self.joint is None else (self.joint,)
+
     def explain(self) -> str:
         """What computes gradients, and how it was checked."""
         if self.schedules is None:
             return "plain MLX operations, in blocks of queries: memory grows with the length"
-        used = self.schedules if self.joint is None else (self.joint,)
-        names = ", ".join(f"{schedule.family} {schedule}" for schedule in used)
+        names = ", ".join(f"{schedule.family} {schedule}" for schedule in self.used)
         checked = "; ".join([*self.sources, *(self.path or ["checked with the first gradient"])])
         return f"metalgen's backward kernels ({names}; {checked})"
 

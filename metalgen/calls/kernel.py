@@ -80,9 +80,9 @@ class Kernel:
 
     @property
     def backward_schedules(self) -> tuple[Schedule, ...]:
-        """Schedules of our backward kernels: of query rows and of key rows; empty without any."""
-        own = self._gradients
-        return () if own is None or own.schedules is None else own.schedules
+        """Schedules of our backward kernels: of query rows and of key rows unless these are a
+        cache, or of one kernel for all gradients; empty without any."""
+        return () if self._gradients is None else self._gradients.used
 
     @functools.cached_property
     def _has_own_gradient(self) -> bool:

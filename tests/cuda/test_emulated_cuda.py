@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 from emulated_cuda import EmulatedCuda
 
-from metalgen.calls.verify_gradients import verify_gradients
+from metalgen.calls import backward
+from metalgen.calls.verify import relative_error
+from metalgen.calls.verify_gradients import cotangents_of, exact_gradients, verify_gradients
+from metalgen.database.hit import Hit
 from metalgen.families import default_schedule
+from metalgen.families.backward import backward_config
+from metalgen.families.sizes import Problem
 from metalgen.kinds import mma_plan
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import Inputs
+from metalgen.problem.samples import sample_call
 from metalgen.source.render import KernelSource
 from metalgen.testing.cases import DTYPES, FEATURES, WAYS
 from metalgen.testing.fuzz import Case, default_case, fault, hostile, made_up
@@ -75,6 +81,52 @@ def test_one_kernel_makes_all_gradients(gpu: EmulatedCuda, fields: dict[str, Any
     for schedule in (default, many):
         result = verify_gradients(gpu, config, schedule)
         assert result.ok, result.detail
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("seconds", "measured"), [(0.9, True), (1.1, True), (0.9, False)])
+def test_one_kernel_is_used_where_it_was_measured_as_faster(
+    gpu: EmulatedCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    measured: bool,
+    deterministic: bool,
+) -> None:
+    """Than both others together; never where the order of sums matters."""
+    config = AttentionConfig(32, "bfloat16", softcap=20.0, deterministic=deterministic)
+    times = {"backward_rows": 0.4, "backward_keys": 0.6, "backward_all": seconds}
+
+    def on_record(where: Any, problem: Problem, family: str) -> Hit:
+        schedule = default_schedule(backward_config(config), gpu.limits, family)
+        kind = "measured" if measured else "modelled"
+        return Hit(schedule, kind, "a test", "H200", True, seconds=times[family])
+
+    monkeypatch.setattr(backward, "_on_record", on_record)
+    forward = default_schedule(config, gpu.limits)
+    problem = Problem(config, 4, 64, 64)
+    found = backward.kernel_gradients(backward.Where(gpu, gpu.limits), problem, forward, [])
+    assert found is not None
+    joint = seconds < 1.0 and measured and not deterministic
+    both = {"backward_rows", "backward_keys"}
+    assert {each.family for each in found.used} == ({"backward_all"} if joint else both)
+    assert all(f"{name} " in found.explain() for name in ({"backward_all"} if joint else both))
+
+
+def test_gradients_of_one_kernel_reach_all_arrays(
+    gpu: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AttentionConfig(32, "bfloat16", causal=True, heads_per_kv=2)
+    call = sample_call(config, q_len=37, kv_len=53, seed=1)
+    results, cotangents = cotangents_of(config, call, 0.25, 1)
+    families = ("backward_rows", "backward_keys", "backward_all")
+    rows, keys, joint = (default_schedule(config, gpu.limits, each) for each in families)
+    monkeypatch.setattr(backward, "passes", lambda *_: True)
+    forward = default_schedule(config, gpu.limits)
+    own = backward.KernelGradients(gpu, config, (rows, keys), forward, joint=joint)
+    found = own.of(0.25, call[3])(*call[:3], *results, *cotangents)
+    exact = exact_gradients(config, call, cotangents, 0.25)
+    for name, array in zip("qkv", found, strict=True):
+        assert relative_error(array, exact[name]) < 1e-2, name
 
 
 @pytest.mark.parametrize(
