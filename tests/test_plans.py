@@ -36,6 +36,30 @@ def test_an_even_number_of_slices_goes_through_two_buffers_in_turn() -> None:
     assert [step.next for step in plan.steps] == [*plan.steps[1:], None]
 
 
+def test_whole_passes_have_a_text_of_their_own_where_both_fit_the_cache() -> None:
+    """Products of a pass: 16 rows and 32 keys at 64 columns are 2 * 4 * (8 + 8) of 8x8x8."""
+    fits = simdgroup(bq=64, bk=32, row_blocks=2)
+    assert fits.products == 128
+    assert fits.whole_passes
+    assert not simdgroup(bq=64, bk=64, row_blocks=2).whole_passes
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole"),
+    [
+        ({"causal": True}, True),
+        ({"window_left": 3, "window_right": 5}, True),
+        ({"array_mask": True}, False),
+    ],
+)
+def test_only_masks_that_are_bounds_leave_whole_passes(
+    fields: dict[str, object], whole: bool
+) -> None:
+    schedule = Schedule(bq=32, bk=16, bd=64, simdgroups=4)
+    operands = attention_operands(AttentionConfig(64, **fields), schedule)
+    assert simdgroup_plan(operands, schedule).whole_passes == whole
+
+
 def test_an_odd_number_of_slices_begins_each_pass_in_the_other_buffer() -> None:
     """K is staged, in one slice, and V is not."""
     plan = simdgroup(bd=64, v_source="device")

@@ -81,7 +81,9 @@ def test_no_widening_of_half_fragments() -> None:
 def test_barriers_a_pass_follow_from_buffers_and_slices() -> None:
     def barriers(**change: object) -> int:
         source = render.render(AttentionConfig(64), replace(PLAIN, **change))  # type: ignore[arg-type]
-        return source.source.count("threadgroup_barrier(")
+        found = source.source.count("threadgroup_barrier(")
+        assert found % 2 == 0
+        return found // 2  # as many in passes that mask scores as in those that mask none
 
     assert barriers() == 4
     assert barriers(buffers=2) == 2
@@ -90,6 +92,16 @@ def test_barriers_a_pass_follow_from_buffers_and_slices() -> None:
     assert barriers(k_source="device") == 2
     assert barriers(k_source="device", buffers=2) == 1
     assert barriers(k_source="device", v_source="device") == 0
+
+
+def test_whole_passes_have_no_mask_no_branch_and_no_clamp() -> None:
+    """They are the inner one of two loops."""
+    source = render.render(*CASES["forward_f16_d64_causal"]).source
+    inner = source[source.index("for (; k0 < inside_past; k0 += BK) {") :]
+    inner, rest = inner.split("if (!(k0 < k_end)) break;")
+    for text in ("live", "past", "near"):
+        assert not re.search(rf"\b{text}\b", inner[inner.index("{") :]), text
+        assert re.search(rf"\b{text}\b", rest), text
 
 
 def plan_of(config: AttentionConfig, schedule: Schedule) -> SimdgroupPlan:

@@ -200,8 +200,9 @@ def test_a_family_may_own_keys_and_pass_over_queries(kind: Kind, source: str) ->
     )
     text = environment.from_string(
         "{%- import library as tile with context -%}"
-        "{% macro begin_pass() %}    const bool live = true;\n{% endmacro %}"
-        "{% macro body() %}{% call(r) tile.rows() %}{% call(x, i) tile.elements('s', r) %}"
+        "{% macro begin_pass(masking=none) %}    const bool live = true;\n{% endmacro %}"
+        "{% macro body(masking=none) %}{% call(r) tile.rows() %}"
+        "{% call(x, i) tile.elements('s', r) %}"
         "{{ x }} = at({{ tile.row(r) }}, {{ i }});{% endcall %}{% endcall %}{% endmacro %}"
         "{{ tile.operands() }}{{ tile.mainloop(begin_pass, body) }}{{ tile.store('dv', 'd_v') }}"
     ).render(

@@ -32,9 +32,12 @@ class Forward(AttentionFamily):
         return attention_launches(config, schedule, shape, keys, sequences, most_groups)
 
     def check_sizes(self, config: AttentionConfig, schedule: Schedule) -> list[tuple[int, int]]:
-        """Two query blocks and three passes over the keys, neither of them whole; with a mask that
-        hides later keys also more queries than keys, so that some rows see nothing."""
-        return [(schedule.bq + 5, 2 * schedule.bk + 3), *hidden_rows(config, schedule)]
+        """Two query blocks and three passes over the keys, neither of them whole. With a mask that
+        hides later keys so many that the first block sees two whole passes, and again fewer keys
+        than queries, so that some rows see nothing."""
+        queries, keys = schedule.bq + 5, 2 * schedule.bk + 3
+        hidden = hidden_rows(config, schedule)
+        return [(queries, queries + keys if hidden else keys), *hidden]
 
     def counts(
         self,

@@ -41,6 +41,9 @@ def attention_operands(
             own="key_first + " if several else "",
             listed=config.block_mask,
             least="kv_start" if config.kv_starts else "",
+            whole=not config.array_mask
+            and not config.page_size
+            and (config.mask_mod is None or config.block_mask),
         ),
         own_start="q_block * BQ",
         own_count="row_count" if head_rows else "q_len",

@@ -74,11 +74,14 @@ TILE = (
     Macro("operands", (), "where operands begin; loads what is owned, or starts to"),
     Macro(
         "mainloop",
-        ("begin_pass", "body"),
-        "the loop over the traversed rows (`metalgen.kinds.operands.Passes`). `begin_pass()` is "
-        "what a pass begins with; it declares `live`: whether the simdgroup takes part. `body()` "
-        "stands between the products that contract columns and those that contract the pass's "
-        "rows",
+        ("begin_pass", "body", "whole_range"),
+        "the loop over the traversed rows (`metalgen.kinds.operands.Passes`). "
+        "`begin_pass(masking)` is what a pass begins with; it declares `live`: whether the "
+        "simdgroup takes part. `body(masking)` stands between the products that contract columns "
+        "and those that contract the pass's rows. A kind may write passes in which nothing is "
+        "masked apart from the others: `masking` is 'never' in those and 'always' in the others, "
+        "else 'tested' in all. `whole_range(ahead)` declares which passes mask nothing and have "
+        "the rows of so many passes behind them (none: no pass may be written apart)",
     ),
     Macro(
         "next_head",

@@ -176,6 +176,7 @@ class Passes:
             reads the whole block.
         listed: whether a list names the blocks to visit, rather than all from ``begin`` to ``end``.
         least: the first row that there is, by the kernel's name for it; empty: the array's first.
+        whole: whether masks other than bounds may leave passes in which nothing is masked.
     """
 
     index: str
@@ -186,6 +187,7 @@ class Passes:
     own: str = ""
     listed: bool = False
     least: str = ""
+    whole: bool = False
 
     @property
     def extent(self) -> Extent:

@@ -18,6 +18,13 @@ from metalgen.schedules import Schedule
 ROW_PAD_BYTES = 16
 """Bytes added to a row in threadgroup memory, so that rows start in different banks."""
 
+MOST_PRODUCTS_TWICE = 192
+"""Products of fragments in a pass up to which it is written twice, with masks and without.
+
+Both take about 60 bytes per product as M1 and M2 code, counted by an independent compiler; the
+instruction cache of those holds 12 KB.
+"""
+
 
 def padded(width: int) -> int:
     """A head dimension rounded up to whole matrices."""
@@ -181,6 +188,7 @@ class SimdgroupPlan:
         slot_stride: elements between rows of a staging buffer; ``slot`` its elements.
         buffers: staging buffers.
         lines: rows of a pass.
+        products: products of fragments in a pass, of a simdgroup.
     """
 
     operands: Operands
@@ -194,6 +202,7 @@ class SimdgroupPlan:
     slot: int
     buffers: int
     lines: int
+    products: int
 
     @property
     def constants(self) -> dict[str, int]:
@@ -206,6 +215,17 @@ class SimdgroupPlan:
         for name in self.own_copy:
             found[f"{name.upper()}_STRIDE"] = self.own_stride[name]
         return found
+
+    @property
+    def whole_passes(self) -> bool:
+        """Whether passes in which nothing is masked have a text of their own: where both fit the
+        instruction cache."""
+        return self.operands.passes.whole and self.products <= MOST_PRODUCTS_TWICE
+
+    @property
+    def ahead(self) -> int:
+        """How many passes behind the current one tiles are fetched for."""
+        return int(bool(self.staged) and self.buffers == 2 and not self.operands.passes.listed)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -270,6 +290,7 @@ def simdgroup_plan(operands: Operands, schedule: Schedule) -> SimdgroupPlan:
         slot=schedule.bk * stride,
         buffers=schedule.buffers,
         lines=schedule.bk,
+        products=sum(step.width for step in steps) * schedule.bk * schedule.row_blocks // 64,
     )
 
 

@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_bf16_d72_0079d247b8(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
+// metalgen_forward_bf16_d72_532803fcdf(q, k, v, scale) -> out, lse: the body of the kernel; MLX writes its signature.
   typedef bfloat T;
   typedef bfloat Out;
   typedef bfloat F;
@@ -161,10 +161,194 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   int k_end = kv_len;
   k_begin = k_begin / BK * BK;
 
-  for (int k0 = k_begin; k0 < k_end; k0 += BK) {
-    // Does any row here see a key of this pass; does each row see all of them?
+  const int inside_past = q_block * BQ + BQ - ROWS < row_count ? min(kv_len - BK + 1, k_end) : 0;
+
+  int k0 = k_begin;
+  while (true) {
+    for (; k0 < inside_past; k0 += BK) {
+      simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
+      #pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++) {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) s[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+      }
+
+      {
+        const device uint8_t* k_block = k_head + int64_t(k0 + col) * k_pitch;
+
+        #pragma unroll
+        for (int b = 0; b < 2; b++) {
+          simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][4];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            const int column = (b * 8 + col) * 4;
+            T x[8];
+            mg_load<8>(x, q_tile + (r * 8 + row) * Q_STRIDE + column);
+
+            #pragma unroll
+            for (int w = 0; w < 4; w++) {
+              q_fragments[r][w].thread_elements()[0] = F(x[w]);
+              q_fragments[r][w].thread_elements()[1] = F(x[4 + w]);
+            }
+          }
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            const device T* k_even = (const device T*)(k_block + (f * 8) * k_pitch);
+            const device T* k_odd = (const device T*)(k_block + (f * 8 + 1) * k_pitch);
+
+            const int column = (b * 8 + row) * 4;
+            T x[4];
+            mg_load<4>(x, k_even + column);
+
+            T y[4];
+            mg_load<4>(y, k_odd + column);
+
+            #pragma unroll
+            for (int w = 0; w < 4; w++) {
+              simdgroup_matrix<F, 8, 8> k_fragment;
+              k_fragment.thread_elements()[0] = F(x[w]);
+              k_fragment.thread_elements()[1] = F(y[w]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(s[r][f], q_fragments[r][w], k_fragment, s[r][f]);
+              }
+            }
+          }
+        }
+        #pragma unroll
+        for (int b = 0; b < 1; b++) {
+          simdgroup_matrix<F, 8, 8> q_fragments[ROW_BLOCKS][1];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            const int column = 64 + (b * 8 + col) * 1;
+            T x[2];
+            mg_load<2>(x, q_tile + (r * 8 + row) * Q_STRIDE + column);
+
+            #pragma unroll
+            for (int w = 0; w < 1; w++) {
+              q_fragments[r][w].thread_elements()[0] = F(x[w]);
+              q_fragments[r][w].thread_elements()[1] = F(x[1 + w]);
+            }
+          }
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            const device T* k_even = (const device T*)(k_block + (f * 8) * k_pitch);
+            const device T* k_odd = (const device T*)(k_block + (f * 8 + 1) * k_pitch);
+
+            const int column = 64 + (b * 8 + row) * 1;
+            T x[1];
+            mg_load<1>(x, k_even + column);
+
+            T y[1];
+            mg_load<1>(y, k_odd + column);
+
+            #pragma unroll
+            for (int w = 0; w < 1; w++) {
+              simdgroup_matrix<F, 8, 8> k_fragment;
+              k_fragment.thread_elements()[0] = F(x[w]);
+              k_fragment.thread_elements()[1] = F(y[w]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(s[r][f], q_fragments[r][w], k_fragment, s[r][f]);
+              }
+            }
+          }
+        }
+      }
+
+      {
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          float sum = 0.0f;
+          float peak = LOWEST;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              peak = max(peak, s[r][f].thread_elements()[e]);
+            }
+          }
+          peak = mg_row_max(peak);
+          // Without a shift the masked scores of a row that has seen no key give 2^-huge = 0.
+          const bool none = peak == LOWEST;
+          const float row_unit = fabs(peak * scale2) < LARGE ? scale2 : coarse;
+          const float top = none ? base[r] : max(base[r], peak * row_unit);
+          const float shift = none ? 0.0f : top;
+          const float rescale = fast::exp2(base[r] - top);
+          base[r] = top;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              s[r][f].thread_elements()[e] = fast::exp2(fma(s[r][f].thread_elements()[e], row_unit, -shift));
+              sum += s[r][f].thread_elements()[e];
+            }
+          }
+          l[r] = fma(l[r], rescale, sum);
+          #pragma unroll
+          for (int f = 0; f < V_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              o[r][f].thread_elements()[e] *= rescale;
+            }
+          }
+        }
+      }
+
+      {
+        const device uint8_t* v_block = v_head + int64_t(k0 + row) * v_pitch;
+
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
+            p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
+          }
+          const device T* v_row = (const device T*)(v_block + (f * 8) * v_pitch);
+
+          #pragma unroll
+          for (int b = 0; b < 1; b++) {
+            const int column = (b * 8 + col) * 2;
+            T x[4];
+            mg_load<4>(x, v_row + column);
+
+            #pragma unroll
+            for (int w = 0; w < 2; w++) {
+              simdgroup_matrix<F, 8, 8> v_fragment;
+              v_fragment.thread_elements()[0] = F(x[2 * w]);
+              v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(o[r][b * 2 + w], p[r], v_fragment, o[r][b * 2 + w]);
+              }
+            }
+          }
+          #pragma unroll
+          for (int b = 0; b < 1; b++) {
+            const int column = 16 + (b * 8 + col) * 1;
+            T x[2];
+            mg_load_part<2>(x, v_row + column, DV - column);
+
+            #pragma unroll
+            for (int w = 0; w < 1; w++) {
+              simdgroup_matrix<F, 8, 8> v_fragment;
+              v_fragment.thread_elements()[0] = F(x[2 * w]);
+              v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(o[r][2 + b * 1 + w], p[r], v_fragment, o[r][2 + b * 1 + w]);
+              }
+            }
+          }
+        }
+      }
+    }
+    if (!(k0 < k_end)) break;
+
+    // Does any row here see a key of this pass?
     const bool live = first < row_count;
-    const bool whole = k0 + BK <= kv_len;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
     #pragma unroll
@@ -258,7 +442,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
 
     if (live) {
-      if (!whole) {
+      {
         #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
           const int past = kv_len - (k0 + col);
@@ -272,6 +456,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           }
         }
       }
+
       #pragma unroll
       for (int r = 0; r < ROW_BLOCKS; r++) {
         float sum = 0.0f;
@@ -360,6 +545,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         }
       }
     }
+
+    k0 += BK;
   }
 
   // A row that saw no key has l == 0: zeros, and a log-sum-exp of -inf.

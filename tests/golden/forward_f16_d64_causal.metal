@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f16_d64_832ebd8b05(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f16_d64_f8e0774563(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef half T;
   typedef half Out;
   typedef half F;
@@ -187,10 +187,163 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   const threadgroup T* const o_v_4 = kv_tile + row * KV_STRIDE + col * 4;
   const threadgroup T* const s_k_4 = kv_tile + col * KV_STRIDE + row * 8;
 
-  for (int k0 = k_begin; k0 < k_end; k0 += BK) {
-    // Does any row here see a key of this pass; does each row see all of them?
+  const int inside_past = q_block * BQ + BQ - ROWS < row_count ? min(min(kv_len, q_block * BQ + offset + 1) - BK + 1, k_end) : 0;
+
+  int k0 = k_begin;
+  while (true) {
+    for (; k0 < inside_past; k0 += BK) {
+      simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
+      #pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++) {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) s[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+      }
+
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* even = (const device T*)(k_from + (n * 16) * k_pitch);
+
+          const device T* odd = (const device T*)(k_from + (n * 16 + 1) * k_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T even_x[4];
+
+            mg_load<4>(even_x, even + m * 64);
+
+            T odd_x[4];
+
+            mg_load<4>(odd_x, odd + m * 64);
+
+            T x[8];
+            #pragma unroll
+            for (int e = 0; e < 4; e++) {
+              x[2 * e] = even_x[e];
+              x[2 * e + 1] = odd_x[e];
+            }
+            mg_store<8>(k_to + n * 16 * KV_STRIDE + m * 128, x);
+          }
+        }
+      }
+      k_from += int64_t(BK) * k_pitch;
+
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int b = 0; b < 2; b++) {
+            T x[8];
+            mg_load<8>(x, s_k_4 + f * (8 * KV_STRIDE) + b * 64);
+
+            #pragma unroll
+            for (int w = 0; w < 4; w++) {
+              simdgroup_matrix<F, 8, 8> k_fragment;
+              k_fragment.thread_elements()[0] = F(x[2 * w]);
+              k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(s[r][f], q_fragments[r][b * 4 + w], k_fragment, s[r][f]);
+              }
+            }
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* line = (const device T*)(v_from + (n * 16) * v_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T x[8];
+
+            mg_load<8>(x, line + m * 64);
+
+            mg_store<8>(v_to + n * 16 * KV_STRIDE + m * 64, x);
+          }
+        }
+      }
+      v_from += int64_t(BK) * v_pitch;
+
+      {
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          float sum = 0.0f;
+          float peak = LOWEST;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              peak = max(peak, s[r][f].thread_elements()[e]);
+            }
+          }
+          peak = mg_row_max(peak);
+          // Without a shift the masked scores of a row that has seen no key give 2^-huge = 0.
+          const bool none = peak == LOWEST;
+          const float row_unit = fabs(peak * scale2) < LARGE ? scale2 : coarse;
+          const float top = none ? base[r] : max(base[r], peak * row_unit);
+          const float shift = none ? 0.0f : top;
+          const float rescale = fast::exp2(base[r] - top);
+          base[r] = top;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              s[r][f].thread_elements()[e] = fast::exp2(fma(s[r][f].thread_elements()[e], row_unit, -shift));
+              sum += s[r][f].thread_elements()[e];
+            }
+          }
+          l[r] = fma(l[r], rescale, sum);
+          #pragma unroll
+          for (int f = 0; f < V_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              o[r][f].thread_elements()[e] *= rescale;
+            }
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
+            p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
+          }
+          #pragma unroll
+          for (int b = 0; b < 2; b++) {
+            T x[8];
+            mg_load<8>(x, o_v_4 + f * (8 * KV_STRIDE) + b * 32);
+
+            #pragma unroll
+            for (int w = 0; w < 4; w++) {
+              simdgroup_matrix<F, 8, 8> v_fragment;
+              v_fragment.thread_elements()[0] = F(x[2 * w]);
+              v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(o[r][b * 4 + w], p[r], v_fragment, o[r][b * 4 + w]);
+              }
+            }
+          }
+        }
+      }
+    }
+    if (!(k0 < k_end)) break;
+
+    // Does any row here see a key of this pass?
     const bool live = first < row_count && k0 < any_past;
-    const bool whole = k0 + BK <= all_past;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
     #pragma unroll
@@ -277,7 +430,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     v_from += int64_t(BK) * v_pitch;
 
     if (live) {
-      if (!whole) {
+      {
         #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
           const int i = first + r * 8 + row;
@@ -293,6 +446,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           }
         }
       }
+
       #pragma unroll
       for (int r = 0; r < ROW_BLOCKS; r++) {
         float sum = 0.0f;
@@ -359,6 +513,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         }
       }
     }
+
+    k0 += BK;
   }
 
   // A row that saw no key has l == 0: zeros, and a log-sum-exp of -inf.

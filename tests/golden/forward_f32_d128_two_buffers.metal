@@ -84,7 +84,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
   return as_type<float>(sum == 0.0f ? 0xFF800000u : as_type<uint>(value));
 }
 
-// metalgen_forward_f32_d128_f1e0c477bf(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
+// metalgen_forward_f32_d128_fa099c5ff9(q, k, v, scale) -> out: the body of the kernel; MLX writes its signature.
   typedef float T;
   typedef float Out;
   typedef float F;
@@ -224,10 +224,258 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
   }
 
-  for (int k0 = k_begin; k0 < k_end; k0 += BK) {
-    // Does any row here see a key of this pass; does each row see all of them?
+  const int inside_past = q_block * BQ + BQ - ROWS < row_count ? min(min(kv_len - BK + 1, kv_len - 2 * BK + 1), k_end - 1 * BK) : 0;
+
+  int k0 = k_begin;
+  while (true) {
+    for (; k0 < inside_past; k0 += BK) {
+      simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
+      #pragma unroll
+      for (int r = 0; r < ROW_BLOCKS; r++) {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) s[r][f] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+      }
+
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* even = (const device T*)(k_from + (n * 8) * k_pitch);
+
+          const device T* odd = (const device T*)(k_from + (n * 8 + 1) * k_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T even_x[2];
+
+            mg_load<2>(even_x, even + 64 + m * 64);
+
+            T odd_x[2];
+
+            mg_load<2>(odd_x, odd + 64 + m * 64);
+
+            T x[4];
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              x[2 * e] = even_x[e];
+              x[2 * e + 1] = odd_x[e];
+            }
+            mg_store<4>(k_to + 1 * KV_SLOT + n * 8 * KV_STRIDE + m * 128, x);
+          }
+        }
+      }
+      k_from += int64_t(BK) * k_pitch;
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int b = 0; b < 4; b++) {
+            T x[4];
+            mg_load<4>(x, s_k_2 + f * (8 * KV_STRIDE) + b * 32);
+
+            #pragma unroll
+            for (int w = 0; w < 2; w++) {
+              simdgroup_matrix<F, 8, 8> k_fragment;
+              k_fragment.thread_elements()[0] = F(x[2 * w]);
+              k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(s[r][f], q_fragments[r][b * 2 + w], k_fragment, s[r][f]);
+              }
+            }
+          }
+        }
+      }
+
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* line = (const device T*)(v_from + (n * 8) * v_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T x[4];
+
+            mg_load<4>(x, line + m * 64);
+
+            mg_store<4>(v_to + n * 8 * KV_STRIDE + m * 64, x);
+          }
+        }
+      }
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          #pragma unroll
+          for (int b = 0; b < 4; b++) {
+            T x[4];
+            mg_load<4>(x, s_k_2 + 1 * KV_SLOT + f * (8 * KV_STRIDE) + b * 32);
+
+            #pragma unroll
+            for (int w = 0; w < 2; w++) {
+              simdgroup_matrix<F, 8, 8> k_fragment;
+              k_fragment.thread_elements()[0] = F(x[2 * w]);
+              k_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(s[r][f], q_fragments[r][8 + b * 2 + w], k_fragment, s[r][f]);
+              }
+            }
+          }
+        }
+      }
+
+      {
+        #pragma unroll
+        for (int r = 0; r < ROW_BLOCKS; r++) {
+          float sum = 0.0f;
+          float peak = LOWEST;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              peak = max(peak, s[r][f].thread_elements()[e]);
+            }
+          }
+          peak = mg_row_max(peak);
+          // Without a shift the masked scores of a row that has seen no key give 2^-huge = 0.
+          const bool none = peak == LOWEST;
+          const float row_unit = fabs(peak * scale2) < LARGE ? scale2 : coarse;
+          const float top = none ? base[r] : max(base[r], peak * row_unit);
+          const float shift = none ? 0.0f : top;
+          const float rescale = precise::exp2(base[r] - top);
+          base[r] = top;
+          #pragma unroll
+          for (int f = 0; f < K_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              s[r][f].thread_elements()[e] = precise::exp2(fma(s[r][f].thread_elements()[e], row_unit, -shift));
+              sum += s[r][f].thread_elements()[e];
+            }
+          }
+          l[r] = fma(l[r], rescale, sum);
+          #pragma unroll
+          for (int f = 0; f < V_FRAGMENTS; f++) {
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              o[r][f].thread_elements()[e] *= rescale;
+            }
+          }
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* line = (const device T*)(v_from + (n * 8) * v_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T x[4];
+
+            mg_load<4>(x, line + 64 + m * 64);
+
+            mg_store<4>(v_to + 1 * KV_SLOT + n * 8 * KV_STRIDE + m * 64, x);
+          }
+        }
+      }
+      v_from += int64_t(BK) * v_pitch;
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
+            p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
+          }
+          #pragma unroll
+          for (int b = 0; b < 4; b++) {
+            T x[4];
+            mg_load<4>(x, o_v_2 + f * (8 * KV_STRIDE) + b * 16);
+
+            #pragma unroll
+            for (int w = 0; w < 2; w++) {
+              simdgroup_matrix<F, 8, 8> v_fragment;
+              v_fragment.thread_elements()[0] = F(x[2 * w]);
+              v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(o[r][b * 2 + w], p[r], v_fragment, o[r][b * 2 + w]);
+              }
+            }
+          }
+        }
+      }
+
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+
+      {
+        #pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const device T* even = (const device T*)(k_from + (n * 8) * k_pitch);
+
+          const device T* odd = (const device T*)(k_from + (n * 8 + 1) * k_pitch);
+
+          #pragma unroll
+          for (int m = 0; m < 1; m++) {
+            T even_x[2];
+
+            mg_load<2>(even_x, even + m * 64);
+
+            T odd_x[2];
+
+            mg_load<2>(odd_x, odd + m * 64);
+
+            T x[4];
+            #pragma unroll
+            for (int e = 0; e < 2; e++) {
+              x[2 * e] = even_x[e];
+              x[2 * e + 1] = odd_x[e];
+            }
+            mg_store<4>(k_to + n * 8 * KV_STRIDE + m * 128, x);
+          }
+        }
+      }
+
+      {
+        #pragma unroll
+        for (int f = 0; f < K_FRAGMENTS; f++) {
+          simdgroup_matrix<F, 8, 8> p[ROW_BLOCKS];
+          #pragma unroll
+          for (int r = 0; r < ROW_BLOCKS; r++) {
+            p[r].thread_elements()[0] = F(s[r][f].thread_elements()[0]);
+            p[r].thread_elements()[1] = F(s[r][f].thread_elements()[1]);
+          }
+          #pragma unroll
+          for (int b = 0; b < 4; b++) {
+            T x[4];
+            mg_load<4>(x, o_v_2 + 1 * KV_SLOT + f * (8 * KV_STRIDE) + b * 16);
+
+            #pragma unroll
+            for (int w = 0; w < 2; w++) {
+              simdgroup_matrix<F, 8, 8> v_fragment;
+              v_fragment.thread_elements()[0] = F(x[2 * w]);
+              v_fragment.thread_elements()[1] = F(x[2 * w + 1]);
+              #pragma unroll
+              for (int r = 0; r < ROW_BLOCKS; r++) {
+                simdgroup_multiply_accumulate(o[r][8 + b * 2 + w], p[r], v_fragment, o[r][8 + b * 2 + w]);
+              }
+            }
+          }
+        }
+      }
+    }
+    if (!(k0 < k_end)) break;
+
+    // Does any row here see a key of this pass?
     const bool live = first < row_count;
-    const bool whole = k0 + BK <= kv_len;
 
     simdgroup_matrix<float, 8, 8> s[ROW_BLOCKS][K_FRAGMENTS];
     #pragma unroll
@@ -334,7 +582,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
     }
 
     if (live) {
-      if (!whole) {
+      {
         #pragma unroll
         for (int r = 0; r < ROW_BLOCKS; r++) {
           const int past = kv_len - (k0 + col);
@@ -348,6 +596,7 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
           }
         }
       }
+
       #pragma unroll
       for (int r = 0; r < ROW_BLOCKS; r++) {
         float sum = 0.0f;
@@ -495,6 +744,8 @@ METAL_FUNC float mg_log_sum_exp(float half_exponent, float sum) {
         }
       }
     }
+
+    k0 += BK;
   }
 
   // A row that saw no key has l == 0: zeros, and a log-sum-exp of -inf.
