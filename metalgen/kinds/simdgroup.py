@@ -223,13 +223,17 @@ class Simdgroup(Kind):
         """Four simdgroups, or fewer where their rows do not fit; two row blocks each where the
         accumulator leaves room, else one; K and V staged; the longest pass and the widest slice
         that fit; Q in registers. For few rows one simdgroup of one row block, which reads K and V
-        directly, and eight splits. Those that are likely to spill come last.
+        directly, and eight splits. For rows wider than 128 passes of 16 keys, slices of 64 columns
+        and Q in threadgroup memory: an independent compiler counts fewer spills so. Those that are
+        likely to spill come last.
         """
         parts = self.default_value_parts(config)
         widest = self.widest_row(config, parts)
         roomy = config.v_dim // parts <= 64 and not few_rows
         direct = {"k_source": "device", "v_source": "device"} if few_rows else {}
-        slices = ((32, widest), (16, widest), (16, min(widest, 64)), (8, min(widest, 32)))
+        wide = widest > 128 and not few_rows
+        narrow = ((16, min(widest, 64)), (8, min(widest, 32)))
+        slices = narrow if wide else ((32, widest), (16, widest), *narrow)
         return [
             {
                 "bq": self.row_block * row_blocks * simdgroups,
@@ -245,7 +249,7 @@ class Simdgroup(Kind):
             for simdgroups in ((1,) if few_rows else (4, 2, 1))
             for row_blocks in ((2, 1) if roomy else (1,))
             for bk, bd in (slices if not direct else ((32, widest), (16, widest), (8, widest)))
-            for source in ("registers", "threadgroup")
+            for source in (("threadgroup", "registers") if wide else ("registers", "threadgroup"))
         ]
 
     def backward_defaults(
