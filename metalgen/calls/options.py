@@ -6,6 +6,7 @@ from typing import Literal, TypedDict
 
 import mlx.core as mx
 
+from metalgen.problem.block_mask import BlockMask
 from metalgen.problem.rope import Rope
 
 Quantized = tuple[mx.array, mx.array, mx.array] | list[mx.array]
@@ -23,7 +24,7 @@ class SharedOptions(TypedDict, total=False):
     softcap: float | None
     alibi_slopes: mx.array | None
     bias: mx.array | None
-    mask: mx.array | Literal["causal"] | None
+    mask: mx.array | BlockMask | Literal["causal"] | None
     sinks: mx.array | None
     dropout: float
     dropout_key: mx.array | None
@@ -57,7 +58,7 @@ KNOWN_OPTIONS = Options.__optional_keys__
 ELSEWHERE = {
     "attn_bias": "'bias'",
     "attn_mask": "'mask'",
-    "block_mask": "metalgen.flex_attention, which takes 'block_mask'",
+    "block_mask": "'mask', or metalgen.flex_attention, which takes 'block_mask'",
     "cache_seqlens": "'kv_lens'",
     "dropout_p": "'dropout'",
     "is_causal": "'causal'",

@@ -21,16 +21,17 @@ from metalgen.calls.resolve import get_kernel
 from metalgen.devices import all_devices
 from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.families import ORDINARY, get_attention
-from metalgen.families.sizes import MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.families.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
 from metalgen.features import FIELDS, INPUTS
+from metalgen.features.array_mask import finds_tiles
 from metalgen.features.conversions import brief, integers
+from metalgen.problem.block_mask import BlockMask
 from metalgen.problem.config import BASE, AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs, check_call, max_kv_len, needs_inputs
 from metalgen.problem.rope import Rope
 
 if TYPE_CHECKING:
     from metalgen.dsl.trace import Traced
-    from metalgen.problem.block_mask import BlockMask
 
 OPTIONS = {each.name: each.option for each in INPUTS.values()}
 """What users call the inputs of a call: options, or parts of other arguments."""
@@ -50,6 +51,7 @@ class Functions:
 
 
 NO_FUNCTIONS = Functions()
+MASKS = 'an mlx.core.array, a BlockMask, "causal", or None'
 
 _ARRAYS = {each.option: each for each in INPUTS.values() if each.convert is not None}
 """Options that are arrays, and the inputs that they become."""
@@ -135,7 +137,7 @@ def prepare(
     """From arrays and options to a kernel and its inputs; raises what `call` raises."""
     if not options.keys() <= KNOWN_OPTIONS:
         raise unexpected(operation, options)
-    options, names = _widened(options, functions)
+    options, functions, names = _widened(options, functions)
     q, key, value, widths = main_arrays(q, k, v, options.get("value_head_dim"))
     if len(key) > 1:
         names = {**names, "k": "k[0]", "v": "v[0]"}
@@ -184,8 +186,8 @@ def _anywhere(options: Options) -> Options:
     return left
 
 
-def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str, str]]:
-    """The options with `mask` said in one way, and the names that users know them by.
+def _widened(options: Options, functions: Functions) -> tuple[Options, Functions, dict[str, str]]:
+    """The options and functions with masks said in one way, and the names that users know them by.
 
     What excludes each other is refused.
     """
@@ -193,13 +195,14 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
     rope = options.get("rope")
     if rope is not None and not isinstance(rope, Rope):
         raise ArgumentError("rope", "a metalgen.Rope, or None", rope)
+    options, functions = _with_block_mask(options, functions)
     mask = options.get("mask")
     cu_q, table = options.get("cu_seqlens_q"), options.get("block_table")
     if mask is not None:
         options = {**options}
         if isinstance(mask, str):
             if mask != "causal":
-                raise ArgumentError("mask", 'an mlx.core.array, "causal", or None', mask)
+                raise ArgumentError("mask", MASKS, mask)
             options |= {"mask": None, "causal": True}
         elif isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating):
             if options.get("bias") is not None:
@@ -229,7 +232,25 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, dict[str,
             raise ArgumentError("cu_seqlens_k", expected, brief(given))
     if table is not None and options.get("kv_lens") is None:
         raise MissingArgument("kv_lens", "with block_table: how many keys each sequence has")
-    return options, names
+    return options, functions, names
+
+
+def _with_block_mask(options: Options, functions: Functions) -> tuple[Options, Functions]:
+    """A block mask among the functions, wherever it was passed, and its array among the options."""
+    mask, blocks = options.get("mask"), functions.blocks
+    if isinstance(mask, BlockMask):
+        if blocks is not None or functions.mask is not None:
+            expected = "no block mask together with a mask_mod or a block_mask"
+            raise ArgumentError("mask", expected, mask)
+        functions = dataclasses.replace(functions, mask=mask.mask, blocks=mask)
+        options = {**options, "mask": None}
+        mask, blocks = None, mask
+    if blocks is not None and blocks.mask is None:
+        if mask is not None:
+            expected = "None beside the block mask of an array; combine both arrays by &"
+            raise ArgumentError("mask", expected, brief(mask))
+        options = {**options, "mask": blocks.array}
+    return options, functions
 
 
 def _config(
@@ -261,10 +282,22 @@ def _config(
         fields["score_mod"] = None if functions.score is None else functions.score.graph.text
         fields["mask_mod"] = None if functions.mask is None else functions.mask.graph.text
         fields["block_mask"] = functions.blocks is not None
+    if fields.get("array_mask") and not fields.get("mask_mod"):
+        fields["block_mask"] = functions.blocks is not None or _finds_tiles(q, key, options)
     try:
         return _config_of(shape[3], str(q.dtype), **fields)
     except TypeError:  # what no dictionary takes, no config does, and it says so
         return AttentionConfig(shape[3], str(q.dtype), **fields)
+
+
+def _finds_tiles(q: mx.array, key: mx.array, options: Options) -> bool:
+    """Whether the tiles that an array of booleans leaves are found before the kernel runs."""
+    batch, heads, q_len = q.shape[:3]
+    if options.get("deterministic") or q_len <= DECODE_QUERIES:
+        return False  # bits must not follow the size of the batch; decode reads no lists
+    if options.get("block_table") is not None:
+        return False  # with quantized pages Metal may have no buffer left for the list
+    return finds_tiles(batch * heads, q_len, key.shape[2])
 
 
 def _inputs(

@@ -36,6 +36,7 @@ def computes(config: AttentionConfig) -> bool:
         causal=config.causal,
         sinks=config.sinks,
         array_mask=config.array_mask,
+        block_mask=config.array_mask and config.block_mask,
     )
     return config == plain and not (config.causal and config.array_mask)
 

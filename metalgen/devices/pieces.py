@@ -83,7 +83,8 @@ def _piece(
                 rows if x.shape[1] > 1 else slice(None),
             )
             found[each.name] = x[along]
-    return inputs.having(found)
+    # What blocks the array of a piece has is found from it.
+    return inputs.having(found, blocks=None)
 
 
 def _joined(

@@ -67,6 +67,8 @@ class Offset(Feature):
     has_backward = True
 
     def excludes(self, config: Fields) -> Mapping[str, str]:
+        if config.mask_mod is None:
+            return {}  # an array's rows are those of q
         return {"block_mask": "its default with q_offset; use the mask_mod alone"}
 
     def hooks(self, config: Fields, site: Site) -> Hooks:

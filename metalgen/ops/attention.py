@@ -86,7 +86,9 @@ def attention(
         bias: added to the scores; float32 or q's type; ``(B, H, Lq, Lk)``, or fewer axes, or 1 for
             any, by NumPy's rules of broadcasting.
         mask: ``"causal"``, or of the same shapes booleans, whether a key is seen, or floats, which
-            are a bias: as ``mx.fast.scaled_dot_product_attention`` has it.
+            are a bias: as ``mx.fast.scaled_dot_product_attention`` has it; or what
+            `create_block_mask` returned. Tiles in which an array of booleans leaves no key are
+            skipped with a block mask of it, and in calls of 4 million scores or more without.
         sinks: ``(H,)``; a logit for each head that takes part in the softmax, and in the
             log-sum-exp, and has no value (gpt-oss).
         dropout: probability that a weight is dropped; the others are divided by ``1 - dropout``.
@@ -108,7 +110,8 @@ def attention(
         q_offset: an integer, or ``(N,)`` int32: query i has the number ``q_offset + i`` in its
             sequence, as of a block of a longer one: for causal masks, windows and ALiBi, in place
             of ``i + kv_len - q_len``; for dropout and functions, in place of i; and by default for
-            `rope`. Any integers; a query before all keys sees none causally. Not with block masks.
+            `rope`. Any integers; a query before all keys sees none causally. Not with block
+            masks of functions.
         seqused_q: ``(N,)`` int32, how many queries each sequence has: its rows of q behind them are
             not looked at, and give zeros; ``q_len`` is that number above.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,

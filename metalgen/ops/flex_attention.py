@@ -127,10 +127,10 @@ def flex_attention(
             the sequence, and queries and keys count from its start.
         mask_mod: ``mask_mod(b, h, q_idx, kv_idx)``, a boolean; the key is seen where it is true.
             Alone it is applied to every element, and no block is skipped.
-        block_mask: what `create_block_mask` returned for a mask function, in place of `mask_mod`:
-            blocks that it empties are skipped, and only those it leaves in part are masked. Not
-            with packed sequences. As in FlexAttention it may also stand third, in the place of
-            `mask_mod`, with the scale after it.
+        block_mask: what `create_block_mask` returned for a mask function, or for an array of
+            booleans, in place of `mask_mod`: blocks that it empties are skipped, and only those it
+            leaves in part are masked. Not with packed sequences. As in FlexAttention it may also
+            stand third, in the place of `mask_mod`, with the scale after it.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         enable_gqa: whether query heads may share heads of keys; None and True: they may.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.
@@ -159,10 +159,14 @@ def flex_attention(
     score = None if score_mod is None else trace(score_mod, "score_mod")
     mask = None if mask_mod is None else trace(mask_mod, "mask_mod")
     if block_mask is not None:
-        if mask is not None and not mask.is_same(block_mask.mask):
+        own = block_mask.mask
+        if mask is not None and own is None:
+            expected = "None with the block mask of an array"
+            raise ArgumentError("mask_mod", expected, mask.graph.text)
+        if mask is not None and own is not None and not mask.is_same(own):
             expected = "None with a block_mask, which brings its own mask function and arrays"
             raise ArgumentError("mask_mod", expected, mask.graph.text)
-        mask = block_mask.mask
+        mask = own
     functions = Functions(score, mask, block_mask)
     if return_aux is None:
         return call("flex_attention", q, k, v, scale, return_lse, options, functions)

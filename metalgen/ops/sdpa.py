@@ -15,7 +15,8 @@ from metalgen.counters import Tally, tally
 from metalgen.devices import default_device, get_device
 from metalgen.devices.mlx_attention import MLX_FUSED_DIMS, mlx_sdpa
 from metalgen.errors import ArgumentError
-from metalgen.families.sizes import MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.families.sizes import DECODE_QUERIES, MAX_BATCH_HEADS, MAX_LENGTH
+from metalgen.features.array_mask import finds_tiles
 from metalgen.features.conversions import booleans, numbers, scores
 from metalgen.features.fields import DTYPES
 from metalgen.problem.config import MAX_HEAD_DIM, MIN_HEAD_DIM, AttentionConfig
@@ -227,6 +228,8 @@ def _config(
 ) -> AttentionConfig:
     array = isinstance(mask, mx.array)
     additive = array and mask.dtype != mx.bool_
+    seen, q_len = array and not additive, q.shape[2]
+    by_tiles = q_len > DECODE_QUERIES and finds_tiles(q.shape[0] * q.shape[1], q_len, k.shape[2])
     return AttentionConfig(
         widths[0],
         str(q.dtype),
@@ -234,7 +237,8 @@ def _config(
         heads_per_kv=q.shape[1] // k.shape[1],
         causal=not array and mask == "causal",
         bias=additive,
-        array_mask=array and not additive,
+        array_mask=seen,
+        block_mask=seen and by_tiles,
         sinks=sinks is not None,
     )
 

@@ -1,4 +1,4 @@
-"""Block masks: which blocks of queries and keys a mask function leaves, in part or whole."""
+"""Block masks: which blocks of queries and keys a mask leaves, in part or whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from metalgen.arguments import as_integer
 from metalgen.errors import ArgumentError, MissingArgument
+from metalgen.features.tiles import blocks_of, listed
 from metalgen.problem.listed_blocks import block_sizes, from_lists, size_of
 
 if TYPE_CHECKING:
@@ -22,27 +23,28 @@ MAX_ELEMENTS = 1 << 26
 KV_BLOCK_SIZE = 128
 """The same of `BlockMask.from_kv_blocks`, as FlexAttention has it."""
 Index = int | slice | Sequence[int]
-LISTED_AT_LEAST = 7
-"""Shortest lists, so that an array of them has 8 elements: MLX binds smaller ones differently."""
 
 
 class BlockMask:
-    """The blocks of a mask function, as `create_block_mask` finds them.
+    """The blocks of a mask, as `create_block_mask` finds them.
 
     Attributes:
-        batch, heads: how many masks there are of each; 1 where the function reads no b or h, and
-            all share one, and where it was made for one.
+        batch, heads: how many masks there are of each; 1 where the function reads no b or h (the
+            array has an axis of 1), and all share one, and where it was made for one.
         q_len, kv_len: lengths that it was made for.
         block_size: queries and keys of a block.
         some, every: booleans ``(batch, heads, blocks of queries, blocks of keys)``: whether a block
             has a key that is seen, and whether it has none that is not.
         mask: the traced mask function, with the captured arrays as they were when `some` and
-            `every` were computed: what is assigned into them later changes nothing here.
+            `every` were computed: what is assigned into them later changes nothing here. None for
+            the mask of an array.
+        array: booleans ``(batch, heads, q_len or 1, kv_len or 1)``, likewise as they were; None for
+            the mask of a function.
     """
 
     def __init__(
         self,
-        mask: Traced,
+        mask: Traced | mx.array,
         q_len: int,
         kv_len: int,
         block_size: tuple[int, int],
@@ -50,7 +52,12 @@ class BlockMask:
         every: mx.array,
     ) -> None:
         # Else the elements of partial blocks would follow the arrays, and full blocks would not.
-        self.mask = replace(mask, arrays=tuple(mx.array(array) for array in mask.arrays))
+        self.mask: Traced | None = None
+        self.array: mx.array | None = None
+        if isinstance(mask, mx.array):
+            self.array = mx.array(mask)
+        else:
+            self.mask = replace(mask, arrays=tuple(mx.array(array) for array in mask.arrays))
         self.batch, self.heads = some.shape[:2]
         self.q_len, self.kv_len = q_len, kv_len
         self.block_size = block_size
@@ -93,13 +100,18 @@ class BlockMask:
             _entries(name, part, size)
             for name, part, size in zip(("b", "h"), parts, (self.batch, self.heads), strict=True)
         ]
-        read = self.mask.graph.inputs
-        names = {n: c for n, c in zip(("b", "h"), chosen, strict=True) if n in read}
-        some, every = (
-            mx.take(mx.take(x, mx.array(chosen[0]), axis=0), mx.array(chosen[1]), axis=1)
-            for x in (self.some, self.every)
-        )
-        mask = reindexed(self.mask, names)
+
+        def taken(x: mx.array) -> mx.array:
+            return mx.take(mx.take(x, mx.array(chosen[0]), axis=0), mx.array(chosen[1]), axis=1)
+
+        some, every = taken(self.some), taken(self.every)
+        if self.mask is None:
+            assert self.array is not None
+            mask: Traced | mx.array = taken(self.array)
+        else:
+            read = self.mask.graph.inputs
+            names = {n: c for n, c in zip(("b", "h"), chosen, strict=True) if n in read}
+            mask = reindexed(self.mask, names)
         return BlockMask(mask, self.q_len, self.kv_len, self.block_size, some, every)
 
     @classmethod
@@ -142,12 +154,19 @@ class BlockMask:
             ("B", batch, self.batch, "b"),
             ("H", heads, self.heads, "h"),
         ):
-            if own != count and (own != 1 or reads in self.mask.graph.inputs):
-                wanted = f"one made with {name}={count}, because its function reads {reads}"
+            if self.mask is None:
+                fits, why = own in (1, count), f"its array has {own} along that axis"
+            else:
+                fits = own == count or (own == 1 and reads not in self.mask.graph.inputs)
+                why = f"its function reads {reads}"
+            if not fits:
+                wanted = f"one made with {name}={count}, because {why}"
                 raise ArgumentError("block_mask", wanted, self)
 
     def tiles(self, bq: int, bk: int) -> tuple[mx.array, mx.array]:
         """`some` and `every` of tiles of other sizes; never less seen than there is."""
+        if self.array is not None:  # which says it exactly
+            return blocks_of(self.array, self.q_len, self.kv_len, bq, bk)
         found = self.some, self.every
         for axis, length, size, tile in (
             (2, self.q_len, self.block_size[0], bq),
@@ -170,19 +189,7 @@ class BlockMask:
             for the next call.
         """
         if (bq, bk, by_keys) not in self._lists:
-            some, every = self.tiles(bq, bk)
-            if by_keys:
-                some, every = (x.swapaxes(2, 3) for x in (some, every))
-            count = some.shape[3]
-            entries = 2 * mx.arange(count, dtype=mx.int32) + every.astype(mx.int32)
-            last = 2 * count + 2
-            entries = mx.sort(mx.where(some, entries, last), axis=-1)
-            counts = some.astype(mx.int32).sum(axis=-1, keepdims=True)
-            parts = [counts, mx.where(entries == last, 0, entries)]
-            if count < LISTED_AT_LEAST:
-                missing = (*some.shape[:3], LISTED_AT_LEAST - count)
-                parts.append(mx.zeros(missing, mx.int32))
-            self._lists[bq, bk, by_keys] = mx.concatenate(parts, axis=-1)
+            self._lists[bq, bk, by_keys] = listed(*self.tiles(bq, bk), by_keys=by_keys)
         return self._lists[bq, bk, by_keys]
 
     def __repr__(self) -> str:
@@ -275,7 +282,7 @@ def create_mask(
 
 
 def create_block_mask(
-    mask_mod: Callable[..., Any],
+    mask_mod: Callable[..., Any] | mx.array,
     B: int | None,
     H: int | None,
     Q_LEN: int,
@@ -285,13 +292,15 @@ def create_block_mask(
     BLOCK_SIZE: int | tuple[int, int] | None = None,
     device: object = None,
 ) -> BlockMask:
-    """The block mask of ``mask_mod(b, h, q_idx, kv_idx)``, for `flex_attention`.
+    """The block mask of ``mask_mod(b, h, q_idx, kv_idx)``, or of an array of booleans.
 
-    The mask is computed once, whole, in pieces of 64 million elements; keep the result for as long
-    as the function, its captured arrays and the lengths stay the same.
+    `flex_attention` takes it as `block_mask`, `attention` as `mask`. The mask of a function is
+    computed once, whole, in pieces of 64 million elements; that of an array stays lazy. Keep the
+    result for as long as the function, its captured arrays and the lengths stay the same.
 
     Args:
-        mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen.
+        mask_mod: a function of scalar arrays that returns a boolean: whether the key is seen; or
+            booleans that broadcast to ``(B, H, Q_LEN, KV_LEN)``, which say so themselves.
         B, H: batch entries and query heads of the calls; None, or any number, where the mask does
             not depend on them.
         Q_LEN, KV_LEN: lengths.
@@ -302,31 +311,61 @@ def create_block_mask(
         device: FlexAttention's; taken and not used, because MLX's arrays belong to no device.
 
     Raises:
-        ArgumentError: a size below 1.
+        ArgumentError: a size below 1, or an array of another type or shape.
         MissingArgument: B or H is None although the mask depends on it.
         FunctionError: what is wrong with the function, and what to write instead.
     """
     from metalgen.dsl.trace import trace
 
-    mask = trace(mask_mod, "mask_mod")
     q_len, kv_len = size_of("Q_LEN", Q_LEN), size_of("KV_LEN", KV_LEN)
     entries, each = (
         None if x is None else size_of(n, x, ", or None") for n, x in (("B", B), ("H", H))
     )
-    for name, size, reads in (("B", B, "b"), ("H", H, "h")):
-        if size is None and reads in mask.graph.inputs:
-            what = "batch entries" if name == "B" else "query heads"
-            raise MissingArgument(name, f"(the number of {what}): mask_mod reads {reads}")
     name, chosen = ("block_size", block_size) if BLOCK_SIZE is None else ("BLOCK_SIZE", BLOCK_SIZE)
     if block_size is not None and BLOCK_SIZE is not None:
         raise ArgumentError("BLOCK_SIZE", "None with block_size, which is the same", BLOCK_SIZE)
     sizes = block_sizes(name, USUAL_BLOCK_SIZE if chosen is None else chosen)
     # A block that is larger than all there is would be padded with what is not there.
     rows, columns = (min(size, most) for size, most in zip(sizes, (q_len, kv_len), strict=True))
+    if isinstance(mask_mod, mx.array):
+        array = _mask_array(mask_mod, entries, each, q_len, kv_len)
+        found = blocks_of(array, q_len, kv_len, rows, columns)
+        return BlockMask(array, q_len, kv_len, (rows, columns), *found)
+    mask = trace(mask_mod, "mask_mod")
+    for name, size, reads in (("B", B, "b"), ("H", H, "h")):
+        if size is None and reads in mask.graph.inputs:
+            what = "batch entries" if name == "B" else "query heads"
+            raise MissingArgument(name, f"(the number of {what}): mask_mod reads {reads}")
     batch = entries if entries is not None and "b" in mask.graph.inputs else 1
     heads = each if each is not None and "h" in mask.graph.inputs else 1
     some, every = _computed(mask, batch, heads, q_len, kv_len, rows, columns)
     return BlockMask(mask, q_len, kv_len, (rows, columns), some, every)
+
+
+def _mask_array(
+    array: mx.array, batch: int | None, heads: int | None, q_len: int, kv_len: int
+) -> mx.array:
+    """An array of booleans with four axes, each of which is 1 or that of the calls.
+
+    Raises:
+        ArgumentError: not booleans, or a shape that does not broadcast to
+            ``(batch, heads, q_len, kv_len)``; None stands for any number.
+    """
+    if array.dtype != mx.bool_:
+        expected = "bool (True: the key is seen); floats are a bias, and have no blocks"
+        raise ArgumentError("mask_mod.dtype", expected, str(array.dtype))
+    shape = (1,) * (4 - array.ndim) + tuple(array.shape)
+    whole = (batch, heads, q_len, kv_len)
+    fits = len(shape) == 4 and all(
+        size == 1 or size == most or (most is None and size > 0)
+        for size, most in zip(shape, whole, strict=True)
+    )
+    if not fits:
+        names = ("B", "H")
+        sizes = ", ".join(names[n] if x is None else str(x) for n, x in enumerate(whole))
+        expected = f"at most 4 axes, which broadcast to ({sizes})"
+        raise ArgumentError("mask_mod.shape", expected, tuple(array.shape))
+    return array.reshape(shape)
 
 
 def _computed(

@@ -72,7 +72,9 @@ class AttentionConfig(Fields):
             `metalgen.flex_attention`, which makes configs with them). A scaled score x becomes
             ``score_mod(x, b, h, i, j)``; key j is seen where ``mask_mod(b, h, i, j)``, too. They
             count queries and keys from 0, whatever the lengths.
-        block_mask: calls come with a block mask, which lists the blocks that `mask_mod` leaves.
+        block_mask: calls come with a block mask, which lists the blocks that `mask_mod` leaves; or,
+            where there is only an `array_mask`, the blocks of that are listed, and found from the
+            array by a few MLX operations where calls bring no block mask.
         alibi: calls bring slopes ``(H,)``; a score has ``-slope * |i + kv_len - q_len - j|`` added.
         alibi_by_sequence: the slopes are those of each sequence, ``(N, H)``.
         bias: calls bring an array, broadcast to ``(B, H, Lq, Lk)``, that is added to the scores.

@@ -216,7 +216,7 @@ class _Sampler:
             arrays[role] = tuple(
                 _synthetic(a.dtype, a.shape, s) for a, s in zip(graph.arrays, seeds, strict=True)
             )
-        if not self.config.block_mask:
+        if not self.config.block_mask or "mask" not in found:
             return arrays
         from metalgen.dsl.trace import Traced
         from metalgen.problem.block_mask import BlockMask, _computed

@@ -38,7 +38,7 @@ from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 from metalgen.problem.samples import Call, sample_call
 from metalgen.testing.base import OnDevice
-from metalgen.testing.cases import DTYPES, FEATURES
+from metalgen.testing.cases import BY_TILES, DTYPES, FEATURES
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import functions
 
@@ -186,6 +186,12 @@ class BackwardConformance(OnDevice):
         call = sample_call(config, batch=3, q_len=37, kv_len=53, seed=1)
         found = self.check(config, call, schedules=schedules)
         assert set(found) == set("q" if cached_by(config) else "qkv")
+
+    @pytest.mark.parametrize("name", [n for n in BY_TILES if "page_size" not in BY_TILES[n]])
+    def test_array_masks_by_tiles(self, name: str) -> None:
+        dtype = DTYPES[list(BY_TILES).index(name) % 3]
+        config = AttentionConfig(64, dtype, heads_per_kv=2, **BY_TILES[name])
+        self.check(config, sample_call(config, batch=2, q_len=150, kv_len=140, seed=1))
 
     @pytest.mark.parametrize("name", TOGETHER)
     def test_all_gradients_by_one_kernel(self, name: str) -> None:

@@ -69,6 +69,20 @@ FEATURES: dict[str, dict[str, Any]] = {
         "causal": True,
     },
 }
+BY_TILES: dict[str, dict[str, Any]] = {
+    "array mask by tiles": {"array_mask": True, "block_mask": True},
+    "array mask by tiles, causal": {"array_mask": True, "block_mask": True, "causal": True},
+    "array mask by tiles, with lengths": {
+        "array_mask": True,
+        "block_mask": True,
+        "kv_lens": True,
+        "kv_starts": True,
+        "q_offset": True,
+        "window_left": 30,
+    },
+    "array mask by tiles, in pages": {"array_mask": True, "block_mask": True, "page_size": 16},
+}
+"""Configs that no decode kernel computes."""
 WHERE: dict[str, dict[str, Any]] = {
     "packed": {"varlen": True, "causal": True, "return_lse": True},
     "lengths": {"kv_lens": True, "sinks": True, "rope": "half"},

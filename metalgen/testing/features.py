@@ -29,7 +29,7 @@ from metalgen.problem.inputs import Inputs
 from metalgen.problem.samples import sample_call
 from metalgen.reference import attention_float64, attention_mlx, config_features
 from metalgen.testing.base import OnDevice
-from metalgen.testing.cases import DTYPES, FEATURES, WAYS, WHERE
+from metalgen.testing.cases import BY_TILES, DTYPES, FEATURES, WAYS, WHERE
 from metalgen.testing.devices import normal
 from metalgen.testing.fuzz import Case, default_case, fault, functions, hostile
 
@@ -73,6 +73,14 @@ class FeatureConformance(OnDevice):
             64, dtypes[turn % len(dtypes)], heads_per_kv=2, return_lse=True, **FEATURES[name]
         )
         self.check(self.case(config, way))
+
+    @pytest.mark.parametrize("name", BY_TILES)
+    def test_array_masks_by_tiles(self, name: str) -> None:
+        """Masks with tiles of each kind: those with all keys, with some, and with none."""
+        dtypes = [d for d in DTYPES if d in kinds_in(self.device.limits.language)[0].dtypes]
+        dtype = dtypes[list(BY_TILES).index(name) % len(dtypes)]
+        config = AttentionConfig(64, dtype, heads_per_kv=2, return_lse=True, **BY_TILES[name])
+        self.check(self.case(config, q_len=150, kv_len=300))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", DTYPES)

@@ -192,6 +192,9 @@ def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
         changes["value_bits"] = random.choice(KV_BITS)
         groups = [group for group in KV_GROUPS if config.v_dim % group == 0]
         changes["value_group"] = random.choice(groups)
+    quantized_pages = config.page_size is not None and config.kv_bits is not None
+    if config.array_mask and config.mask_mod is None and not quantized_pages:  # too many buffers
+        changes["block_mask"] = random.random() < 0.5
     return replace(config, **changes)
 
 
@@ -220,7 +223,7 @@ def simpler(case: Case) -> Iterator[Case]:
     config = case.config
     for field in dataclasses.fields(config):
         changes: dict[str, Any] = {field.name: field.default}
-        if field.name == "mask_mod":
+        if "mask" in field.name:
             changes["block_mask"] = False
         if field.default is dataclasses.MISSING or getattr(config, field.name) == field.default:
             continue

@@ -14,7 +14,7 @@ from metalgen.families import Limits, attention_families, default_schedule, get_
 from metalgen.families.append import append_schedule
 from metalgen.kinds import kinds_in
 from metalgen.problem.config import AttentionConfig
-from metalgen.testing.cases import DTYPES, FEATURES
+from metalgen.testing.cases import BY_TILES, DTYPES, FEATURES
 from metalgen.testing.fuzz import fault, functions, made_up
 
 WIDTHS = (64, 128)
@@ -62,7 +62,7 @@ def items(device: Device, *, full: bool = False) -> Iterator[Item]:
         for width in ALL_WIDTHS if full else WIDTHS:
             config = AttentionConfig(width, dtype, heads_per_kv=2, causal=True, return_lse=True)
             yield from _attention("types", f"{dtype} D={width}", config, device)
-    for number, (name, fields) in enumerate(FEATURES.items()):
+    for number, (name, fields) in enumerate((FEATURES | BY_TILES).items()):
         for dtype in dtypes if full else (dtypes[number % len(dtypes)],):
             config = AttentionConfig(64, dtype, heads_per_kv=2, return_lse=True, **fields)
             yield from _attention("features", f"{name} ({dtype})", config, device)

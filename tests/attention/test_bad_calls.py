@@ -80,7 +80,10 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
         {"mask": mx.ones((9, 5))},
         "mask.shape: expected 4 axes that broadcast",
     ),
-    "a mask by another name": ({"mask": "lower"}, 'mask: expected an mlx.core.array, "causal", or'),
+    "a mask by another name": (
+        {"mask": "lower"},
+        'mask: expected an mlx.core.array, a BlockMask, "causal", or',
+    ),
     "a mask in lists": ({"mask": [[True]]}, "mask: expected an mlx.core.array of booleans"),
     "two biases": (
         {"mask": mx.ones((5, 9)), "bias": mx.ones((5, 9))},
