@@ -163,3 +163,14 @@ def test_there_is_a_valid_default_for_every_width(dtype: str, limits: Limits) ->
         for value_head_dim in (None, 8, 100, 256):
             config = AttentionConfig(head_dim, dtype, value_head_dim=value_head_dim)
             check_schedule(config, default_schedule(config, limits), limits)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "bk", "bd", "q_source"),
+    [(128, 32, 128, "registers"), (192, 16, 64, "threadgroup"), (256, 16, 64, "threadgroup")],
+)
+def test_wide_rows_are_staged_in_narrow_slices_by_default(
+    head_dim: int, bk: int, bd: int, q_source: str
+) -> None:
+    found = default_schedule(AttentionConfig(head_dim))
+    assert (found.bk, found.bd, found.q_source) == (bk, bd, q_source)

@@ -65,7 +65,7 @@ DECODE_FEATURES: tuple[dict[str, Any], ...] = (
 """Fields of the configs of the table, with the default schedules of two head sizes."""
 COLUMNS = dict.fromkeys("instr mma i/mma tgld tgst devld mov fp int ic sh cf bar est".split(), "")
 COLUMNS |= {"dem": "demand", "hreg": "half_registers", "thr": "threads", "spill": ""}
-COLUMNS |= {"loopB": "loop_bytes", "tgmem": "threadgroup", "ov": "", "ser": "", "rest": ""}
+COLUMNS |= {"loopB": "loop_bytes", "tgmem": "threadgroup", "rest": "", "ov": "", "ser": ""}
 """Headings, and what of a row stands under them where that has another name."""
 
 
