@@ -42,6 +42,9 @@ def test_whole_passes_have_a_text_of_their_own_where_both_fit_the_cache() -> Non
     assert fits.products == 128
     assert fits.whole_passes
     assert not simdgroup(bq=64, bk=64, row_blocks=2).whole_passes
+    direct = {"k_source": "device", "v_source": "device", "buffers": 1, "bd": 64}
+    assert simdgroup(bk=32, **direct).whole_passes
+    assert not simdgroup(bq=64, bk=32, row_blocks=2, **direct).whole_passes
 
 
 @pytest.mark.parametrize(
@@ -50,9 +53,10 @@ def test_whole_passes_have_a_text_of_their_own_where_both_fit_the_cache() -> Non
         ({"causal": True}, True),
         ({"window_left": 3, "window_right": 5}, True),
         ({"array_mask": True}, False),
+        ({"kv_bits": 8}, False),
     ],
 )
-def test_only_masks_that_are_bounds_leave_whole_passes(
+def test_only_bounds_on_rows_that_need_no_unpacking_leave_whole_passes(
     fields: dict[str, object], whole: bool
 ) -> None:
     schedule = Schedule(bq=32, bk=16, bd=64, simdgroups=4)

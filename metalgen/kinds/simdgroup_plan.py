@@ -22,7 +22,8 @@ MOST_PRODUCTS_TWICE = 192
 """Products of fragments in a pass up to which it is written twice, with masks and without.
 
 Both take about 60 bytes per product as M1 and M2 code, counted by an independent compiler; the
-instruction cache of those holds 12 KB.
+instruction cache of those holds 12 KB. Products of rows that are read directly count twice, since
+their addresses take code and registers; those of quantized rows take too much code at any size.
 """
 
 
@@ -220,7 +221,11 @@ class SimdgroupPlan:
     def whole_passes(self) -> bool:
         """Whether passes in which nothing is masked have a text of their own: where both fit the
         instruction cache."""
-        return self.operands.passes.whole and self.products <= MOST_PRODUCTS_TWICE
+        if not self.operands.passes.whole or any(each.bits for each in self.operands.traversed):
+            return False
+        direct = sum(step.width for step in self.steps if not step.staged)
+        width = sum(step.width for step in self.steps)
+        return self.products * (width + direct) <= MOST_PRODUCTS_TWICE * width
 
     @property
     def ahead(self) -> int:
