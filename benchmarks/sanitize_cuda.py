@@ -60,6 +60,7 @@ CONFIGS = (
     AttentionConfig(64, "float16", page_size=16, varlen=True, rope="pairs", rope_dims=32),
     AttentionConfig(128, "bfloat16", page_size=24, kv_bits=4, kv_group=32),
     AttentionConfig(64, "float32", kv_bits=8, page_size=64, sinks=True),
+    AttentionConfig(128, "float16", kv_bits=8, kv_group=64, value_bits=4, value_group=32),
     AttentionConfig(576, "bfloat16", value_head_dim=512, heads_per_kv=4),
     AttentionConfig(64, "bfloat16", max_work=1 << 16, causal=True),
     AttentionConfig(64, "bfloat16", deterministic=True),

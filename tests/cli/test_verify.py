@@ -17,7 +17,7 @@ from metalgen.devices.reference import ReferenceDevice
 from metalgen.errors import DeviceError
 from metalgen.families import Schedule
 from metalgen.problem.config import AttentionConfig
-from metalgen.testing.cases import DTYPES, FEATURES
+from metalgen.testing.cases import BY_TILES, DTYPES, FEATURES
 from metalgen.verification import items, running
 from metalgen.verification.running import verify_device
 from metalgen.verification.workers import side_by_side
@@ -70,7 +70,8 @@ def test_every_feature_type_and_family_is_checked() -> None:
 
 def test_a_wrong_device_is_found_and_named() -> None:
     report = verify_device(Wrong())
-    expected = {name for name, fields in FEATURES.items() if "window_left" in fields}
+    every = FEATURES | BY_TILES
+    expected = {name for name, fields in every.items() if "window_left" in fields}
     assert {fault.name.partition(" (")[0] for fault in report.faults} == expected
     assert all("relative error" in fault.detail for fault in report.faults)
 
