@@ -6,6 +6,9 @@ import email.message
 import email.parser
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -132,3 +135,40 @@ def test_an_incomplete_installation_says_which_folder_is_missing(tmp_path, monke
             resources.templates_dir()
     finally:
         resources._find.cache_clear()
+
+
+CONSUMER = """
+import mlx.core as mx
+import metalgen
+from metalgen import AttentionConfig, get_kernel
+
+x = mx.zeros((1, 1, 20, 16))
+reveal_type(metalgen.attention(x, x, x, causal=True))
+reveal_type(metalgen.attention(x, x, x, return_lse=True))
+reveal_type(get_kernel(AttentionConfig(16, "float32"), heads=1, q_len=20))
+metalgen.attention(x, x, x, softcap="50")
+AttentionConfig(16, dtype="float32", unknown=True)
+"""
+
+
+def test_a_consumers_type_checker_sees_the_types_of_a_wheel(distributions, tmp_path):
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "consumer.py"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"MYPYPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = [line for line in done.stdout.splitlines() if "Possible" not in line]
+    types = [line.split('"')[1] for line in said if "Revealed type" in line]
+    assert types == [
+        "mlx.core.array", "tuple[mlx.core.array, mlx.core.array]", "metalgen.calls.kernel.Kernel",
+    ]  # fmt: skip
+    errors = [line.split(": ")[0] for line in said if ": error: " in line]
+    assert errors == ["consumer.py:10", "consumer.py:11"], done.stdout + done.stderr
