@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import zoo
 
@@ -21,6 +22,8 @@ NOT_BY_MLX_LM = {
     ("glm4_moe_lite", "quantized"),
 }
 """What mlx-lm refuses, or gets wrong; see `metalgen.mlx_lm.FAULTS`."""
+OTHER_ROWS = {(name, "quantized") for name in ("deepseek_v2", "minicpm3", "youtu_llm")}
+"""Where mlx-lm quantizes keys and values of every head, and ours the latent rows they come from."""
 NEVER = {("phi", "quantized"), ("stablelm", "quantized")}
 """What no attention can mend: these models compute with the keys that the cache returns."""
 CASES = [(name, kind) for name in zoo.OTHERS for kind in KINDS if (name, kind) not in NEVER]
@@ -36,7 +39,7 @@ def test_logits_are_mlx_lms_own(name: str, kind: str, own_database: Path) -> Non
     batch = 2 if kind == "batch" else 1
     valid = slice(3 if kind == "batch" else 0, None)
     own = None
-    if (name, kind) not in NOT_BY_MLX_LM:
+    if (name, kind) not in NOT_BY_MLX_LM | OTHER_ROWS:
         own = zoo.logits(built, zoo.caches(built, kind), batch)[:, valid]
     patch(device="reference")
     ours = zoo.logits(built, zoo.caches(built, kind), batch)[:, valid]
@@ -50,8 +53,8 @@ def test_logits_are_mlx_lms_own(name: str, kind: str, own_database: Path) -> Non
         assert mx.isfinite(ours).all().item()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3", "gpt_oss"])
-def test_where_mlx_lm_fails_a_quantized_cache_is_close_to_a_plain_one(
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v2", "deepseek_v3", "gpt_oss", "minicpm3"])
+def test_a_quantized_cache_that_is_ours_alone_is_close_to_a_plain_one(
     name: str, own_database: Path
 ) -> None:
     built = zoo.model(name)
@@ -74,8 +77,9 @@ def test_gemma_2_in_a_padded_batch_says_what_each_sequence_says_alone(own_databa
     assert largest(both[1:] - alone[1]) < 1e-5 * largest(alone[1])
 
 
-def test_a_cache_that_mlx_lm_filled_goes_on(own_database: Path) -> None:
-    built = zoo.model("deepseek_v3")
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_a_cache_that_mlx_lm_filled_goes_on(name: str, own_database: Path) -> None:
+    built = zoo.model(name)
     own = zoo.logits(built, zoo.caches(built, "own"))
     held = zoo.caches(built, "own")
     mx.random.seed(7)
@@ -84,8 +88,54 @@ def test_a_cache_that_mlx_lm_filled_goes_on(own_database: Path) -> None:
     patch(device="reference")
     parts.append(built(tokens[:, 17:26], cache=held))
     parts.append(built(tokens[:, 26:27], cache=held))
-    assert adapted() == ("deepseek_v3",)
+    assert adapted() == (name,)
     assert largest(mx.concatenate(parts, axis=1) - own[:, :27]) < 1e-5 * largest(own)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "minicpm3", "youtu_llm"])
+def test_a_cache_of_latent_rows_takes_the_place_of_every_heads_keys(
+    name: str, own_database: Path
+) -> None:
+    built = zoo.model(name)
+    own, ours = zoo.caches(built, "own"), zoo.caches(built, "own")
+    zoo.logits(built, own)
+    with patch(device="reference"):
+        zoo.logits(built, ours)
+    kept = [sum(x.shape[1] * x.shape[3] for x in (held[0].keys, held[0].values))
+            for held in (own, ours)]  # fmt: skip
+    assert kept == [4 * (64 + 32), 1 * (96 + 32)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights_of_all_heads_together_are_read_by_head(
+    bits: int, own_database: Path
+) -> None:
+    built = zoo.model("minicpm3")
+    nn.quantize(built, group_size=32, bits=bits)
+    own = zoo.logits(built, zoo.caches(built, "own"))
+    patch(device="reference")
+    ours = zoo.logits(built, zoo.caches(built, "own"))
+    assert largest(ours - own) < 1e-5 * max(1.0, largest(own))
+
+
+def test_a_layer_with_an_adapter_keeps_the_keys_of_every_head(own_database: Path) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.linear = base
+            self.added = 0.1 * mx.random.normal(base.weight.shape)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.linear(x) + x @ self.added.T
+
+    built = zoo.model("minicpm3")
+    for layer in built.layers:
+        layer.self_attn.kv_b_proj = Adapter(layer.self_attn.kv_b_proj)
+    own = zoo.logits(built, zoo.caches(built, "own"))
+    patch(device="reference")
+    held = zoo.caches(built, "own")
+    assert largest(zoo.logits(built, held) - own) < 1e-5 * max(1.0, largest(own))
+    assert held[0].keys.shape[1] == 4
 
 
 def test_17_queries_at_once_and_then_one(own_database: Path) -> None:

@@ -93,6 +93,7 @@ OTHERS: dict[str, dict[str, Any]] = {
             "long_factor": [1.0] * 16,
         },
     },
+    "youtu_llm": LATENT | {"rope_traditional": True},
     "olmo2": {},
     "cohere2": {"sliding_window": 12, "sliding_window_pattern": 2},
     "exaone4": {
