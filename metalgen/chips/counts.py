@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from metalgen.problem.config import AttentionConfig, declared, field_names
 
 
+@functools.lru_cache(maxsize=1024)
 def covers(config: AttentionConfig) -> str | None:
     """Why the counts do not hold for a config, or None where they do.
 

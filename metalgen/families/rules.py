@@ -116,14 +116,16 @@ def default_schedule(
     kinds = [get_kind(kind)] if kind else device_kinds(limits, family)
     for own in kinds:
         made = schedule_type(family, own.name)
-        candidates = [
-            made(**{name: value for name, value in values.items() if name in made.knobs})
-            for values in defaults(own, config, limits)
-        ]
-        valid = [s for s in candidates if is_valid(config, s, limits)]
-        valid.sort(key=lambda s: (registers(own, config, s) or 0) > own.most_registers)
-        if valid:
-            return valid[0]
+        spilling = None
+        for values in defaults(own, config, limits):
+            schedule = made(**{name: value for name, value in values.items() if name in made.knobs})
+            if not is_valid(config, schedule, limits):
+                continue
+            if (registers(own, config, schedule) or 0) <= own.most_registers:
+                return schedule
+            spilling = spilling or schedule
+        if spilling is not None:
+            return spilling
     raise InvalidSchedule("default", f"no default schedule for {config} fits {limits}")
 
 
