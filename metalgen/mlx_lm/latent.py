@@ -26,6 +26,7 @@ LATENT = {
 """By a model's module: its class of latent attention. They are alike but for names."""
 
 _LAYERS: Any = nn  # which has no types
+_WEIGHTS = {"weight", "scales", "biases"}  # of a linear layer that adds nothing
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _maps(self: Any, cache: Any) -> HeadMaps | None:
         by_head = partial(embed, transpose=False)
         return HeadMaps(embed, self.unembed_out, lambda x: (by_head(x), self.unembed_out(x)))
     joint = self.kv_b_proj
-    if cache is None or _keeps_heads(cache) or "bias" in joint:
+    if cache is None or _keeps_heads(cache) or not {*joint.parameters()} <= _WEIGHTS:
         return None
     if type(joint) is _LAYERS.Linear:
         keys, values = _halves(self, joint.weight)
