@@ -32,10 +32,9 @@ def _attribute(words: list[str]) -> tuple[str, list[str]]:
 
 def remove_attributes(tokens: Tokens) -> None:
     """Removes every attribute list that is still in the text."""
-    at = 0
-    while at < len(tokens):
-        if tokens.word(at) == "[" and (end := attribute_end(tokens, at)) is not None:
+    last = -1
+    for at in tokens.positions("["):
+        if at > last and (end := attribute_end(tokens, at)) is not None:
             if tokens.texts[tokens.code[at]] == "[":  # not removed before
                 tokens.blank(at, end)
-            at = end
-        at += 1
+            last = end

@@ -38,8 +38,8 @@ def function_constants(
     `constants` that the source does not have.
     """
     found: dict[str, int] = {}
-    for at in range(len(tokens)):
-        if tokens.word(at) == "function_constant" and tokens.word(at - 2) == "[":
+    for at in tokens.positions("function_constant"):
+        if tokens.word(at - 2) == "[":
             start = at - 2
             end = attribute_end(tokens, start)
             if end is None or tokens.word(end + 1) != ";":
@@ -53,8 +53,8 @@ def function_constants(
                 tokens.append(end, "= {}")
             else:
                 tokens.append(end, f"= {_checked(name, kind, given)}")
-    for at in range(len(tokens)):
-        if tokens.word(at) == "is_function_constant_defined" and tokens.word(at + 1) == "(":
+    for at in tokens.positions("is_function_constant_defined"):
+        if tokens.word(at + 1) == "(":
             close = tokens.close(at + 1)
             name = tokens.word(close - 1)
             given = name in constants or found.get(name, -1) in constants

@@ -78,11 +78,10 @@ def _value(node: ast.expr) -> int:
 def named_integers(tokens: Tokens) -> dict[str, int]:
     """The integers that the source names: enumerators, and constants with a value of integers."""
     found: dict[str, int] = {}
-    for at in range(len(tokens)):
-        word = tokens.word(at)
-        if word == "enum":
+    for at in tokens.positions("enum", "="):
+        if tokens.word(at) == "enum":
             _enumerators(tokens, at, found)
-        elif word == "=" and tokens.is_name(at - 1):
+        elif tokens.is_name(at - 1):
             start = at - 1
             while start > 0 and tokens.word(start - 1) not in (";", "{", "}", ")", "(", ","):
                 start -= 1

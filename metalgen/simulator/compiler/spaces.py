@@ -19,13 +19,11 @@ _NO_FUNCTION = frozenset(
 def unqualified_thread(tokens: Tokens) -> None:
     structures = {
         tokens.word(i + 1)
-        for i in range(len(tokens))
-        if tokens.word(i) in ("struct", "class", "union") and tokens.is_name(i + 1)
+        for i in tokens.positions("struct", "class", "union")
+        if tokens.is_name(i + 1)
     }
     structures |= _aligned_structures(tokens)
-    for at in range(len(tokens)):
-        if tokens.word(at) != "thread":
-            continue
+    for at in tokens.positions("thread"):
         before = at - 1
         while tokens.word(before) in ("const", "volatile", "noexcept"):
             before -= 1
@@ -44,11 +42,8 @@ def unqualified_thread(tokens: Tokens) -> None:
 def _aligned_structures(tokens: Tokens) -> set[str]:
     """The names in `struct alignas(n) name`."""
     found = set()
-    for i in range(len(tokens)):
-        if tokens.word(i) in ("struct", "class") and tokens.word(i + 1) in (
-            "alignas",
-            "__attribute__",
-        ):
+    for i in tokens.positions("struct", "class"):
+        if tokens.word(i + 1) in ("alignas", "__attribute__"):
             found.add(tokens.word(tokens.close(i + 2) + 1))
     return found
 
@@ -91,11 +86,10 @@ def this_in_thread(tokens: Tokens) -> None:
     Those that are const stay generic unless they return something in `thread`: C++ for OpenCL has
     no reference to a const object that may be a temporary but a generic one.
     """
-    for at in range(len(tokens)):
-        if tokens.word(at) in ("struct", "class", "union"):
-            body = _class_body(tokens, at)
-            if body is not None:
-                _members(tokens, body)
+    for at in tokens.positions("struct", "class", "union"):
+        body = _class_body(tokens, at)
+        if body is not None:
+            _members(tokens, body)
 
 
 def _class_body(tokens: Tokens, at: int) -> int | None:
@@ -189,8 +183,8 @@ def _mentions_thread(head: list[str]) -> bool:
 
 def constant_is_const(tokens: Tokens) -> None:
     """Makes `constant T*` and `constant T&` point to const, as Metal's constant memory is."""
-    for at in range(len(tokens)):
-        if tokens.word(at) != "constant" or tokens.word(at - 1) in (")", "const"):
+    for at in tokens.positions("constant"):
+        if tokens.word(at - 1) in (")", "const"):
             continue
         i = at + 1
         while tokens.is_name(i) or tokens.word(i) in ("::", "<"):
@@ -206,7 +200,7 @@ def constant_is_const(tokens: Tokens) -> None:
 
 def merge_constant(tokens: Tokens) -> None:
     """`constant` to `const device`, but where it qualifies a member function."""
-    for at in range(len(tokens)):
+    for at in tokens.positions("constant"):
         before = at - 2 if tokens.word(at - 1) == "const" else at - 1
-        if tokens.word(at) == "constant" and tokens.word(before) != ")":
+        if tokens.word(before) != ")":
             tokens.set(at, "const __global")

@@ -9,9 +9,7 @@ from .vectors import mapped
 def threadgroup_variables(tokens: Tokens) -> None:
     """`threadgroup T x[n], y;` into references to the threadgroup's memory."""
     count = 0
-    for at in range(len(tokens)):
-        if tokens.word(at) != "threadgroup":
-            continue
+    for at in tokens.positions("threadgroup"):
         start = at
         while tokens.word(start - 1) in ("static", "const", "volatile"):
             start -= 1

@@ -50,6 +50,11 @@ class Tokens:
         """The token at position `at` as it was read; "" outside the text."""
         return self.words[at] if 0 <= at < len(self.words) else ""
 
+    def positions(self, *words: str) -> Iterator[int]:
+        """Where the text reads one of `words`, in order; edits on the way are seen."""
+        wanted = frozenset(words)
+        return (at for at, word in enumerate(self.words) if word in wanted)
+
     def is_name(self, at: int) -> bool:
         return 0 <= at < len(self.kinds) and self.kinds[at] == "name"
 
@@ -88,13 +93,13 @@ class Tokens:
             self._places = []
             file, line, following = "", 1, 0
             for index, token in enumerate(self.texts):
-                marker = _LINE_MARKER.match(token)
-                if marker:
+                if "#" in token and (marker := _LINE_MARKER.match(token)):
                     line, file = int(marker[1]) - 1, marker[2]
                 if following < len(self.code) and index == self.code[following]:
                     self._places.append((file, line))
                     following += 1
-                line += token.count("\n")
+                elif "\n" in token:
+                    line += token.count("\n")
         return self._places[at] if 0 <= at < len(self._places) else ("", 0)
 
     def close(self, at: int) -> int:

@@ -97,7 +97,7 @@ def _functions_by_reference(tokens: Tokens) -> None:
 
     The same for the names of such types; a template's parameter is all that Metal has for them.
     """
-    for at in range(len(tokens)):
+    for at in tokens.positions("template", "typedef", "using"):
         if tokens.word(at) == "template" and tokens.word(at + 1) == "<":
             end = tokens.close_angle(at + 1) or 0
         elif tokens.word(at) == "typedef" or (
@@ -115,9 +115,7 @@ def _functions_by_reference(tokens: Tokens) -> None:
 
 def _coherence(tokens: Tokens) -> None:
     """Removes `coherent` and `coherent(scope)` from types: memory is coherent here."""
-    for at in range(len(tokens)):
-        if tokens.word(at) != "coherent":
-            continue
+    for at in tokens.positions("coherent"):
         end = tokens.close(at + 1) if tokens.word(at + 1) == "(" else at
         if tokens.word(end + 1) in ("device", "const", "volatile"):
             tokens.blank(at, end)

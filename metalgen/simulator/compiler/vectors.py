@@ -28,11 +28,13 @@ def vectors(tokens: Tokens, thorough: bool) -> None:
     if thorough:
         aliases |= {
             tokens.word(i + 1)
-            for i in range(len(tokens))
-            if tokens.word(i) in ("typename", "class") and tokens.word(i + 2) in (",", ">", "=")
+            for i in tokens.positions("typename", "class")
+            if tokens.word(i + 2) in (",", ">", "=")
         }
     typedef_until = -1
-    for at in range(len(tokens)):
+    wanted = {word for word in {*tokens.words} if _VECTOR.match(word)}
+    wanted |= {"typedef", "using", "metal", "vec", "static_cast"} | aliases | _BFLOATS
+    for at in tokens.positions(*wanted):
         word = tokens.word(at)
         if word in ("typedef", "using") and tokens.word(at - 1) != ">":
             typedef_until = at
@@ -62,7 +64,7 @@ def vectors(tokens: Tokens, thorough: bool) -> None:
 def _vector_aliases(tokens: Tokens) -> set[str]:
     """Names that `using name = V;` or `typedef V name;` give to a vector type V."""
     found: set[str] = set()
-    for at in range(len(tokens)):
+    for at in tokens.positions("using", "typedef"):
         if tokens.word(at) == "using" and tokens.word(at + 2) == "=":
             first = at + 4 if tokens.word(at + 3) == "typename" else at + 3
             end = _vector_type(tokens, first)
