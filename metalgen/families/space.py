@@ -94,15 +94,20 @@ class Space:
     def points(self) -> Iterator[dict[str, Any]]:
         """Every point, valid or not, in the order of the declared choices."""
 
-        def extend(point: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
-            if depth == len(self.parameters):
-                yield point
-                return
+        point: dict[str, Any] = {}
+        last = len(self.parameters) - 1
+
+        def extend(depth: int) -> Iterator[dict[str, Any]]:
             parameter = self.parameters[depth]
             for value in parameter.values(point):
-                yield from extend(point | {parameter.name: value}, depth + 1)
+                point[parameter.name] = value
+                if depth == last:
+                    yield point.copy()
+                else:
+                    yield from extend(depth + 1)
+            point.pop(parameter.name, None)
 
-        return extend({}, 0)
+        return extend(0) if self.parameters else iter([{}])
 
 
 def space(

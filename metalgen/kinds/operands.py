@@ -9,6 +9,7 @@ products of a pass are of two forms:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +67,7 @@ class Operand:
         return (self.name, f"{self.name}_scales", f"{self.name}_biases")
 
 
+@functools.lru_cache(maxsize=1024)
 def operand(name: str, config: AttentionConfig, value_parts: int = 1) -> Operand:
     """An array of a config as an operand.
 

@@ -72,9 +72,9 @@ class Schedule(metaclass=_Typed):
         simdgroups: int
 
     def __post_init__(self) -> None:
-        for name, knob in self.knobs.items():
-            value = getattr(self, name)
-            if (plain := knob.canonical(value)) is not value:
+        for name, value in vars(self).items():
+            if type(value) not in (int, str):  # an integer of another library, say
+                plain = self.knobs[name].canonical(value)
                 object.__setattr__(self, name, plain)
 
     @property

@@ -108,7 +108,7 @@ def test_workers_are_as_many_as_there_are_processors_for_them(
 
 def test_a_kernel_that_ends_or_hangs_its_process_is_one_fault() -> None:
     todo = list(items.items(Fragile()))
-    limited = side_by_side(Fragile(), todo, 2, time_limit=9.0)
+    limited = side_by_side(Fragile(), todo, 2, time_limit=6.0)
     found = {todo[number].name: outcome for number, outcome in limited}
     assert len(found) == len(todo)
     for name, fields in FEATURES.items():
@@ -116,7 +116,7 @@ def test_a_kernel_that_ends_or_hangs_its_process_is_one_fault() -> None:
         if fields.get("sinks"):
             expected = ("runtime", "the process ended, with exit code 7")
         elif fields.get("bias") and "softcap" not in fields:
-            expected = ("timeout", "it took more than 9 s")
+            expected = ("timeout", "it took more than 6 s")
         elif fields.get("alibi"):
             expected = ("runtime", "no such instruction")
         elif "window_left" in fields:
