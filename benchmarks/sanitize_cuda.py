@@ -71,6 +71,7 @@ CONFIGS = (
     AttentionConfig(64, "bfloat16", kv_starts=True, kv_lens=True, causal=True),
     AttentionConfig(64, "float16", q_offset=True, alibi=True, alibi_by_sequence=True),
     AttentionConfig(64, "bfloat16", seqused_q=True, rope="half", rope_fixed=True),
+    AttentionConfig(64, "float16", causal=True, rope="pairs", rope_tables=True),
 )
 
 BACKWARD = tuple(
@@ -84,6 +85,7 @@ APPENDS = (
     AttentionConfig(128, "bfloat16", page_size=16, kv_bits=4, kv_group=32, rope="half"),
     AttentionConfig(64, "float16", page_size=8, varlen=True),
     AttentionConfig(64, "bfloat16", page_size=8, varlen=True, kv_bits=8, rope="pairs"),
+    AttentionConfig(64, "float32", rope="half", rope_tables=True),
 )
 """What the append family makes rows of."""
 

@@ -377,6 +377,10 @@ CONFIGS = [
     AttentionConfig(128, "float16", page_size=16, kv_bits=4, kv_group=128, rope="half"),
     AttentionConfig(64, "bfloat16", page_size=8, varlen=True, kv_bits=8, rope="pairs"),
     AttentionConfig(576, "float16", value_head_dim=512, page_size=32, varlen=True),
+    AttentionConfig(64, "float32", rope="half", rope_tables=True),
+    AttentionConfig(
+        72, "float16", varlen=True, page_size=8, rope="pairs", rope_dims=20, rope_tables=True
+    ),
 ]
 
 

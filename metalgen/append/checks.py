@@ -100,6 +100,7 @@ def config_of(
         value_group=value_group,
         rope=None if rope is None else rope.style,
         rope_dims=None if rope is None else rope.dims,
+        rope_tables=rope is not None and rope.tables is not None,
     )
     _check_cache(config, key, value, k, v)
     return config
@@ -178,6 +179,12 @@ def check_sizes(
 
 def check_turns(config: AttentionConfig, rope: Rope) -> None:
     """Raises `ArgumentError` unless there is one period for each pair of columns."""
+    if rope.tables is not None:
+        cosines = rope.tables[0]
+        if cosines.shape[1] != config.rotary_dim // 2:
+            expected = f"(positions, {config.rotary_dim // 2}), half the columns that turn"
+            raise ArgumentError("rope.tables[0].shape", expected, cosines.shape)
+        return
     freqs = rope.turns(config.head_dim)
     if freqs.shape != (config.rotary_dim // 2,):
         expected = f"({config.rotary_dim // 2},), half the columns that turn"

@@ -115,8 +115,12 @@ def _rotated(
 ) -> mx.array:
     """Su et al. 2021, in float32, rounded to the config's type at the end."""
     position = mx.take(given["rope_offset"], sequence) + local
-    angle = position.astype(mx.float32)[..., None] * given["rope_freqs"]
-    cos, sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
+    if config.rope_tables:
+        inside = mx.clip(position, 0, given["rope_cos"].shape[0] - 1)
+        cos, sin = given["rope_cos"][inside][:, None], given["rope_sin"][inside][:, None]
+    else:
+        angle = position.astype(mx.float32)[..., None] * given["rope_freqs"]
+        cos, sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
     turned = x[..., : config.rotary_dim].astype(mx.float32)
     half = config.rotary_dim // 2
     if config.rope == "half":

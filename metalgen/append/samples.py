@@ -28,5 +28,7 @@ def sample_rows(config: AttentionConfig, seed: int = 0) -> dict[str, mx.array]:
     given["limit"] = mx.array([7 if config.page_size else 2 * page + 3])
     given["table"] = mx.array([[4, -1], [0, 2], [1, 5]])
     given["rope_freqs"] = 0.7 ** mx.arange(max(1, config.rotary_dim // 2)).astype(mx.float32)
+    angles = mx.arange(103)[:, None] * given["rope_freqs"]  # the last rows lie outside
+    given["rope_cos"], given["rope_sin"] = 0.9 * mx.cos(angles), 0.9 * mx.sin(angles)
     given["rope_offset"] = mx.array([100, 0, 7])
     return {name: given[name] for name in inputs(config)}

@@ -278,6 +278,7 @@ def _config(
         fields |= {"page_size": key.shape[2], "kv_lens": False}
     if (rope := options.get("rope")) is not None:
         fields |= {"rope": rope.style, "rope_dims": rope.dims, "rope_fixed": rope.one_position}
+        fields["rope_tables"] = rope.tables is not None
     if functions is not NO_FUNCTIONS:
         fields["score_mod"] = None if functions.score is None else functions.score.graph.text
         fields["mask_mod"] = None if functions.mask is None else functions.mask.graph.text
@@ -338,7 +339,7 @@ def _inputs(
         found["q_offset"] = mx.broadcast_to(offset, (_count(q, found),))
     rope = options.get("rope")
     if rope is not None:
-        found["rope_freqs"] = rope.turns(config.head_dim)
+        found |= rope.arrays(config.head_dim)
         found["rope_offset"] = _offsets(rope.offset, q, key[0], found)
     return Inputs(
         score=() if functions.score is None else functions.score.arrays,

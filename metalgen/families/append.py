@@ -58,7 +58,8 @@ def inputs(config: AttentionConfig) -> tuple[str, ...]:
     if config.page_size is not None:
         names.append("table")
     if config.rope is not None:
-        names += ["rope_freqs", "rope_offset"]
+        names += ["rope_cos", "rope_sin"] if config.rope_tables else ["rope_freqs"]
+        names.append("rope_offset")
     return tuple(names)
 
 
@@ -127,6 +128,7 @@ class MakeRows(Step):
             "constants": self._constants(config, schedule),
             "operands": [_operand(config, name) for name in operands(config)],
             "rope": config.rope,
+            "rope_tables": config.rope_tables,
             "bits": config.kv_bits,
             "placed": is_placed(config),
             "varlen": config.varlen,

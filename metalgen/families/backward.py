@@ -340,6 +340,7 @@ def backward_config(config: AttentionConfig) -> AttentionConfig:
         rope=None,
         rope_dims=None,
         rope_fixed=False,
+        rope_tables=False,
         sinks=False,
         return_lse=False,
         deterministic=False,

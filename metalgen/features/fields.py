@@ -51,6 +51,7 @@ class Fields:
     rope_fixed: bool = False
     value_bits: int | None = None
     value_group: int | None = None
+    rope_tables: bool = False
     others: tuple[tuple[str, Any], ...] = field(default=(), kw_only=True)
 
     features: ClassVar[tuple[Any, ...]] = ()

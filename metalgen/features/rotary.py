@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -36,6 +36,10 @@ def _dims(name: str, value: Any, config: Fields) -> int | None:
     return None if dims == config.head_dim else dims
 
 
+def _tables(name: str, value: Any, config: Fields) -> bool:
+    return switch(name, value, config) and config.rope is not None
+
+
 def _fixed(name: str, value: Any, config: Fields) -> bool:
     return switch(name, value, config) and config.rope is not None
 
@@ -53,6 +57,16 @@ def _frequencies(sampler: Sampler) -> mx.array:
     return frequencies
 
 
+def _table(function: Callable[[mx.array], mx.array]) -> Callable[[Sampler], mx.array]:
+    """Makes up a table of a function of angles, scaled as YaRN scales both."""
+
+    def sample(sampler: Sampler) -> mx.array:
+        positions = mx.arange(LAST_OFFSET + max(sampler.q_len, sampler.kv_len))
+        return 1.1 * function(positions[:, None] * _frequencies(sampler))
+
+    return sample
+
+
 def _offsets(sampler: Sampler) -> mx.array:
     end = max(0, sampler.kv_len - sampler.q_len)
     offsets = [
@@ -64,6 +78,27 @@ def _offsets(sampler: Sampler) -> mx.array:
 
 def _positions(values: Any, arrays: Arrays) -> Iterable[tuple[Any, str]]:
     yield values < 0, "a position, 0 or more"
+    if arrays.config.rope_tables:
+        import numpy as np
+
+        length = arrays.q.shape[2]
+        if arrays.inputs.cu_q is not None:
+            starts = np.array(arrays.inputs.cu_q)
+            length = np.maximum(starts[1:] - starts[:-1], 1)
+        last = values.astype(np.int64) + (0 if arrays.config.rope_fixed else length - 1)
+        rows = arrays.inputs.rope_cos.shape[0]
+        yield last >= rows, f"positions of all queries in tables of {rows} rows"
+
+
+def _rows_of_tables(array: mx.array, arrays: Arrays) -> str | None:
+    """A row for each position, as many in both tables."""
+    pairs = arrays.config.rotary_dim // 2
+    if array.ndim != 2 or array.shape[1] != pairs or not array.shape[0]:
+        return f"(positions, {pairs}), half the columns that turn"
+    other = arrays.inputs.rope_cos
+    if other is not None and other.ndim == 2 and other.shape != array.shape:
+        return f"{other.shape}, as the table of cosines"
+    return None
 
 
 class Rotary(Feature):
@@ -74,6 +109,7 @@ class Rotary(Feature):
         Field("rope", _style, None, "rope.style"),
         Field("rope_dims", _dims, None, "rope.dims"),
         Field("rope_fixed", _fixed, False, "rope.one_position"),
+        Field("rope_tables", _tables, False, "rope.tables"),
     )
     inputs = (
         OptionalInput(
@@ -82,6 +118,25 @@ class Rotary(Feature):
             vector(lambda arrays: arrays.config.rotary_dim // 2),
             option="rope.freqs",
             sample=_frequencies,
+            required=lambda config: not config.rope_tables,
+            contents=finite,
+        ),
+        OptionalInput(
+            "rope_cos",
+            ("float32",),
+            _rows_of_tables,
+            option="rope.tables[0]",
+            sample=_table(mx.cos),
+            required=lambda config: config.rope_tables,
+            contents=finite,
+        ),
+        OptionalInput(
+            "rope_sin",
+            ("float32",),
+            _rows_of_tables,
+            option="rope.tables[1]",
+            sample=_table(mx.sin),
+            required=lambda config: config.rope_tables,
             contents=finite,
         ),
         OptionalInput(
@@ -94,7 +149,7 @@ class Rotary(Feature):
             cut="entries",
         ),
     )
-    variables = unused(rope=None)
+    variables = unused(rope=None, rope_tables=False)
     rank = 4
 
     def check(self, config: Fields) -> None:
@@ -105,18 +160,21 @@ class Rotary(Feature):
         yield f"rope:{config.rope}" + (f"{config.rotary_dim}" if config.rope_dims else "")
         if config.rope_fixed:
             yield "at one position"
+        if config.rope_tables:
+            yield "by tables"
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         position = "rope_offset[sequence]"
         if config.varlen:
             position = f"sequence == sequences ? 0 : {position}"
         return Hooks(
-            header=["rotary"],
+            header=["rotary_tables" if config.rope_tables else "rotary"],
             variables={
                 "sequences": True,
                 "rope": config.rope,
                 "turned": config.rotary_dim,
                 "first_position": position,
                 "rope_steps": not config.rope_fixed,
+                "rope_tables": config.rope_tables,
             },
         )

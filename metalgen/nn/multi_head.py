@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.MultiHeadAttention):  # type: ignore[misc, name-defi
         v = _heads(self.value_proj(values), kv_heads)
         if o.rope is not None:
             first = _offset(cache)
-            q, k = (_rotated(x, o.rope, first) for x in (q, k))
+            q, k = (o.rope.turned(x, first) for x in (q, k))
         k, v = with_cache(cache, k, v)
         out = self._attend(q, k, v, mask)
         return self.out_proj(out.swapaxes(1, 2).reshape(*out.shape[::2], -1))  # type: ignore[no-any-return]
@@ -181,15 +181,3 @@ def _offset(cache: Any) -> Any:
 
 def _heads(x: mx.array, heads: int) -> mx.array:
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def _rotated(x: mx.array, rope: Rope, first: Any) -> mx.array:
-    return mx.fast.rope(
-        x,
-        x.shape[-1] if rope.dims is None else rope.dims,
-        traditional=rope.style == "pairs",
-        base=None if rope.freqs is not None else rope.base,
-        scale=rope.scale,
-        offset=first if rope.offset is None else first + rope.offset,
-        freqs=rope.freqs,
-    )

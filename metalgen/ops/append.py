@@ -106,7 +106,7 @@ def append_kv(
         if array is not None:
             given[name] = as_int32(array)
     if rope is not None:
-        given["rope_freqs"] = rope.turns(config.head_dim)
+        given |= rope.arrays(config.head_dim)
         turn = offset if rope.offset is None else rope.offset
         given["rope_offset"] = vector("rope.offset", turn, plan.sequences)
     if check:
@@ -201,4 +201,5 @@ def _form(arrays: Sequence[mx.array], others: Sequence[Any], rope: Rope | None) 
     forms += [(x.shape, x.dtype) if isinstance(x, mx.array) else type(x) for x in others]
     if rope is not None:
         forms += [rope.style, rope.dims, None if rope.freqs is None else rope.freqs.shape]
+        forms += [None if rope.tables is None else rope.tables[0].shape]
     return tuple(forms)

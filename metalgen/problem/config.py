@@ -102,6 +102,8 @@ class AttentionConfig(Fields):
             keys come turned already (see `metalgen.append_kv`).
         rope_dims: how many columns turn; None: all.
         rope_fixed: all queries of a sequence turn as its first one does.
+        rope_tables: calls bring tables of cosines and sines, of which a row is a position, in place
+            of frequencies.
         deterministic: a row's bits depend on nothing but its own sequence, and on whether there
             are more than 64 queries: not on the batch, nor on what was tuned for it.
         tf32: float32 products of CUDA kernels may keep 11 bits of each factor; Metal has no such

@@ -42,6 +42,8 @@ class Inputs:
         k_scales, k_biases, v_scales, v_biases: ``(..., D / group)``, of the config's type, the
             first axes as k's and v's.
         rope_freqs: ``(rope_dims / 2,)`` float32, radians a position.
+        rope_cos, rope_sin: ``(positions, rope_dims / 2)`` float32, in place of `rope_freqs`. A
+            position outside of them counts as the nearest one inside.
         rope_offset: ``(N,)``, the position of each sequence's first query.
         alibi_slopes: ``(H,)`` float32, or ``(N, H)``.
         bias: ``(B, H, Lq, Lk)`` or 1 for any, float32 or of the config's type.
@@ -67,6 +69,8 @@ class Inputs:
     v_scales: mx.array | None = None
     v_biases: mx.array | None = None
     rope_freqs: mx.array | None = None
+    rope_cos: mx.array | None = None
+    rope_sin: mx.array | None = None
     rope_offset: mx.array | None = None
     alibi_slopes: mx.array | None = None
     bias: mx.array | None = None

@@ -22,13 +22,17 @@ class Rope:
     """How rows turn with their position: what ``mx.fast.rope`` computes (Su et al., 2021).
 
     Column pair c of a row at position p turns by ``p * scale / base ** (2 c / dims)`` radians, or
-    by ``p * scale / freqs[c]``.
+    by ``p * scale / freqs[c]``, or as row p of tables says: (x, y) becomes ``(x cos - y sin,
+    x sin + y cos)``, whatever these cosines and sines are, so that they may be scaled, too.
 
     Args:
         dims: how many columns turn, from the first; an even number. None: all.
         base: of the periods; not looked at where `freqs` says them.
         freqs: ``(dims / 2,)``, the periods themselves, in positions a radian: exactly what
             ``mx.fast.rope`` and mlx-lm call `freqs` (most other libraries name the inverse so).
+        tables: the cosines and the sines, two arrays ``(positions, dims / 2)``, such as other
+            libraries precompute. A row whose position is outside of them turns by the nearest row
+            inside. Nothing else about the angles may be said then.
         style: ``"half"``: columns c and c + dims / 2 turn together (GPT-NeoX, Llama;
             ``traditional=False`` in MLX); ``"pairs"``: columns 2 c and 2 c + 1 (GPT-J;
             ``traditional=True``).
@@ -36,7 +40,6 @@ class Rope:
         offset: position of the first row: a number, or an array of them, ``()`` or one for each
             sequence, ``(N,)``, of integers. None: `metalgen.attention` puts the queries at the end
             of the keys, at ``kv_len - q_len``.
-
         one_position: all rows of a sequence turn as its first one, such as the queries of several
             candidates for one token. Of queries only.
 
@@ -51,6 +54,7 @@ class Rope:
     scale: float = 1.0
     offset: int | mx.array | None = None
     one_position: bool = False
+    tables: tuple[mx.array, mx.array] | None = None
 
     def __post_init__(self) -> None:
         dims = as_integer(self.dims)
@@ -74,6 +78,8 @@ class Rope:
                 raise ArgumentError("rope.freqs", "1 axis of floating-point periods", got)
         elif freqs is not None:
             raise ArgumentError("rope.freqs", "an mlx.core.array of periods, or None", freqs)
+        if self.tables is not None:
+            self._check_tables()
         if not isinstance(self.one_position, bool):
             raise ArgumentError("rope.one_position", "True or False", self.one_position)
         offset = self.offset
@@ -84,6 +90,30 @@ class Rope:
             expected = "a position from 0, an mlx.core.array of them, or None"
             raise ArgumentError("rope.offset", expected, offset)
         object.__setattr__(self, "offset", position)
+
+    def _check_tables(self) -> None:
+        tables: Any = self.tables
+        if not isinstance(tables, (tuple, list)) or len(tables) != 2:
+            expected = "two arrays, of cosines and of sines, or None"
+            raise ArgumentError("rope.tables", expected, type(tables).__name__)
+        pairs = None if self.dims is None else self.dims // 2
+        for n, table in enumerate(tables):
+            expected = f"2 axes of floating-point numbers, (positions, {pairs or 'dims / 2'})"
+            if not isinstance(table, mx.array):
+                raise ArgumentError(f"rope.tables[{n}]", f"an mlx.core.array: {expected}", table)
+            is_table = table.ndim == 2 and table.size and pairs in (None, table.shape[1])
+            if not is_table or not mx.issubdtype(table.dtype, mx.floating):
+                raise ArgumentError(f"rope.tables[{n}]", expected, f"{table.dtype} {table.shape}")
+        if tables[0].shape != tables[1].shape:
+            expected = f"{tables[0].shape}, as the table of cosines"
+            raise ArgumentError("rope.tables[1].shape", expected, tables[1].shape)
+        own = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("base", "freqs", "scale"):
+            value = getattr(self, name)
+            if isinstance(value, mx.array) or value != own[name]:
+                raise ArgumentError(f"rope.{name}", "nothing beside rope.tables", value)
+        object.__setattr__(self, "dims", 2 * tables[0].shape[1])
+        object.__setattr__(self, "tables", tuple(table.astype(mx.float32) for table in tables))
 
     def moved(self, by: int | mx.array) -> Rope:
         """The same for rows that stand so many positions further on, where it has an offset."""
@@ -99,6 +129,43 @@ class Rope:
         if self.freqs is not None:
             return self.scale / self.freqs.astype(mx.float32)
         return _turns(head_dim if self.dims is None else self.dims, self.base, self.scale)
+
+    def arrays(self, head_dim: int) -> dict[str, mx.array]:
+        """What kernels read of it but the offsets, by the names of `metalgen.problem.inputs`."""
+        if self.tables is None:
+            return {"rope_freqs": self.turns(head_dim)}
+        return {"rope_cos": self.tables[0], "rope_sin": self.tables[1]}
+
+    def turned(self, x: mx.array, first: int | mx.array) -> mx.array:
+        """Rows ``(B, H, L, D)`` turned by plain MLX operations.
+
+        Args:
+            x: the rows.
+            first: position of the first row, ``()`` or ``(B,)``, in addition to `offset`.
+        """
+        offset = first if self.offset is None else first + self.offset
+        if self.tables is None:
+            return mx.fast.rope(
+                x,
+                x.shape[-1] if self.dims is None else self.dims,
+                traditional=self.style == "pairs",
+                base=None if self.freqs is not None else self.base,
+                scale=self.scale,
+                offset=offset,
+                freqs=self.freqs,
+            )
+        position = mx.array(offset)[..., None] + mx.arange(x.shape[2])
+        inside = mx.clip(position, 0, self.tables[0].shape[0] - 1)
+        cos, sin = (mx.expand_dims(table[inside], -3) for table in self.tables)
+        pairs = cos.shape[-1]
+        part, rest = x[..., : 2 * pairs].astype(mx.float32), x[..., 2 * pairs :]
+        half = self.style == "half"
+        one, other = (
+            (part[..., :pairs], part[..., pairs:]) if half else (part[..., ::2], part[..., 1::2])
+        )
+        both = [one * cos - other * sin, one * sin + other * cos]
+        out = mx.concatenate(both, -1) if half else mx.stack(both, -1).reshape(part.shape)
+        return mx.concatenate([out.astype(x.dtype), rest], axis=-1)
 
 
 @functools.lru_cache(maxsize=32)

@@ -229,19 +229,25 @@ def rotated(
     q: Float64, features: dict[str, Any], inputs: Inputs, number: int, direction: int
 ) -> Float64:
     """Rows of a sequence rotated by their positions, or (-1) back; angles in float32."""
-    freqs = np.array(inputs.rope_freqs, dtype=np.float32)
     steps = np.arange(q.shape[1]) * (not features.get("rope_fixed", False))
     positions = int(_integers(inputs.rope_offset)[number]) + steps
-    angles = (positions.astype(np.float32)[:, None] * freqs).astype(np.float64)
-    angles = direction * angles
-    if features["rope"] == "half":
-        first, second = np.arange(freqs.size), np.arange(freqs.size) + freqs.size
+    if features.get("rope_tables"):
+        cos, sin = as_float64(inputs.rope_cos), as_float64(inputs.rope_sin)
+        inside = np.clip(positions, 0, len(cos) - 1)
+        cos, sin = cos[inside], direction * sin[inside]
     else:
-        first, second = 2 * np.arange(freqs.size), 2 * np.arange(freqs.size) + 1
+        freqs = np.array(inputs.rope_freqs, dtype=np.float32)
+        angles = (positions.astype(np.float32)[:, None] * freqs).astype(np.float64)
+        cos, sin = np.cos(angles), direction * np.sin(angles)
+    pair = np.arange(cos.shape[-1])
+    if features["rope"] == "half":
+        first, second = pair, pair + pair.size
+    else:
+        first, second = 2 * pair, 2 * pair + 1
     x, y = q[..., first], q[..., second]
     turned = q.copy()
-    turned[..., first] = x * np.cos(angles) - y * np.sin(angles)
-    turned[..., second] = x * np.sin(angles) + y * np.cos(angles)
+    turned[..., first] = x * cos - y * sin
+    turned[..., second] = x * sin + y * cos
     return turned
 
 

@@ -353,7 +353,8 @@ def places_of_keys(q: mx.array, k: mx.array, varlen: bool, inputs: Inputs) -> Pl
 
 def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> mx.array:
     """Queries ``(B, H, Lq, D)`` rotated by their positions, in float32, rounded to their type."""
-    features = {"rope": config.rope, "rope_fixed": config.rope_fixed}
+    names = ("rope", "rope_fixed", "rope_tables")
+    features = {name: getattr(config, name) for name in names}
     rows = mx.arange(q.shape[2], dtype=mx.int32)[:, None]
     b, i = mx.arange(q.shape[0], dtype=mx.int32)[:, None, None, None], rows
     if config.varlen:
@@ -365,17 +366,23 @@ def rotate_queries(q: mx.array, *, config: AttentionConfig, inputs: Inputs) -> m
 
 
 def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -> mx.array:
-    freqs, offset = inputs.rope_freqs, inputs.rope_offset
-    assert freqs is not None and offset is not None
+    offset = inputs.rope_offset
+    assert offset is not None
     row = at.i if at.row is None else at.row
     row = row * (not features.get("rope_fixed", False))
-    position = (offset[at.b] + row).astype(mx.float32)  # (B or 1, 1, L, 1) or (L, 1)
-    angles = position * freqs
-    cos, sin = mx.cos(angles), mx.sin(angles)
-    turns = 2 * freqs.size
-    part, rest = q[..., :turns], q[..., turns:]
+    position = offset[at.b] + row  # (B or 1, 1, L, 1) or (L, 1)
+    if features.get("rope_tables"):
+        assert inputs.rope_cos is not None and inputs.rope_sin is not None
+        inside = mx.clip(position[..., 0], 0, inputs.rope_cos.shape[0] - 1)
+        cos, sin = inputs.rope_cos[inside], inputs.rope_sin[inside]
+    else:
+        assert inputs.rope_freqs is not None
+        angles = position.astype(mx.float32) * inputs.rope_freqs
+        cos, sin = mx.cos(angles), mx.sin(angles)
+    pairs = cos.shape[-1]
+    part, rest = q[..., : 2 * pairs], q[..., 2 * pairs :]
     if features["rope"] == "half":
-        x, y = part[..., : freqs.size], part[..., freqs.size :]
+        x, y = part[..., :pairs], part[..., pairs:]
         turned = mx.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1)
     else:
         x, y = part[..., ::2], part[..., 1::2]

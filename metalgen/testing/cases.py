@@ -49,6 +49,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "rotary, halves": {"rope": "half", "causal": True},
     "rotary, pairs in part": {"rope": "pairs", "rope_dims": 24, "kv_lens": True},
     "rotary at one position": {"rope": "half", "rope_fixed": True, "causal": True},
+    "rotary by tables": {"rope": "half", "rope_tables": True, "causal": True},
     "deterministic": {"deterministic": True, "varlen": True, "causal": True},
     "everything on scores": {
         "softcap": 20.0,

@@ -195,6 +195,7 @@ def _with_more(random: Random, config: AttentionConfig) -> AttentionConfig:
     quantized_pages = config.page_size is not None and config.kv_bits is not None
     if config.array_mask and config.mask_mod is None and not quantized_pages:  # too many buffers
         changes["block_mask"] = random.random() < 0.5
+    changes["rope_tables"] = config.rope is not None and random.random() < 0.3
     return replace(config, **changes)
 
 

@@ -15,6 +15,7 @@ from metalgen.testing.devices import normal
 
 Q = normal((2, 4, 5, 32), "float16", 1)
 K = normal((2, 2, 9, 32), "float16", 2)
+COSINES = mx.ones((5, 4))
 PACKED = normal((1, 4, 7, 32), "float16", 1), normal((1, 2, 7, 32), "float16", 2)
 PAGES = normal((3, 2, 8, 32), "float16", 3)
 CU = mx.array([0, 3, 7])
@@ -324,6 +325,28 @@ def test_groups_that_there_are_not() -> None:
     [
         ({"dims": 7}, "rope.dims: expected an even number of columns, or None, but got 7"),
         ({"dims": 0}, "rope.dims"),
+        ({"tables": COSINES}, "rope.tables: expected two arrays, of cosines and of sines, or None"),
+        ({"tables": (COSINES, 1)}, r"rope.tables\[1\]: expected an mlx.core.array: 2 axes of"),
+        (
+            {"tables": (COSINES, COSINES[:2])},
+            r"rope.tables\[1\].shape: expected \(5, 4\), as the table of cosines, but got \(2, 4\)",
+        ),
+        (
+            {"tables": (COSINES, COSINES), "dims": 6},
+            r"rope.tables\[0\]: expected 2 axes of floating-point numbers, \(positions, 3\), but",
+        ),
+        (
+            {"tables": (COSINES.astype(mx.int32), COSINES)},
+            r"rope.tables\[0\]: expected .*, but got .*int32 \(5, 4\)",
+        ),
+        (
+            {"tables": (COSINES, COSINES), "base": 9.0},
+            "rope.base: expected nothing beside rope.tables",
+        ),
+        (
+            {"tables": (COSINES, COSINES), "freqs": mx.ones(4)},
+            "rope.freqs: expected nothing beside",
+        ),
         ({"one_position": 1}, "rope.one_position: expected True or False, but got 1"),
         ({"style": "neox"}, "rope.style: expected one of half, pairs, but got 'neox'"),
         ({"base": 0}, "rope.base: expected a finite number above 0, but got 0"),

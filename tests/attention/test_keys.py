@@ -23,7 +23,8 @@ from attention_calls import (
     turned,
 )
 
-from metalgen import Rope, attention, varlen_attention
+from metalgen import KVCache, Rope, attention, varlen_attention
+from metalgen.errors import ArgumentError
 from metalgen.testing.devices import normal
 
 
@@ -183,6 +184,56 @@ def test_all_queries_may_turn_as_the_first_one(where: str, q_len: int) -> None:
         for n, at in enumerate(positions)
     ]
     assert_close(out, sdpa(mx.concatenate(rows), k, v), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("style", ["half", "pairs"])
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_queries_may_turn_by_tables(where: str, q_len: int, style: str) -> None:
+    q, k, v = arrays(q_len, 90)
+    cos, sin = (normal((100, WIDTH // 4), "float32", seed) for seed in (8, 9))
+    positions = [40 - q_len // 2, 0]
+    rope = Rope(tables=(cos, sin), style=style, offset=mx.array(positions))
+    out = attention(q, k, v, rope=rope, causal=True, device=where)
+    x = np.array(q)
+    pair = np.arange(WIDTH // 4)
+    first, second = (pair, pair + len(pair)) if style == "half" else (2 * pair, 2 * pair + 1)
+    for n, at in enumerate(positions):
+        c, s = (np.array(table)[at : at + q_len] for table in (cos, sin))
+        a, b = x[n][..., first], x[n][..., second]
+        x[n][..., first], x[n][..., second] = a * c - b * s, a * s + b * c
+    assert_close(out, sdpa(mx.array(x), k, v, mask="causal"), tolerance=1e-5)
+
+
+def test_positions_outside_of_tables_count_as_the_nearest_inside(where: str) -> None:
+    q, k, v = arrays(6, 20)
+    table = normal((9, WIDTH // 2), "float32", 8)
+    tables = (table, table)
+    outside = Rope(tables=tables, offset=mx.array([1000, 6]), one_position=True)
+    nearest = Rope(tables=tables, offset=mx.array([8, 6]), one_position=True)
+    outs = [attention(q, k, v, rope=rope, device=where) for rope in (outside, nearest)]
+    assert (outs[0] == outs[1]).all().item()
+    with pytest.raises(ArgumentError, match="positions of all queries in tables of 9 rows"):
+        attention(q, k, v, rope=outside, check=True, device=where)
+    attention(q, k, v, rope=nearest, check=True, device=where)
+    several = Rope(tables=tables, offset=mx.array([0, 4]))
+    with pytest.raises(ArgumentError, match="positions of all queries in tables of 9 rows"):
+        attention(q, k, v, rope=several, check=True, device=where)
+
+
+def test_keys_turn_by_tables_as_they_are_appended(where: str) -> None:
+    """Keys that turn by tables as they are appended are those that are turned before."""
+    angles = mx.arange(40)[:, None] * mx.array([0.9, 0.1])
+    by_tables, by_base = (
+        Rope(tables=(mx.cos(angles), mx.sin(angles))),
+        Rope(dims=4, freqs=1 / mx.array([0.9, 0.1])),
+    )
+    _, k, v = arrays(1, 20)
+    kept = []
+    for rope in (by_tables, by_base):
+        cache = KVCache(rope=rope, device=where)
+        cache.append(k[:, :, :13], v[:, :, :13])
+        kept.append(cache.append(k[:, :, 13:], v[:, :, 13:])[0])
+    assert_close(*kept, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("q_len", [1, 6])

@@ -26,7 +26,8 @@ def test_every_input_and_output_of_an_append_is_used() -> None:
     parts = {name.split("_")[1] for config in APPENDS for name in outputs(config) if "_" in name}
     assert parts == {"rows", "words", "scales", "biases"}
     assert {name for config in APPENDS for name in inputs(config)} == {
-        *("k", "v", "cu_seqlens", "offset", "limit", "table", "rope_freqs", "rope_offset")
+        *("k", "v", "cu_seqlens", "offset", "limit", "table", "rope_freqs", "rope_offset"),
+        *("rope_cos", "rope_sin"),
     }
 
 
