@@ -14,6 +14,7 @@ from metalgen import (
     BlockMask,
     and_masks,
     create_block_mask,
+    explain,
     flex_attention,
     get_kernel,
     or_masks,
@@ -471,3 +472,16 @@ def test_every_target_prints_the_same_functions() -> None:
 
 def cuda_schedule() -> Schedule:
     return Schedule(bq=32, bk=32, bd=64, simdgroups=2, q_source="threadgroup", kind="mma")
+
+
+def test_explain_says_what_runs_functions() -> None:
+    x = mx.zeros((1, 2, 40, 16))
+    blocks = create_block_mask(lambda b, h, i, j: j <= i, None, None, 40, 40)
+    text = explain(x, x, x, score_mod=lambda s, b, h, i, j: 2 * s, block_mask=blocks,
+                            device="simulator")  # fmt: skip
+    assert "score_mod:" in text and "blocks" in text
+    assert "metalgen's kernel on device 'simulator'" in text
+    plain = explain(x, x, x, device="simulator")
+    assert "score_mod" not in plain
+    with pytest.raises(ArgumentError, match="block_mask: expected what create_block_mask returns"):
+        explain(x, x, x, block_mask=3)  # type: ignore[arg-type]

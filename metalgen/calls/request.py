@@ -95,13 +95,19 @@ def call(
 
 
 def explain(
-    operation: str, q: mx.array, k: Keys, v: Keys, return_lse: bool, options: Options
+    operation: str,
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    return_lse: bool,
+    options: Options,
+    functions: Functions = NO_FUNCTIONS,
 ) -> str:
     """What `call` would run, and why; one step a line."""
     if options.get("stream") is not None:
         with _on_stream(options):
-            return explain(operation, q, k, v, return_lse, _anywhere(options))
-    prepared = prepare(operation, q, k, v, return_lse, options)
+            return explain(operation, q, k, v, return_lse, _anywhere(options), functions)
+    prepared = prepare(operation, q, k, v, return_lse, options, functions)
     lines = [prepared.kernel.explain()]
     given = types_of(q, k, v)
     if len({*given.values()}) > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import mlx.core as mx
 
@@ -11,6 +12,9 @@ from metalgen.calls.request import call
 from metalgen.calls.request import explain as _explain
 from metalgen.errors import ArgumentError, MissingArgument
 from metalgen.features.conversions import integers
+
+if TYPE_CHECKING:
+    from metalgen.problem.block_mask import BlockMask
 
 
 @overload
@@ -147,9 +151,17 @@ def attention(
 
 
 def explain(
-    q: mx.array, k: Keys, v: Keys, *, return_lse: bool = False, **options: Unpack[Options]
+    q: mx.array,
+    k: Keys,
+    v: Keys,
+    *,
+    return_lse: bool = False,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
+    **options: Unpack[Options],
 ) -> str:
-    """What `attention` of the same arguments runs, and why; one step a line.
+    """What `attention` or `flex_attention` of the same arguments runs, and why; one step a line.
 
     `Kernel.explain` of the kernel that the call gets; and how types that differ are promoted, or
     why no kernel takes the call and MLX's own function computes it.
@@ -157,12 +169,19 @@ def explain(
     Args:
         q, k, v, return_lse, options: as of `attention`. Nothing is computed, but a kernel that was
             never checked on this device is checked now.
+        score_mod, mask_mod, block_mask: as of `flex_attention`.
 
     Raises:
         ArgumentError: what `attention` raises.
+        FunctionError: what `flex_attention` raises.
         DeviceError: the device is not available here.
     """
-    return _explain("explain", q, k, v, return_lse, options)
+    if score_mod is None and mask_mod is None and block_mask is None:
+        return _explain("explain", q, k, v, return_lse, options)
+    from metalgen.ops.flex_attention import functions_of
+
+    functions = functions_of(score_mod, mask_mod, block_mask)
+    return _explain("explain", q, k, v, return_lse, options, functions)
 
 
 @overload

@@ -148,14 +148,29 @@ def flex_attention(
         ArgumentError: shapes, types or names that cannot be used.
         DeviceError: the device is not available here.
     """
-    from metalgen.dsl.trace import trace
-
     if isinstance(mask_mod, BlockMask) or as_number(block_mask) is not None:
         mask_mod, block_mask, scale = _as_flex_attention(mask_mod, block_mask, scale)
     assert not isinstance(mask_mod, BlockMask)
     _check_block_mask(block_mask)
     assert block_mask is None or isinstance(block_mask, BlockMask)
     _check_heads(enable_gqa, q, k)
+    functions = functions_of(score_mod, mask_mod, block_mask)
+    if return_aux is None:
+        return call("flex_attention", q, k, v, scale, return_lse, options, functions)
+    _check_aux(return_aux, return_lse)
+    result = call("flex_attention", q, k, v, scale, return_aux.lse, options, functions)
+    return (result[0], AuxOutput(result[1])) if isinstance(result, tuple) else (result, AuxOutput())
+
+
+def functions_of(
+    score_mod: ScoreMod | Traced | None,
+    mask_mod: MaskMod | Traced | None,
+    block_mask: BlockMask | None,
+) -> Functions:
+    """The functions of a call, traced; raises `FunctionError` and `ArgumentError`."""
+    from metalgen.dsl.trace import trace
+
+    _check_block_mask(block_mask)
     score = None if score_mod is None else trace(score_mod, "score_mod")
     mask = None if mask_mod is None else trace(mask_mod, "mask_mod")
     if block_mask is not None:
@@ -167,12 +182,7 @@ def flex_attention(
             expected = "None with a block_mask, which brings its own mask function and arrays"
             raise ArgumentError("mask_mod", expected, mask.graph.text)
         mask = own
-    functions = Functions(score, mask, block_mask)
-    if return_aux is None:
-        return call("flex_attention", q, k, v, scale, return_lse, options, functions)
-    _check_aux(return_aux, return_lse)
-    result = call("flex_attention", q, k, v, scale, return_aux.lse, options, functions)
-    return (result[0], AuxOutput(result[1])) if isinstance(result, tuple) else (result, AuxOutput())
+    return Functions(score, mask, block_mask)
 
 
 @dataclass(frozen=True)

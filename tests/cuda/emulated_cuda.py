@@ -34,7 +34,7 @@ TYPES = {
     "float16": "__half",
     "bfloat16": "__nv_bfloat16",
 }
-FLAGS = "clang -x c++ -std=c++20 -O1 -w -fPIC -shared -nostdlib -nostdinc -nostdinc++".split()
+FLAGS = "clang -x c++ -std=c++20 -O0 -w -fPIC -shared -nostdlib -nostdinc -nostdinc++".split()
 FUNCTION = re.compile(
     r"^(?:template <[^\n]*>\n)?__device__ __forceinline__[^\n]*\{\n(?:[^\n]*\n)*?\}\n", re.MULTILINE
 )

@@ -12,7 +12,13 @@ import pytest
 import metalgen
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["own-model", "flash-attn", "flex-attention", "how-a-kernel-comes-to-be"]
+PAGES = [
+    "own-model",
+    "flash-attn",
+    "flex-attention",
+    "how-a-kernel-comes-to-be",
+    "your-own-attention",
+]
 
 
 @pytest.fixture(autouse=True)
