@@ -152,7 +152,7 @@ def test_block_masks_of_arrays_that_do_not_fit_the_call_are_refused() -> None:
     mask = create_block_mask(array[:1], None, None, Q_LEN, KV_LEN)
     with pytest.raises(ArgumentError, match="made for 70 queries and 149 keys"):
         metalgen.attention(q, k[:, :, 1:], v[:, :, 1:], mask=mask, device="simulator")
-    with pytest.raises(ArgumentError, match="mask: expected None beside the block mask of an arr"):
+    with pytest.raises(ArgumentError, match="mask: expected None with the block mask of an array"):
         metalgen.flex_attention(q, k, v, block_mask=mask, mask=array[:1], device="simulator")
     with pytest.raises(ArgumentError, match="mask_mod: expected None with the block mask of an a"):
         metalgen.flex_attention(

@@ -180,7 +180,7 @@ class TestPaged:
         k = normal((1, 1, 10, 8))
         cache.append([one], k, k)
         pages = np.array(cache.keys)  # type: ignore[arg-type]
-        with pytest.raises(CacheFull, match="it takes 2 more pages, with 1 free"):
+        with pytest.raises(CacheFull, match="2 more pages needed, 1 free"):
             cache.append([other], k, k)
         assert (cache.length(one), cache.length(other), cache.free_pages) == (10, 0, 1)
         np.testing.assert_array_equal(np.array(cache.keys), pages)  # type: ignore[arg-type]
@@ -390,7 +390,7 @@ def test_bad_input_is_one_clear_error(message: str, change: dict[str, Any]) -> N
         ("group_size", lambda: KVCache(bits=8, group_size=(64, 16))),
         ("step", lambda: KVCache(step=0)),
         ("rope", lambda: KVCache(rope=Rope)),  # type: ignore[arg-type]
-        ("cache: expected rows", lambda: KVCache().state),
+        ("cache: expected a cache with rows", lambda: KVCache().state),
         ("rows", lambda: KVCache().trim(1)),
         ("head dimension", lambda: KVCache(bits=4).append(NEW["k"][..., :40], NEW["v"])),
         ("k: expected an mlx.core.array", lambda: KVCache().append(None, None)),  # type: ignore[arg-type]

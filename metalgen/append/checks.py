@@ -79,7 +79,7 @@ def config_of(
         if cu_seqlens.size < 2:
             raise ArgumentError("cu_seqlens.shape", "2 elements or more", cu_seqlens.shape)
         if k.shape[0] != 1:
-            raise ArgumentError("k.shape", "a first axis of 1 beside cu_seqlens", k.shape)
+            raise ArgumentError("k.shape", "a first axis of 1 with cu_seqlens", k.shape)
     elif block_table is None and k.shape[0] != key[0].shape[0]:
         raise ArgumentError("k.shape", f"a batch of {key[0].shape[0]}, as the cache has", k.shape)
     if not isinstance(offset, mx.array) and (type(offset) is not int or block_table is not None):

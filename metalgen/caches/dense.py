@@ -94,7 +94,7 @@ class KVCache:
     def state(self) -> tuple[Part, Part]:
         """All keys and values so far, as `append` returns them."""
         if self._cache is None:
-            raise ArgumentError("cache", "rows, which append puts there", "an empty cache")
+            raise ArgumentError("cache", "a cache with rows: call append() first", "an empty cache")
         keys, values = (rows_of(part, self.length) for part in self._cache)
         return keys, values
 

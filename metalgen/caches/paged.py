@@ -231,7 +231,7 @@ class PagedKVCache:
         ]
         needed = sum(more)
         if needed > len(self._free):
-            raise CacheFull(f"it takes {counted(needed, 'more page')}, with {len(self._free)} free")
+            raise CacheFull(f"{counted(needed, 'more page')} needed, {len(self._free)} free")
         free = iter(self._free[: -needed - 1 : -1])
         own = [self._pages[n] for n in sequences]
         return [[*x, *itertools.islice(free, y)] for x, y in zip(own, more, strict=True)], needed

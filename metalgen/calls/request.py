@@ -212,7 +212,7 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, Functions
             options |= {"mask": None, "causal": True}
         elif isinstance(mask, mx.array) and mx.issubdtype(mask.dtype, mx.floating):
             if options.get("bias") is not None:
-                expected = "booleans beside a bias; write bias=bias + mask for the sum of both"
+                expected = "booleans with a bias; write bias=bias + mask to add both"
                 raise ArgumentError("mask", expected, str(mask.dtype))
             options |= {"mask": None, "bias": mask}
             names = names | {"bias": "mask"}
@@ -221,7 +221,7 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, Functions
             if options.get(name) is not None:
                 raise ArgumentError(name, "None without cu_seqlens_q", options.get(name))
     else:
-        counted = "counts queries and keys of each sequence from 0"
+        counted = "counts the queries and keys of each sequence from 0"
         for name, given, instead in (
             ("bias", options.get("bias"), f"flex_attention's score_mod, which {counted}"),
             ("mask", options.get("mask"), f"flex_attention's mask_mod, which {counted}"),
@@ -230,10 +230,10 @@ def _widened(options: Options, functions: Functions) -> tuple[Options, Functions
             ("max_work", options.get("max_work"), "fewer sequences a call"),
         ):
             if given is not None:
-                expected = f"None beside cu_seqlens_q; use {instead}"
+                expected = f"None with cu_seqlens_q; use {instead}"
                 raise ArgumentError(names.get(name, name), expected, brief(given))
         if table is not None and options.get("cu_seqlens_k") is not None:
-            expected = "None beside a block_table, where kv_lens says how many keys there are"
+            expected = "None with a block_table, where kv_lens says how many keys there are"
             given = options.get("cu_seqlens_k")
             raise ArgumentError("cu_seqlens_k", expected, brief(given))
     if table is not None and options.get("kv_lens") is None:
@@ -253,7 +253,7 @@ def _with_block_mask(options: Options, functions: Functions) -> tuple[Options, F
         mask, blocks = None, mask
     if blocks is not None and blocks.mask is None:
         if mask is not None:
-            expected = "None beside the block mask of an array; combine both arrays by &"
+            expected = "None with the block mask of an array; combine both arrays with &"
             raise ArgumentError("mask", expected, brief(mask))
         options = {**options, "mask": blocks.array}
     return options, functions

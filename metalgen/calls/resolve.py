@@ -111,7 +111,7 @@ def pinned_kernel(
         DeviceError, ArgumentError: as `get_kernel`.
     """
     where = get_device(device)
-    path = ["schedule: pinned by the caller"]
+    path = ["schedule source: pinned by the caller"]
     if where.language is None or switches.forced_reference():
         path.append("plain MLX operations: no kernel runs on this device")
         return Kernel(
@@ -205,11 +205,14 @@ def _resolve(problem: Problem, device: Device, chip_name: str | None) -> Kernel:
         path.append(_describe(hit))
     elif default:
         schedule = default[0]
-        path.append("schedule: the default one, for nothing on record fits")
+        path.append("schedule source: default (no matching tuning record)")
     else:  # shown, and never built
         schedule = default_schedule(config, replace(limits, threadgroup_bytes=1 << 30), family)
     if device.is_gpu and is_fused(config) and not (hit and hit.beats_mlx):
-        path.append("MLX's own fused attention keeps the call: ours was not measured as faster")
+        path.append(
+            "MLX's own fused attention keeps the call: metalgen's kernel has not "
+            "been measured as faster on this chip"
+        )
         return Kernel(config, device.name, "mlx", family, schedule, tuple(path), mlx_runner(config))
     for candidate in dict.fromkeys([hit.schedule, *default] if hit else default):
         gradients = kernel_gradients(Where(device, limits, chip), problem, candidate, path)
@@ -242,14 +245,14 @@ def _chip(name: str | None, device: Device, path: list[str]) -> Chip | None:
     elif device.language and not device.is_gpu and (last := last_chip()):
         with contextlib.suppress(MetalgenError):
             own = chips.get_chip(last)
-            path.append(f"chip: {last}, the one tuned last; this machine's is unknown")
+            path.append(f"chip: {last}, the last one tuned; this machine's chip is unknown")
     if own is None:
         path.append("chip: unknown")
     return own
 
 
 def _describe(hit: Hit) -> str:
-    words = [f"schedule: {hit.place}, {hit.provenance}"]
+    words = [f"schedule source: {hit.place}, {hit.provenance}"]
     if hit.seconds is not None:
         words.append(f"{hit.seconds * 1e3:.3f} ms")
     if hit.default_seconds is not None:

@@ -271,7 +271,7 @@ def _lines(path: Path, columns: tuple[str, ...]) -> Iterator[_Cells]:
                 found = True
                 yield _Cells(path, reader.line_num, cells)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise TableError(str(path), 0, "-", f"is no CSV text: {error}") from None
+            raise TableError(str(path), 0, "-", f"is not a CSV file: {error}") from None
         if not found:
             raise TableError(str(path), 2, columns[0], "expected at least one row, but got none")
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 CACHE_OPTIONS = {
     "batches": ("--kv-batch-sizes", "Batch entries."),
-    "live": ("--kv-live-lengths", "Keys that live in the cache."),
-    "capacity": ("--kv-max-lengths", "Keys that it has room for."),
-    "pages": ("--kv-page-sizes", "Keys of a page."),
-    "queries": ("--kv-query-lengths", "Queries of a call."),
+    "live": ("--kv-live-lengths", "Number of keys in the cache."),
+    "capacity": ("--kv-max-lengths", "Number of keys that the cache has room for."),
+    "pages": ("--kv-page-sizes", "Keys per page."),
+    "queries": ("--kv-query-lengths", "Queries per call."),
     "heads": ("--kv-head-counts", "Heads."),
     "head_dims": ("--kv-head-dims", "Head dimensions."),
 }
@@ -56,14 +56,16 @@ def _cache_options(function: Any) -> Any:
 @click.command()
 @click.argument("preset_name", metavar="[PRESET]", required=False)
 @config_options
-@click.option("--train", is_flag=True, help="Of a shape of your own: forward and backward.")
+@click.option(
+    "--train", is_flag=True, help="With a shape of your own: measure forward and backward together."
+)
 @_cache_options
 @chip_option("Without a GPU: the chip whose times are predicted, such as M3Max.")
 @click.option(
     "--device",
     "device_name",
     type=click.Choice(["metal", "cuda", "simulator", "reference"]),
-    help="What computes. Default: this machine's GPU. simulator: counts, not times.",
+    help="Device that computes. Default: this machine's GPU. simulator: counts, not times.",
 )
 @click.option(
     "--against",
@@ -71,8 +73,10 @@ def _cache_options(function: Any) -> Any:
     metavar="PACKAGE",
     help="Also compare with mlx-mfa, torch or flex (PyTorch's FlexAttention), where installed.",
 )
-@click.option("--quick", is_flag=True, help="Small sizes and few rounds: a try.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write a table.")
+@click.option("--quick", is_flag=True, help="Use small sizes and few rounds.")
+@click.option(
+    "--csv", "csv_path", type=click.Path(path_type=Path), help="Also write the rows to a CSV file."
+)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Also draw a picture.")
 @json_option
 @click.pass_context
@@ -129,7 +133,7 @@ def command(
     else:
         print_end(found)
     if found.interrupted:
-        click.echo("metalgen: interrupted; the rows that are done stand above", err=True)
+        click.echo("metalgen: interrupted; the rows above are complete", err=True)
         ctx.exit(130)
     if found.wrong:
         ctx.exit(1)
@@ -148,7 +152,7 @@ def _setting(
         return Setting("simulated", device, None, against, quick)
     if device.is_gpu or device_name is not None:
         if chip_name is not None:
-            raise ArgumentError("--chip", "none where a device measures", chip_name)
+            raise ArgumentError("--chip", "none when a device measures", chip_name)
         return Setting("measured", device, here, against, quick)
     if chip_name is None:
         expected = "--chip NAME (such as M3Max), because this machine has no GPU to measure on"
@@ -177,10 +181,10 @@ def _preset(
         if lists:
             raise ArgumentError("PRESET", "kv, with sizes of a cache", None)
         work = Work(config, sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len, train=train)
-        return Preset("of one shape", "a shape of one's own", (work,))
+        return Preset("of one shape", "a shape of your own", (work,))
     allowed = {"--dtype"}
     if others := [option for option in shape if option not in allowed] + ["--train"] * train:
-        raise ArgumentError("PRESET", f"none beside a shape of one's own ({others[0]})", name)
+        raise ArgumentError("PRESET", f"none with a shape of your own ({others[0]})", name)
     return preset(name, config.dtype, CacheSizes(**lists) if lists else None)
 
 

@@ -76,24 +76,37 @@ class _Check(click.Command):
 @described_options("small and ragged", "small and ragged")
 @chip_option("Start from this chip's best schedule on record, and keep its limits.")
 @_schedule_options
-@click.option("--all", "every", is_flag=True, help="Every schedule of the space, see --limit.")
-@click.option("--limit", type=click.IntRange(1), help="With --all: the first N schedules.")
-@click.option("-m", "module", metavar="MODULE", help="Run a module, such as pytest, as a file.")
-@click.option("--kernel", metavar="NAME", help="Of a .metal file: only this kernel.")
+@click.option(
+    "--all", "every", is_flag=True, help="Check every schedule of the space (see --limit)."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="With --all: check only the first N schedules."
+)
+@click.option(
+    "-m", "module", metavar="MODULE", help="Run a module, such as pytest, instead of a file."
+)
+@click.option("--kernel", metavar="NAME", help="For a .metal file: check only this kernel.")
 @click.option(
     "--launch",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Of a .metal file: run a kernel as this TOML file says.",
+    help="For a .metal file: run a kernel as described by this TOML file.",
 )
 @click.option(
     "-I",
     "include",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Of a .metal file: where its includes are, after its own folder.",
+    help="For a .metal file: another folder to search for includes, after the file's own.",
 )
-@click.option("--seed", type=int, default=0, help="Other than 0: shuffle the order of threads.")
-@click.option("--time-limit", type=float, metavar="SECONDS", help="Of one launch. Default: 120.")
+@click.option(
+    "--seed", type=int, default=0, help="A seed other than 0 shuffles the order of threads."
+)
+@click.option(
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="Seconds that one launch may take. Default: 120.",
+)
 @click.option("--counters", is_flag=True, help="Also print what each launch did.")
 @json_option
 @click.pass_context
@@ -176,7 +189,7 @@ def _refuse_beside_a_file(ctx: click.Context) -> None:
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if given and parameter.name not in BESIDE_A_FILE:
-            raise click.UsageError(f"{parameter.opts[0]}: expected none beside a FILE")
+            raise click.UsageError(f"{parameter.opts[0]}: expected none with a FILE")
 
 
 def _schedules(

@@ -38,7 +38,11 @@ def compile_all(
     if check.error:
         return "", findings, of_file(check.error, file)
     if not check.kernels:
-        return "", findings, f"{file}: no kernel that a host could call" + _uninstantiated(check)
+        return (
+            "",
+            findings,
+            f"{file}: the file has no kernel that a host could call" + _uninstantiated(check),
+        )
     words = [f"{counted(len(check.kernels) - len(errors), 'kernel')} compiled"]
     if refused := [each for each in errors if each.refused]:
         words.append(f"{len(refused)} not executed here")

@@ -44,7 +44,7 @@ def check_python(file: Path | str, arguments: tuple[str, ...], seed: int) -> Sub
         except Exception as error:
             failure = f"{file}:{_line_in(file, error)}: {type(error).__name__}: {error}"
     if not failure and not len(runs):
-        failure = f"{file}: it called no mx.fast.metal_kernel"
+        failure = f"{file}: the program ran no kernel of mx.fast.metal_kernel"
     imported = (getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - known)
     files = [
         *([file] if isinstance(file, Path) else []),

@@ -1,4 +1,4 @@
-"""Options of ``metalgen tune`` that say what to tune: a preset, or a shape of one's own."""
+"""Options of ``metalgen tune`` that say what to tune: a preset, or a shape of your own."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _chosen(name: str, config: AttentionConfig, sizes: Sizes) -> Preset:
     if not given:
         return preset(name)
     if _is_given(context, "preset_name"):
-        expected = f"none beside a shape of one's own ({', '.join(given)})"
+        expected = f"none with a shape of your own ({', '.join(given)})"
         raise ArgumentError("preset", expected, name)
     return Preset(None, (sizes.problem(config),))
 

@@ -51,7 +51,7 @@ def command(as_json: bool) -> None:
     for kind, count in database.get("measurements", {}).items():
         click.echo(f"  {counted(count, 'row')} {kind}")
     if others := database.get("rows_of_other_templates"):
-        click.echo(f"  {others} of these rows made by other templates, which do not count")
+        click.echo(f"  {others} of these rows were made by other templates, and are not used")
     click.echo("next:")
     for step in found["next"]:
         click.echo(f"  - {step}")
@@ -119,7 +119,10 @@ def _database(current: set[str]) -> dict[str, Any]:
             health = store.health()
             others = store.count_of_other_templates(current)
     except MissingDatabase:
-        return found | {"usable": True, "state": "not there yet; the first tuning run makes it"}
+        return found | {
+            "usable": True,
+            "state": "does not exist yet; the first tuning run creates it",
+        }
     except DatabaseError as error:
         return found | {"state": f"NOT USABLE: {error.reason}"}
     bad = health["unreadable_rows"]
@@ -150,11 +153,14 @@ def _advice(
     if not database["usable"]:
         steps.append("move the database away, or set METALGEN_DB to another file")
     if database.get("rows_of_other_templates"):
-        steps.append("metalgen db refresh keeps rows of other templates whose kernel is the same")
+        steps.append(
+            "metalgen db refresh carries over rows of other templates whose "
+            "kernel source is unchanged"
+        )
     if devices["simulator"]:
         steps.append("pip install 'metalgen[simulator]' to execute Metal kernels on this CPU")
     if toolchain:
-        steps.append("pip install --force-reinstall ziglang mends the simulator's compiler")
+        steps.append("pip install --force-reinstall ziglang repairs the simulator's compiler")
     if chip and gpu:
         steps.append(f"metalgen tune measures on this {chip}")
     elif not database["rows"]:

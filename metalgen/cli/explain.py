@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@chip_option("Whose records to look up. Default: this machine's, or the one tuned last.")
+@chip_option("Chip whose records to look up. Default: this machine's, or the last one tuned.")
 @click.option(
     "--device",
     type=click.Choice(["metal", "cuda", "simulator", "reference"]),
@@ -82,7 +82,7 @@ def command(
         click.echo(f"  found: {hit.place}, {hit.provenance}, {milliseconds(hit.seconds)}")
         click.echo(f"         {hit.schedule}")
     else:
-        click.echo("  nothing on record: the default schedule")
+        click.echo("  no matching record: the default schedule")
     click.echo("What a call gets here:")
     said = {f"  {step}" for step in brief(path)}
     for line in kernel.explain().splitlines():
@@ -104,7 +104,7 @@ def _chip(name: str | None) -> tuple[Chip | None, str]:
     try:
         return (chips.get_chip(last), "the one tuned last") if last else (None, "none tuned yet")
     except MetalgenError:
-        return None, "the one tuned last is not known any more"
+        return None, "the last one tuned is no longer known"
 
 
 def _fields(hit: Hit | None) -> dict[str, Any] | None:

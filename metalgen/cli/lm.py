@@ -21,7 +21,7 @@ PROGRAMS = {
     "fuse": "Fuse trained adapters into a model (mlx_lm.fuse).",
     "evaluate": "Run tasks of lm-evaluation-harness (mlx_lm.evaluate).",
     "perplexity": "Measure perplexity (mlx_lm.perplexity).",
-    "benchmark": "Measure tokens a second (mlx_lm.benchmark).",
+    "benchmark": "Measure tokens per second (mlx_lm.benchmark).",
     "cache_prompt": "Save the cache of a prompt (mlx_lm.cache_prompt).",
 }
 TIMED = 8
@@ -61,7 +61,7 @@ def _program(name: str) -> click.Command:
         "block_size",
         type=click.IntRange(min=8),
         metavar="N",
-        help="Queries and keys of a tile, in place of what tuning chose.",
+        help="Queries and keys per tile, instead of what tuning chose.",
     )
     @click.option(
         "--benchmark-attention",
@@ -84,9 +84,9 @@ def _program(name: str) -> click.Command:
     @click.option(
         "--device",
         type=click.Choice(["metal", "cuda", "simulator", "reference"]),
-        help="What computes metalgen's attention. Default: this machine's GPU.",
+        help="Device that computes metalgen's attention. Default: this machine's GPU.",
     )
-    @chip_option("Whose tuning records to use. Default: this machine's.")
+    @chip_option("Chip whose tuning records to use. Default: this machine's.")
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     @click.pass_context
     def program(
@@ -118,7 +118,7 @@ def _measured(device_name: str | None) -> Any:
         if not device.is_gpu:
             click.echo(f"{recording}", err=True)
             click.echo(
-                f"metalgen: nothing was measured: device {device.name!r} is no GPU", err=True
+                f"metalgen: nothing was measured: device {device.name!r} is not a GPU", err=True
             )
             return
         works = []

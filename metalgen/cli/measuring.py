@@ -28,7 +28,7 @@ class Measuring:
         """Raise `ArgumentError` where one was given and nothing is measured."""
         for name in ("jobs", "time_limit", "cache", "sampler", "prune"):
             if device is None and getattr(self, name) is not None:
-                expected = "none where times are predicted, not measured"
+                expected = "none when times are predicted instead of measured"
                 raise ArgumentError(name, expected, getattr(self, name))
         if device:
             from metalgen.tuning.search.named import DEFAULT_SAMPLER, check_sampler
@@ -61,23 +61,25 @@ def measuring_options(function: Any) -> Any:
         "--jobs",
         type=int,
         metavar="N",
-        help="Measuring: processes that compile ahead; 0: none. Default: 1 to 8.",
+        help="Measuring: number of processes that compile ahead (0: none). Default: 1 to 8.",
     )
     @click.option(
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="Measuring: what one compilation or launch may take. Default: 60.",
+        help="Measuring: seconds that one compilation or launch may take. Default: 60.",
     )
     @click.option(
         "--cache",
         type=click.Choice(["cold", "warm"]),
-        help="Measuring: other arrays for each launch, or the same. Default: cold.",
+        help="Measuring: cold uses fresh arrays for every launch, warm the same ones. "
+        "Default: cold.",
     )
     @click.option(
         "--sampler",
         metavar="NAME",
-        help="Measuring: what suggests schedules: finite-gp (default), tpe, gp, cmaes, random, "
+        help="Measuring: sampler that suggests schedules: finite-gp (default), tpe, "
+        "gp, cmaes, random, "
         "brute-force, or module:Class.",
     )
     @click.option(

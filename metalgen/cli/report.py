@@ -28,7 +28,7 @@ REASONS = 5
     default=Path("report.html"),
     show_default=True,
     metavar="PAGE",
-    help="The page to write; - for standard output.",
+    help="Page to write; - for standard output.",
 )
 @chip_option("Only this chip's rows.")
 @json_option

@@ -45,7 +45,7 @@ class Sharing:
         if device is None and not self.asked:
             return {}
         if device is None:
-            expected = "none where times are predicted, not measured"
+            expected = "none when times are predicted instead of measured"
             raise ArgumentError("storage", expected, masked(self.storage))
         return {"share": Share(self.storage, STUDY if self.study is None else self.study)}
 
@@ -64,10 +64,13 @@ def sharing_options(function: Any) -> Any:
         "--storage",
         metavar="URL",
         envvar="METALGEN_STORAGE",
-        help="Measuring: share the work with others: postgresql://USER@HOST/DB or journal:FILE.",
+        help="Measuring: storage of a study shared with other workers: "
+        "postgresql://USER@HOST/DB or journal:FILE.",
     )
     @click.option(
-        "--study", metavar="NAME", help=f"The name under which workers meet. Default: {STUDY}."
+        "--study",
+        metavar="NAME",
+        help=f"Name of the shared study that workers join. Default: {STUDY}.",
     )
     @functools.wraps(function)
     def wrapper(*args: Any, storage: str | None, study: str | None, **kwargs: Any) -> Any:

@@ -70,17 +70,18 @@ class Plan:
 @chip_option("The chip to tune for, such as M3Max or M3Max-30. Default: this machine's.")
 @choosing_options
 @click.option("--trials", type=int, metavar="N", help="Schedules to try for each problem.")
-@click.option("--budget", type=float, metavar="SECONDS", help="Stop after so many seconds.")
+@click.option("--budget", type=float, metavar="SECONDS", help="Stop after this many seconds.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 @click.option(
     "--device",
     "device_name",
     type=click.Choice(["metal", "cuda", "simulator"]),
-    help="metal, cuda: measure here. simulator: predict, and check kernels on this CPU.",
+    help="metal or cuda: measure on this machine. simulator: predict, and check "
+    "kernels on this CPU.",
 )
 @measuring_options
 @sharing_options
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and write nothing.")
 @json_option
 @click.pass_context
 def command(
@@ -151,7 +152,7 @@ def command(
     if report.stopped == "interrupted":
         again = shlex.join(["metalgen", *_again(ctx)])
         click.echo(
-            f"metalgen: interrupted; everything that was finished is kept. To go on: {again}",
+            f"metalgen: interrupted; everything that was finished is kept. To continue: {again}",
             err=True,
         )
         ctx.exit(130)
@@ -191,7 +192,7 @@ def make_plan(chip_name: str | None, device_name: str | None) -> Plan:
     if is_here and device_name != "simulator":
         return Plan(chip, gpu, gpu, is_here=True)
     if chip.kind != "apple":
-        raise ArgumentError("chip", "an Apple chip, or to run on the GPU itself", chip.name)
+        raise ArgumentError("chip", "an Apple chip, or to be run on that GPU itself", chip.name)
     _require_model(chip)
     if device_name == "simulator":
         return Plan(chip, None, get_device("simulator"), is_here=is_here)
@@ -282,7 +283,7 @@ def _print_report(plan: Plan, report: Report, path: str) -> None:
             if outcome.note:
                 click.echo(f"Note on {outcome.problem}: {outcome.note}.")
     if report.stopped == "budget":
-        click.echo("The budget is spent; the same command goes on from here.")
+        click.echo("The budget is spent; the same command continues from here.")
     if len(tuned) < len(report.outcomes) and plan.checker is None:
         click.echo(f"No winner was checked ({plan.no_checker}), so none will be dispatched.")
 

@@ -17,7 +17,7 @@ DECODE_QUERIES = 64
 SPLITS = Knob(
     "splits",
     (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    "Threadgroups that share the keys of a row.",
+    "Number of threadgroups that share the keys of a row.",
     1,
     cost="more threadgroups for few rows; each writes, and the combine step reads, float outputs",
     tried=(1, 2, 4, 8, 16, 32, 64),

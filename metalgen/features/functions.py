@@ -73,7 +73,7 @@ class Functions(Feature):
     def excludes(self, config: Fields) -> Mapping[str, str]:
         if config.score_mod is None:
             return {}
-        return {"softcap": "None beside a score_mod, where C * mx.tanh(score / C) says the same"}
+        return {"softcap": "None with a score_mod; write C * mx.tanh(score / C) there"}
 
     def check(self, config: Fields) -> None:
         from metalgen.dsl.graph import MAX_ARRAYS

@@ -64,7 +64,7 @@ class Varlen(Feature):
     rank = 2
 
     def excludes(self, config: Fields) -> Mapping[str, str]:
-        counted = "which counts queries and keys of each sequence from 0"
+        counted = "which counts the queries and keys of each sequence from 0"
         instead = {
             "bias": f"a score_mod, {counted}",
             "array_mask": f"a mask_mod, {counted}",
@@ -72,7 +72,7 @@ class Varlen(Feature):
             "kv_lens": "cu_k, which says the lengths",
             "max_work": "fewer sequences a call",
         }
-        return {name: f"its default beside varlen; use {other}" for name, other in instead.items()}
+        return {name: f"its default with varlen; use {other}" for name, other in instead.items()}
 
     def hooks(self, config: Fields, site: Site) -> Hooks:
         return Hooks(places=[Macros("varlen")], variables={"varlen": True, "sequences": True})

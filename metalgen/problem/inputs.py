@@ -212,7 +212,7 @@ def check_qkv(
     if config.varlen:
         for name, x in (("q", q), ("k", k))[: 1 if config.page_size else 2]:
             if x.shape[0] != 1:
-                raise misshapen(name, "a first axis of 1 beside varlen", x)
+                raise misshapen(name, "a first axis of 1 with varlen", x)
     elif config.page_size is None and k.shape[0] != q.shape[0]:
         raise misshapen("k", f"a batch of {q.shape[0]}, as q has", k)
     if config.page_size is not None and k.shape[2] != config.page_size:

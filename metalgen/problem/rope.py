@@ -111,7 +111,9 @@ class Rope:
         for name in ("base", "freqs", "scale"):
             value = getattr(self, name)
             if isinstance(value, mx.array) or value != own[name]:
-                raise ArgumentError(f"rope.{name}", "nothing beside rope.tables", value)
+                raise ArgumentError(
+                    f"rope.{name}", "its default with rope.tables, which give the angles", value
+                )
         object.__setattr__(self, "dims", 2 * tables[0].shape[1])
         object.__setattr__(self, "tables", tuple(table.astype(mx.float32) for table in tables))
 

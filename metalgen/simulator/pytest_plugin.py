@@ -29,7 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--metal-check", action="store_true", help="Execute and check every Metal kernel."
     )
     group.addoption(
-        "--metal-seed", type=int, default=0, help="Other than 0: shuffle the order of threads."
+        "--metal-seed",
+        type=int,
+        default=0,
+        help="A seed other than 0 shuffles the order of threads.",
     )
     parser.addini("metal_check", "Execute and check every Metal kernel.", "bool", default=False)
 

@@ -69,7 +69,7 @@ class Preset:
     """What `metalgen tune --preset` runs.
 
     Args:
-        name: as the user gives it; None for a shape of one's own.
+        name: as the user gives it; None for a shape of your own.
         problems: each once, in order.
         models: names of the models that each problem comes from, by the problem's key.
     """

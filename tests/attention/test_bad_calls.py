@@ -88,7 +88,7 @@ DENSE: dict[str, tuple[dict[str, Any], str]] = {
     "a mask in lists": ({"mask": [[True]]}, "mask: expected an mlx.core.array of booleans"),
     "two biases": (
         {"mask": mx.ones((5, 9)), "bias": mx.ones((5, 9))},
-        r"mask: expected booleans beside a bias; write bias=bias \+ mask",
+        r"mask: expected booleans with a bias; write bias=bias \+ mask",
     ),
     "a bias of booleans": (
         {"bias": mx.ones((5, 9), mx.bool_)},
@@ -158,23 +158,23 @@ PACK: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a bias": (
         {"cu_seqlens_q": CU, "bias": mx.ones((7, 7))},
-        "bias: expected None beside cu_seqlens_q; use flex_attention's score_mod, which counts",
+        "bias: expected None with cu_seqlens_q; use flex_attention's score_mod, which counts",
     ),
     "a mask of floats": (
         {"cu_seqlens_q": CU, "mask": mx.ones((7, 7))},
-        "mask: expected None beside cu_seqlens_q; use flex_attention's score_mod, which counts",
+        "mask: expected None with cu_seqlens_q; use flex_attention's score_mod, which counts",
     ),
     "a mask": (
         {"cu_seqlens_q": CU, "mask": mx.ones((7, 7), mx.bool_)},
-        "mask: expected None beside cu_seqlens_q; use flex_attention's mask_mod, which counts",
+        "mask: expected None with cu_seqlens_q; use flex_attention's mask_mod, which counts",
     ),
     "lengths": (
         {"cu_seqlens_q": CU, "kv_lens": LENGTHS},
-        "kv_lens: expected None beside cu_seqlens_q; use cu_seqlens_k",
+        "kv_lens: expected None with cu_seqlens_q; use cu_seqlens_k",
     ),
     "a bound on the work": (
         {"cu_seqlens_q": CU, "max_work": 1 << 20},
-        "max_work: expected None beside cu_seqlens_q; use fewer sequences a call",
+        "max_work: expected None with cu_seqlens_q; use fewer sequences a call",
     ),
     "an odd longest": (
         {"cu_seqlens_q": CU, "max_seqlen_q": 3.5},
@@ -193,7 +193,7 @@ def test_what_does_not_go_with_packed_sequences_says_what_to_write_instead(name:
 
 def test_packed_sequences_of_other_shapes() -> None:
     q, k = PACKED
-    with pytest.raises(ArgumentError, match="^q.shape: expected a first axis of 1 beside varlen"):
+    with pytest.raises(ArgumentError, match="^q.shape: expected a first axis of 1 with varlen"):
         attention(Q, K, K, cu_seqlens_q=CU, cu_seqlens_k=CU)
     with pytest.raises(
         ArgumentError,
@@ -230,7 +230,7 @@ PAGED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "starts of keys": (
         {"block_table": TABLE, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
-        "cu_seqlens_k: expected None beside a block_table, where kv_lens says",
+        "cu_seqlens_k: expected None with a block_table, where kv_lens says",
     ),
 }
 
@@ -341,11 +341,11 @@ def test_groups_that_there_are_not() -> None:
         ),
         (
             {"tables": (COSINES, COSINES), "base": 9.0},
-            "rope.base: expected nothing beside rope.tables",
+            "rope.base: expected its default with rope.tables, which give the angles",
         ),
         (
             {"tables": (COSINES, COSINES), "freqs": mx.ones(4)},
-            "rope.freqs: expected nothing beside",
+            "rope.freqs: expected its default with rope.tables",
         ),
         ({"one_position": 1}, "rope.one_position: expected True or False, but got 1"),
         ({"style": "neox"}, "rope.style: expected one of half, pairs, but got 'neox'"),
@@ -378,7 +378,7 @@ def test_a_name_that_there_is_not_comes_with_the_nearest() -> None:
 
 
 def test_a_softcap_beside_a_function_says_how_to_write_it() -> None:
-    message = r"^softcap: expected None beside a score_mod, where C \* mx.tanh\(score / C\)"
+    message = r"^softcap: expected None with a score_mod; write C \* mx.tanh\(score / C\) there"
     with pytest.raises(ArgumentError, match=message):
         flex_attention(Q, K, K, lambda s, b, h, i, j: s, softcap=3.0)
 

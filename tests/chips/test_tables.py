@@ -113,7 +113,7 @@ def test_an_empty_table_and_what_is_no_table_are_refused(tmp_path: Path) -> None
     with pytest.raises(TableError, match="at least one row"):
         read_tiles(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TableError, match="is no CSV text"):
+    with pytest.raises(TableError, match="is not a CSV file"):
         read_tiles(path)
     with pytest.raises(TableError, match="cannot be read"):
         read_tiles(tmp_path / "none.csv")

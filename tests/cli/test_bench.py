@@ -118,11 +118,11 @@ def test_an_interruption_keeps_the_rows_that_are_done(
     [
         (["nonsense"], "PRESET: expected one of seeds, mlx"),
         ([], "chip: expected --chip NAME"),
-        (["seeds", "--causal"], "PRESET: expected none beside a shape of one's own (--causal)"),
+        (["seeds", "--causal"], "PRESET: expected none with a shape of your own (--causal)"),
         (["mlx", "--kv-live-lengths", "64"], "PRESET: expected kv, with sizes of a cache"),
         (["kv", "--kv-live-lengths", "a"], "expected positive integers such as 64,256"),
         (["--against", "xformers"], "--against: expected one of mlx-mfa, torch, flex"),
-        (["--device", "reference", "--chip", "M3Max"], "--chip: expected none where a device"),
+        (["--device", "reference", "--chip", "M3Max"], "--chip: expected none when a device"),
         (["--device", "reference", "--plot", "x.gif"], "--plot: expected a file that ends in .png"),
         (["--chip", "M9"], "chip: expected one that `metalgen chips` lists"),
     ],

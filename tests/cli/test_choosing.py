@@ -1,4 +1,4 @@
-"""What `metalgen tune` tunes: a preset, or a shape of one's own."""
+"""What `metalgen tune` tunes: a preset, or a shape of your own."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_each_option_counts_as_a_shape_even_at_its_default(
     capsys: pytest.CaptureFixture[str], words: str
 ) -> None:
     assert run([*TUNE, "--preset", "default", *words.split()]) == 2
-    expected = f"preset: expected none beside a shape of one's own ({words.split()[0]}), but got "
+    expected = f"preset: expected none with a shape of your own ({words.split()[0]}), but got "
     assert capsys.readouterr().err == f"metalgen: {expected}'default'\n"
 
 
@@ -101,8 +101,7 @@ def test_each_option_counts_as_a_shape_even_at_its_default(
     [
         (
             "--preset qwen3 --with sinks --head-dim 80",
-            "preset: expected none beside a shape of one's own (--head-dim, --with), but got "
-            "'qwen3'",
+            "preset: expected none with a shape of your own (--head-dim, --with), but got 'qwen3'",
         ),
         ("--head-dim 1000", "head_dim: expected an integer from 8 to 576, but got 1000"),
         ("--heads 7 --heads-per-kv 2", "--heads: expected a multiple of --heads-per-kv 2"),
@@ -153,7 +152,7 @@ def test_the_command_to_go_on_with_describes_the_same_shape(
     monkeypatch.setattr("metalgen.tuning.runner.tune", interrupted)
     words = ["--head-dim", "96", "--causal", "--with", "sinks", "--with", "page_size=16"]
     assert run([*TUNE, *words]) == 130
-    again = shlex.split(capsys.readouterr().err.rsplit("To go on: metalgen ", 1)[1])
+    again = shlex.split(capsys.readouterr().err.rsplit("To continue: metalgen ", 1)[1])
     assert again == [*TUNE, *words]
     assert run(again) == 130
     config = AttentionConfig(96, causal=True, sinks=True, page_size=16)

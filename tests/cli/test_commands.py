@@ -161,7 +161,7 @@ def test_a_chip_without_a_model_that_is_not_here_is_refused_before_anything_is_w
     capsys: pytest.CaptureFixture[str], database: Path
 ) -> None:
     line = complaint(capsys, "tune", "--chip", "H200")
-    assert line == "chip: expected an Apple chip, or to run on the GPU itself, but got 'H200'"
+    assert line == "chip: expected an Apple chip, or to be run on that GPU itself, but got 'H200'"
     assert not database.exists()
 
 
@@ -432,8 +432,10 @@ def test_doctor_names_the_command_where_other_templates_made_rows(
         store.db.execute("UPDATE measurements SET template_hash = ? WHERE id < 3", ["f" * 16])
     found = document(capsys, "doctor")
     assert found["database"]["rows_of_other_templates"] == 2
-    assert found["next"][0].startswith("metalgen db refresh keeps rows of other templates")
-    assert "2 of these rows made by other templates, which do not count" in text(capsys, "doctor")
+    assert found["next"][0].startswith("metalgen db refresh carries over rows of other templates")
+    assert "2 of these rows were made by other templates, and are not used" in text(
+        capsys, "doctor"
+    )
 
 
 @pytest.mark.parametrize("make", [foreign, newer, lambda path: path.write_text("x" * 500)])

@@ -93,7 +93,7 @@ def test_options_of_our_own_kernels_are_refused_beside_a_file(
 ) -> None:
     assert run(["check", file, *option]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"metalgen: {option[0]}: expected none beside a FILE")
+    assert error.startswith(f"metalgen: {option[0]}: expected none with a FILE")
 
 
 def test_an_endless_loop_ends_with_the_time_limit(

@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(tmp_path: Path) 
     assert process.returncode == 130, err
     last = err.splitlines()[-1]
     assert last == (
-        "metalgen: interrupted; everything that was finished is kept. To go on: metalgen tune "
+        "metalgen: interrupted; everything that was finished is kept. To continue: metalgen tune "
         "--chip M3Max --preset smollm2-135m --trials 200"
     )
     assert "Traceback" not in err

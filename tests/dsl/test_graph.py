@@ -124,7 +124,7 @@ def test_texts_that_are_no_score_or_no_mask() -> None:
         AttentionConfig(64, mask_mod=score)
     with pytest.raises(ArgumentError, match="functions go to metalgen.flex_attention"):
         AttentionConfig(64, mask_mod=lambda b, h, i, j: i >= j)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="softcap: expected None beside a score_mod"):
+    with pytest.raises(ArgumentError, match="softcap: expected None with a score_mod"):
         AttentionConfig(64, score_mod=score, softcap=30.0)
     with pytest.raises(ArgumentError, match="block_mask: expected a mask_mod"):
         AttentionConfig(64, block_mask=True)

@@ -69,9 +69,15 @@ def test_without_options_the_standard_policy_and_some_helpers_are_used() -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--jobs", "2"), "jobs: expected none where times are predicted, not measured, but got 2"),
-        (("--cache", "warm"), "cache: expected none where times are predicted, not measured, "),
-        (("--time-limit", "9"), "time_limit: expected none where times are predicted, "),
+        (
+            ("--jobs", "2"),
+            "jobs: expected none when times are predicted instead of measured, but got 2",
+        ),
+        (
+            ("--cache", "warm"),
+            "cache: expected none when times are predicted instead of measured, ",
+        ),
+        (("--time-limit", "9"), "time_limit: expected none when times are predicted "),
     ],
 )
 def test_options_about_measuring_are_refused_where_nothing_is_measured(

@@ -93,7 +93,9 @@ def _contribute(folder: Path, filters: dict[str, Any], as_json: bool) -> None:
     with Store.open(read_only=True) as store:
         rows = [Measurement.from_line(line) for line in exchange.export(store, **filters)]
     if not rows and not as_json:
-        click.echo("No verified final measurement yet: `metalgen tune` on this chip makes some.")
+        click.echo(
+            "No verified final measurement yet; run `metalgen tune` on this chip to make some."
+        )
     written = []
     for chip in sorted({m.chip for m in rows}):
         path = record_file(chip, folder)

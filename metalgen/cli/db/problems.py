@@ -60,7 +60,7 @@ def show(config: AttentionConfig, sizes: Sizes, chip: str | None, as_json: bool)
 
 @click.command("pin")
 @config_options
-@chip_option("Whose limits the schedule must keep. Default: an Apple GPU's.")
+@chip_option("Chip whose limits the schedule must respect. Default: an Apple GPU.")
 @click.option("--schedule", "text", required=True, metavar="JSON", help="As --json shows them.")
 @click.option("--note", default="", help="Note stored with the pin.")
 @json_option

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 
 
-@click.command("refresh", short_help="Keep rows whose kernel an edit of templates left the same.")
+@click.command(
+    "refresh", short_help="Carry over rows whose kernel an edit of the templates left unchanged."
+)
 @click.argument("files", nargs=-1, type=FILE)
 @click.option("--dry-run", is_flag=True, help="Say what would change; change no row.")
 @json_option
@@ -59,7 +61,7 @@ def refresh(files: tuple[Path, ...], dry_run: bool, as_json: bool) -> None:
     for path in paths:
         click.echo(f"{path}: {_told(found[path], 'would be kept' if dry_run else 'kept')}")
     if any(r.changed or r.unknown for r in found.values()):
-        click.echo("Rows that were not kept stay, and do not count: tune again.")
+        click.echo("Rows that were not kept stay in the database but are not used: tune again.")
 
 
 def _told(r: Refreshed, kept: str) -> str:
@@ -67,7 +69,7 @@ def _told(r: Refreshed, kept: str) -> str:
         (r.current, "of the present templates"),
         (r.filled, "of these without a source hash until now"),
         (r.kept, f"{kept}, whose kernel is the same"),
-        (r.joined, "of these joined with a row that was there"),
+        (r.joined, "of these merged with an existing row"),
         (r.changed, "whose kernel is not the same"),
         (r.unknown, "of other templates without a source hash"),
         (r.checks, f"{'check' if r.checks == 1 else 'checks'} {kept}"),
@@ -143,10 +145,10 @@ def stats(as_json: bool) -> None:
 
 
 @click.command("prune")
-@click.option("--other-templates", is_flag=True, help="Rows that earlier templates made.")
-@click.option("--modelled", is_flag=True, help="Rows that the chip model predicted.")
+@click.option("--other-templates", is_flag=True, help="Remove rows that earlier templates made.")
+@click.option("--modelled", is_flag=True, help="Remove rows that the chip model predicted.")
 @chip_option("Only this chip's rows.")
-@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed; remove nothing.")
 @json_option
 def prune(
     other_templates: bool, modelled: bool, chip: str | None, dry_run: bool, as_json: bool

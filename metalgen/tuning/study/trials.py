@@ -109,7 +109,7 @@ class Trials:
 
     @property
     def title(self) -> str:
-        """The name under which workers meet."""
+        """Name of the shared study that workers join."""
         return self.share.study if self.share else "metalgen"
 
     def _open(self) -> tuple[str, int]:
