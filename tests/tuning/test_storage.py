@@ -166,8 +166,8 @@ def test_two_runs_of_the_command_share_one_measurement(
     [
         (["--storage", "mysql://me:secret@h/d"], "storage: expected postgresql://"),
         (["--study", "mine"], "study: expected none without --storage"),
-        (["--storage", "journal:j", "--device", "simulator"], "none where times are predicted"),
-        (["--storage", "postgresql://me:secret@h/d", "--chip", "M1Max"], "none where times are"),
+        (["--storage", "journal:j", "--device", "simulator"], "none when times are predicted"),
+        (["--storage", "postgresql://me:secret@h/d", "--chip", "M1Max"], "none when times are"),
         (["--storage", "journal:j", "--study", ""], "study: expected a name"),
     ],
 )
