@@ -134,13 +134,24 @@ def _patched(
 
 
 def _call(program: str, main: Callable[[], Any], arguments: Sequence[str]) -> int:
-    """Run a program's ``main`` with its own command line."""
+    """Run a program's ``main`` with its own command line.
+
+    Raises:
+        NoMlxLm: the program imports a package, once it runs, that is not installed.
+    """
     own, sys.argv = sys.argv, [f"metalgen lm {program}", *arguments]
     try:
         main()
     except KeyboardInterrupt:
         _say("interrupted")
         return 130
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "metalgen", "mlx_lm"):
+            raise
+        raise NoMlxLm(
+            f"{MODULES[program]} needs {missing}, which is not installed: pip install {missing}"
+        ) from error
     except SystemExit as ended:  # of argparse: --help, or a mistake
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
