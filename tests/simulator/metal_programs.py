@@ -116,6 +116,9 @@ class Program:
         wide = SCALARS[kind]
         if width == 1 and kind in ("char", "uchar", "short", "ushort"):
             wide = np.int32  # they promote
+            whole = OPERATIONS[sign](a.value.astype(np.int64), b.value.astype(np.int64))
+            if bool(np.any(np.abs(whole) >= 1 << 31)):  # 65535 * 65535, which no language defines
+                return self.leaf(kind, width)
         value = OPERATIONS[sign](a.value.astype(wide), b.value.astype(wide))
         text = f"({a.text} {sign} {b.text})"
         if wide is np.int32 and kind != "int":
