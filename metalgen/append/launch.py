@@ -17,6 +17,7 @@ from metalgen.errors import MetalgenError
 from metalgen.families import Schedule
 from metalgen.families.append import APPEND, append_schedule, is_placed, operands
 from metalgen.features.quantized import packing
+from metalgen.features.rotary import rotated
 from metalgen.problem.config import AttentionConfig
 
 Arrays = dict[str, mx.array]
@@ -121,18 +122,8 @@ def _rotated(
     else:
         angle = position.astype(mx.float32)[..., None] * given["rope_freqs"]
         cos, sin = mx.cos(angle)[:, None], mx.sin(angle)[:, None]
-    turned = x[..., : config.rotary_dim].astype(mx.float32)
-    half = config.rotary_dim // 2
-    if config.rope == "half":
-        one, other = turned[..., :half], turned[..., half:]
-    else:
-        one, other = turned[..., ::2], turned[..., 1::2]
-    pair = [one * cos - other * sin, one * sin + other * cos]
-    if config.rope == "half":
-        out = mx.concatenate(pair, axis=-1)
-    else:
-        out = mx.stack(pair, axis=-1).reshape(turned.shape)
-    return mx.concatenate([out.astype(x.dtype), x[..., config.rotary_dim :]], axis=-1)
+    assert config.rope is not None
+    return rotated(x, cos, sin, config.rope)
 
 
 def _places(

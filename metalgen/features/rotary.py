@@ -101,6 +101,28 @@ def _rows_of_tables(array: mx.array, arrays: Arrays) -> str | None:
     return None
 
 
+def rotated(x: mx.array, cos: mx.array, sin: mx.array, style: str) -> mx.array:
+    """Rows rotated by plain MLX operations, in float32, rounded to their type (Su et al., 2021).
+
+    Args:
+        x: ``(..., D)``.
+        cos, sin: ``(..., pairs)``, of the rows' angles; the columns behind 2 * pairs stay.
+        style: ``"half"`` or ``"pairs"``, which columns form a pair.
+    """
+    pairs = cos.shape[-1]
+    part, rest = x[..., : 2 * pairs].astype(mx.float32), x[..., 2 * pairs :]
+    if style == "half":
+        one, other = part[..., :pairs], part[..., pairs:]
+    else:
+        one, other = part[..., ::2], part[..., 1::2]
+    both = [one * cos - other * sin, one * sin + other * cos]
+    if style == "half":
+        out = mx.concatenate(both, axis=-1)
+    else:
+        out = mx.stack(both, axis=-1).reshape(part.shape)
+    return mx.concatenate([out.astype(x.dtype), rest], axis=-1)
+
+
 class Rotary(Feature):
     """Queries rotate with their position; keys come rotated already."""
 
@@ -121,23 +143,17 @@ class Rotary(Feature):
             required=lambda config: not config.rope_tables,
             contents=finite,
         ),
-        OptionalInput(
-            "rope_cos",
-            ("float32",),
-            _rows_of_tables,
-            option="rope.tables[0]",
-            sample=_table(mx.cos),
-            required=lambda config: config.rope_tables,
-            contents=finite,
-        ),
-        OptionalInput(
-            "rope_sin",
-            ("float32",),
-            _rows_of_tables,
-            option="rope.tables[1]",
-            sample=_table(mx.sin),
-            required=lambda config: config.rope_tables,
-            contents=finite,
+        *(
+            OptionalInput(
+                f"rope_{name}",
+                ("float32",),
+                _rows_of_tables,
+                option=f"rope.tables[{place}]",
+                sample=_table(function),
+                required=lambda config: config.rope_tables,
+                contents=finite,
+            )
+            for place, (name, function) in enumerate((("cos", mx.cos), ("sin", mx.sin)))
         ),
         OptionalInput(
             "rope_offset",

@@ -13,7 +13,7 @@ import mlx.core as mx
 from metalgen.arguments import as_integer, as_number
 from metalgen.errors import ArgumentError
 from metalgen.features.conversions import integers
-from metalgen.features.rotary import ROPES
+from metalgen.features.rotary import ROPES, rotated
 from metalgen.problem.config import MAX_HEAD_DIM
 
 
@@ -159,15 +159,7 @@ class Rope:
         position = mx.array(offset)[..., None] + mx.arange(x.shape[2])
         inside = mx.clip(position, 0, self.tables[0].shape[0] - 1)
         cos, sin = (mx.expand_dims(table[inside], -3) for table in self.tables)
-        pairs = cos.shape[-1]
-        part, rest = x[..., : 2 * pairs].astype(mx.float32), x[..., 2 * pairs :]
-        half = self.style == "half"
-        one, other = (
-            (part[..., :pairs], part[..., pairs:]) if half else (part[..., ::2], part[..., 1::2])
-        )
-        both = [one * cos - other * sin, one * sin + other * cos]
-        out = mx.concatenate(both, -1) if half else mx.stack(both, -1).reshape(part.shape)
-        return mx.concatenate([out.astype(x.dtype), rest], axis=-1)
+        return rotated(x, cos, sin, self.style)
 
 
 @functools.lru_cache(maxsize=32)

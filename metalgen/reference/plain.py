@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalgen import philox
+from metalgen.features.rotary import rotated
 from metalgen.problem.config import AttentionConfig
 from metalgen.problem.inputs import NOTHING, Inputs
 
@@ -379,15 +380,7 @@ def _turned(q: mx.array, at: Places, features: dict[str, Any], inputs: Inputs) -
         assert inputs.rope_freqs is not None
         angles = position.astype(mx.float32) * inputs.rope_freqs
         cos, sin = mx.cos(angles), mx.sin(angles)
-    pairs = cos.shape[-1]
-    part, rest = q[..., : 2 * pairs], q[..., 2 * pairs :]
-    if features["rope"] == "half":
-        x, y = part[..., :pairs], part[..., pairs:]
-        turned = mx.concatenate([x * cos - y * sin, x * sin + y * cos], axis=-1)
-    else:
-        x, y = part[..., ::2], part[..., 1::2]
-        turned = mx.stack([x * cos - y * sin, x * sin + y * cos], axis=-1).reshape(part.shape)
-    return mx.concatenate([turned, rest], axis=-1)
+    return rotated(q, cos, sin, features["rope"])
 
 
 def _dequantized(
