@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import sys
 import time
@@ -97,7 +98,20 @@ def run(
         code = _call(program, main, arguments)
         if stats().calls or not {"-h", "--help"} & {*arguments}:
             _last_words(recording, settings, after)
+    if program == "serve" and stats().calls:
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> None:
+    """End the process at once.
+
+    The server generates in a thread of its own, which never ends. If the interpreter ended as
+    usual, MLX's own threads would be destroyed while they run, and the process would abort.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _main(program: str) -> Callable[[], Any]:
