@@ -71,30 +71,31 @@ def attention(
     wait for the GPU; whatever they are, nothing outside of the arrays is read.
 
     Args:
-        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``: heads before rows
-            (arrays (B, L, H, D) whose shapes fit give something else); float32, float16 or
-            bfloat16; Hkv divides H; any strides. Types that differ are promoted as MLX does it. D
-            and Dv outside of 8 to 576, and float64, go to MLX's function, with the options that it
-            has (masks, windows, sinks); `explain` says so. Quantized keys and values: in place of
-            k and v each, what ``mx.quantize`` returns of it with 4 or 8 bits and groups of 32, 64
-            or 128, not necessarily the same for both: packed words, scales, biases. Pages: see
-            `block_table`.
+        q: ``(B, H, Lq, D)``, k: ``(B, Hkv, Lk, D)``, v: ``(B, Hkv, Lk, Dv)``, heads before rows
+            (arrays (B, L, H, D) whose shapes happen to fit give a different result). float32,
+            float16 or bfloat16; Hkv divides H; any strides. Different types are promoted as in
+            MLX. D and Dv outside of 8 to 576, and float64, go to MLX's function with the options
+            that it has (masks, windows, sinks), and `explain` says so. For quantized keys and
+            values, pass instead of k and v what ``mx.quantize`` returns with 4 or 8 bits and groups
+            of 32, 64 or 128: packed words, scales and biases. Bits and groups of k and v may
+            differ. For pages see `block_table`.
         scale: factor of the scores; None means ``1 / sqrt(D)``.
         causal: query i sees key j when ``j <= i + kv_len - q_len``.
         window_left, window_right: a sliding window: query i sees key j only when
             ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
-            (A window of W keys up to the own one is causal, window_left W - 1.)
+            (For a causal window of W keys that includes the query's own, pass ``causal=True`` and
+            ``window_left=W - 1``.)
         softcap: C; a scaled score x becomes ``C * tanh(x / C)``.
         alibi_slopes: ``(H,)``, or ``(N, H)`` for each sequence; a score falls by
             ``slope * |i + kv_len - q_len - j|`` (`metalgen.alibi_slopes` gives the usual ones).
         bias: added to the scores; float32 or q's type; ``(B, H, Lq, Lk)``, or fewer axes, or 1 for
             any, by NumPy's rules of broadcasting.
-        mask: ``"causal"``, or of the same shapes booleans, whether a key is seen, or floats, which
-            are a bias: as ``mx.fast.scaled_dot_product_attention`` has it; or what
-            `create_block_mask` returned. Tiles in which an array of booleans leaves no key are
-            skipped with a block mask of it, and in calls of 4 million scores or more without.
-        sinks: ``(H,)``; a logit for each head that takes part in the softmax, and in the
-            log-sum-exp, and has no value (gpt-oss).
+        mask: as in ``mx.fast.scaled_dot_product_attention``: ``"causal"``, or an array of the same
+            shapes, whose booleans say whether a key is seen and whose floats are a bias; or what
+            `create_block_mask` returned. Tiles of a boolean array in which no key is seen are
+            skipped with its block mask, and in calls of 4 million scores or more also without.
+        sinks: ``(H,)``; a logit per head that takes part in the softmax and in the log-sum-exp,
+            without a value (gpt-oss).
         dropout: probability that a weight is dropped; the others are divided by ``1 - dropout``.
         dropout_key: ``(2,)`` uint32, such as ``mx.random.key(0)``: one key drops the same weights
             on every device. None: drawn from MLX's own generator (``mx.random.seed``).
@@ -104,40 +105,42 @@ def attention(
             layout ``(T, H, D)``: `metalgen.varlen_attention`.) Not with `bias`, array masks,
             `max_work`.
         cu_seqlens_k: likewise for k and v; None: as `cu_seqlens_q`.
-        max_seqlen_q, max_seqlen_k: the longest sequence, where it is known: it chooses among
-            tuned kernels, and nothing else.
-        kv_lens: ``(N,)`` int32, how many keys each sequence has; the rest of k and v is not looked
-            at, and masks align to that length. (Packed keys: `cu_seqlens_k` instead.)
-        kv_starts: ``(N,)`` int32, which of each sequence's keys is the first that is there, as in a
-            batch padded on the left: those before it are not looked at, and tiles of them are
-            skipped. Keys and queries are counted as without it. Pages and packed keys may have it.
-        q_offset: an integer, or ``(N,)`` int32: query i has the number ``q_offset + i`` in its
-            sequence, as of a block of a longer one: for causal masks, windows and ALiBi, in place
-            of ``i + kv_len - q_len``; for dropout and functions, in place of i; and by default for
-            `rope`. Any integers; a query before all keys sees none causally. Not with block
+        max_seqlen_q, max_seqlen_k: length of the longest sequence, if known; it only chooses among
+            tuned kernels.
+        kv_lens: ``(N,)`` int32, the number of keys of each sequence. The rest of k and v is never
+            read, and masks align with that length. (For packed keys: `cu_seqlens_k` instead.)
+        kv_starts: ``(N,)`` int32, the first valid key of each sequence, as in a batch padded on the
+            left. The keys before it are never read, and tiles of them are skipped. Keys and
+            queries are counted as without it. Also for pages and packed keys.
+        q_offset: an integer, or ``(N,)`` int32. Query i has the number ``q_offset + i`` in its
+            sequence, as in a block of a longer one: for causal masks, windows and ALiBi instead of
+            ``i + kv_len - q_len``, for dropout and functions instead of i, and by default for
+            `rope`. Any integer; a query before all keys sees none of them causally. Not with block
             masks of functions.
-        seqused_q: ``(N,)`` int32, how many queries each sequence has: its rows of q behind them are
-            not looked at, and give zeros; ``q_len`` is that number above.
+        seqused_q: ``(N,)`` int32, the number of queries of each sequence. Its other rows of q are
+            never read, and give zeros; ``q_len`` above is that number.
         block_table: ``(N, M)`` int32: paged keys and values. k and v are pages ``(pages, Hkv,
             page_size, D)``, quantized or not, of 8 to 65,536 keys, a multiple of 8; key j of
             sequence n is row ``j % page_size`` of page ``block_table[n, j // page_size]``; a number
             that is no page's, such as -1, stands for keys that are not seen. With `kv_lens`.
-        rope: `metalgen.Rope`; queries turn with their position in the kernel. Keys come turned.
-        deterministic: a row's bits depend on nothing but its own sequence, and on whether there
-            are more than 64 queries (packed: on `max_seqlen_q`, where given).
+        rope: `metalgen.Rope`; the kernel rotates the queries by their positions. The keys must
+            already be rotated.
+        deterministic: the bits of a row depend only on its own sequence and on whether there are
+            more than 64 queries (packed: on `max_seqlen_q`, if given).
         tf32: float32 products of CUDA kernels may keep 11 bits of each factor.
-        max_work: most scores (queries times keys of all heads) that one dispatch computes; a call
-            with more is cut into several. For GPUs that draw a screen meanwhile.
-        value_head_dim: Dv. None: read off the shape of v; quantized values are taken as quantized
-            like keys if their shapes allow it, else as of D columns. Say it where that is wrong:
-            64 columns of 8 bits look like 128 columns of 4 bits in groups twice as large.
-        check: look at contents, too: lengths, tables, offsets and numbers that cannot be are
-            errors.
+        max_work: the largest number of scores (queries times keys of all heads) that one dispatch
+            computes; a larger call is cut into several. It keeps a GPU responsive that also drives
+            a display.
+        value_head_dim: Dv. None: read off the shape of v; quantized values are assumed to be
+            quantized like keys if their shapes allow it, and otherwise to have D columns. Pass it
+            if that is wrong: 64 columns of 8 bits look like 128 columns of 4 bits in groups twice
+            as large.
+        check: also check contents: impossible lengths, tables, offsets and numbers are errors.
         return_lse: also return the log-sum-exp, ``(B, H, Lq)``, float32.
         device: ``"metal"``, ``"cuda"``, ``"simulator"``, ``"reference"``; None: this machine's
-            GPU, and plain MLX where there is none.
-        chip: whose tuning records to use; None means this machine's.
-        stream: where to compute, as of MLX's functions: ``mx.cpu`` means plain MLX operations.
+            GPU, or plain MLX operations if there is none.
+        chip: chip whose tuning records to use; None means this machine's.
+        stream: where to compute, as in MLX's functions; ``mx.cpu`` means plain MLX operations.
 
     Returns:
         ``(B, H, Lq, Dv)`` of the type of `q`, zeros in rows that see no key; with `return_lse` a

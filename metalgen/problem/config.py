@@ -66,7 +66,8 @@ class AttentionConfig(Fields):
         causal: query i sees key j when ``j <= i + kv_len - q_len`` (aligned at the lower right).
         window_left, window_right: a sliding window; query i sees key j only when
             ``i + kv_len - q_len - window_left <= j <= i + kv_len - q_len + window_right``.
-            None: no bound. (A window of W keys up to the own one is causal, window_left W - 1.)
+            None: no bound. (For a causal window of W keys that includes the query's own, set
+            ``causal=True`` and ``window_left=W - 1``.)
         softcap: C > 0; a scaled score x becomes ``C * tanh(x / C)`` before the mask.
         score_mod, mask_mod: the graphs of score and mask functions, as text (see
             `metalgen.flex_attention`, which makes configs with them). A scaled score x becomes
@@ -84,32 +85,32 @@ class AttentionConfig(Fields):
             ``1 - dropout``. Calls bring the key of a Philox generator (see `metalgen.philox`).
         varlen: q, k and v are sequences one after the other, ``(1, H, T, D)``; calls bring the
             places where they start, ``cu_q`` and ``cu_k``.
-        kv_lens: calls bring how many keys of each batch entry there are, ``(B,)``; the rest of k
-            and v is not looked at, and masks align to that length.
-        kv_starts: calls bring which of each sequence's keys is the first, ``(N,)``: those before it
-            are not looked at. All are counted from 0 nevertheless.
+        kv_lens: calls bring the number of keys of each batch entry, ``(B,)``; the rest of k and v
+            is never read, and masks align with that length.
+        kv_starts: calls bring the first valid key of each sequence, ``(N,)``; the keys before it
+            are never read. Keys are counted from 0 nevertheless.
         q_offset: calls bring the number of each sequence's first query, ``(N,)``, in place of
             ``kv_len - q_len`` for masks and ALiBi, and of 0 for functions and dropout.
-        seqused_q: calls bring how many queries each sequence has, ``(N,)``; its rows of q behind
-            them see no key, and masks align to that number.
+        seqused_q: calls bring the number of queries of each sequence, ``(N,)``; its other rows of
+            q see no key, and masks align with that number.
         page_size: keys of a page, 8 to 65,536, a multiple of 8: k and v are pages ``(pages, Hkv,
             page_size, D)``, and calls bring a block table and the lengths, as in `kv_lens`.
         kv_bits, kv_group: k and v are quantized as by ``mx.quantize`` with 4 or 8 bits in groups
             of 32, 64 or 128; calls bring their scales and biases.
-        value_bits, value_group: those of v, where they differ from k's. None: as k's.
+        value_bits, value_group: bits and group size of v, if they differ from k's. None: as k's.
         rope: rotary embedding of the queries in the kernel: ``"half"`` (columns c and c + D / 2
-            turn together) or ``"pairs"`` (2 c and 2 c + 1). Calls bring frequencies and offsets;
-            keys come turned already (see `metalgen.append_kv`).
-        rope_dims: how many columns turn; None: all.
-        rope_fixed: all queries of a sequence turn as its first one does.
-        rope_tables: calls bring tables of cosines and sines, of which a row is a position, in place
-            of frequencies.
-        deterministic: a row's bits depend on nothing but its own sequence, and on whether there
-            are more than 64 queries: not on the batch, nor on what was tuned for it.
+            rotate together) or ``"pairs"`` (2 c and 2 c + 1). Calls bring frequencies and offsets;
+            keys must already be rotated (see `metalgen.append_kv`).
+        rope_dims: number of columns that rotate; None: all.
+        rope_fixed: all queries of a sequence rotate as its first one does.
+        rope_tables: instead of frequencies, calls bring tables of cosines and sines, with a row for
+            each position.
+        deterministic: the bits of a row depend only on its own sequence and on whether there are
+            more than 64 queries, not on the batch nor on what was tuned for it.
         tf32: float32 products of CUDA kernels may keep 11 bits of each factor; Metal has no such
             type, and computes in float32.
-        max_work: most scores (queries times keys) that one dispatch computes, 65,536 or more; a
-            call with more is cut into several. None: no bound.
+        max_work: the largest number of scores (queries times keys) that one dispatch computes,
+            65,536 or more; a larger call is cut into several. None: no bound.
         return_lse: also return the log-sum-exp of the scaled scores (natural logarithm, float32,
             ``(B, H, L)``, -inf for a row that sees no key).
 

@@ -19,29 +19,29 @@ from metalgen.problem.config import MAX_HEAD_DIM
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """How rows turn with their position: what ``mx.fast.rope`` computes (Su et al., 2021).
+    """How rows rotate with their position, as ``mx.fast.rope`` does (Su et al., 2021).
 
-    Column pair c of a row at position p turns by ``p * scale / base ** (2 c / dims)`` radians, or
-    by ``p * scale / freqs[c]``, or as row p of tables says: (x, y) becomes ``(x cos - y sin,
-    x sin + y cos)``, whatever these cosines and sines are, so that they may be scaled, too.
+    Column pair c of a row at position p rotates by ``p * scale / base ** (2 c / dims)`` radians, or
+    by ``p * scale / freqs[c]``, or by row p of two tables: (x, y) becomes ``(x cos - y sin,
+    x sin + y cos)``, whatever the table's cosines and sines are, so they may be scaled.
 
     Args:
-        dims: how many columns turn, from the first; an even number. None: all.
-        base: of the periods; not looked at where `freqs` says them.
+        dims: number of columns that rotate, from the first on; even. None: all.
+        base: base of the periods; not used if `freqs` is given.
         freqs: ``(dims / 2,)``, the periods themselves, in positions a radian: exactly what
             ``mx.fast.rope`` and mlx-lm call `freqs` (most other libraries name the inverse so).
         tables: the cosines and the sines, two arrays ``(positions, dims / 2)``, such as other
-            libraries precompute. A row whose position is outside of them turns by the nearest row
-            inside. Nothing else about the angles may be said then.
-        style: ``"half"``: columns c and c + dims / 2 turn together (GPT-NeoX, Llama;
+            libraries precompute. A row whose position lies outside of them rotates by the nearest
+            row inside. `base`, `freqs` and `scale` must then have their defaults.
+        style: ``"half"``: columns c and c + dims / 2 rotate together (GPT-NeoX, Llama;
             ``traditional=False`` in MLX); ``"pairs"``: columns 2 c and 2 c + 1 (GPT-J;
             ``traditional=True``).
         scale: factor of the positions.
         offset: position of the first row: a number, or an array of them, ``()`` or one for each
             sequence, ``(N,)``, of integers. None: `metalgen.attention` puts the queries at the end
             of the keys, at ``kv_len - q_len``.
-        one_position: all rows of a sequence turn as its first one, such as the queries of several
-            candidates for one token. Of queries only.
+        one_position: all rows of a sequence rotate as its first one does, such as the queries of
+            several candidates for one token. For queries only.
 
     Raises:
         ArgumentError: a value of the wrong type or out of range.
