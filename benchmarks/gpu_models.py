@@ -438,6 +438,8 @@ def main() -> int:
     parser.add_argument("--twin", action="store_true", help="compare logits, and nothing else")
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a try")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error(f"--rounds: expected 2 or more, but got {arguments.rounds}")
     mlx_lm_models()
     begin = time.perf_counter()
     scale = 64 if arguments.tiny else 1
