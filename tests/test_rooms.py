@@ -29,7 +29,7 @@ ROOMS = """
     _version errors plurals arguments philox resources imports switches counters
     languages dsl features problem schedules kinds families
     reference source chips simulator database devices contents
-    append calls tuning ops caches nn flash_attn mlx_lm report testing
+    append calls tuning ops caches distributed nn flash_attn mlx_lm report testing
     verification bench contribution cli __main__
 """.split()
 """All rooms of the package, from the bottom to the top: a module imports from its own room and from

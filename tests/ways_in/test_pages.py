@@ -18,6 +18,7 @@ PAGES = [
     "flex-attention",
     "how-a-kernel-comes-to-be",
     "your-own-attention",
+    "distributed",
 ]
 
 
