@@ -14,6 +14,7 @@ from metalgen.distributed.context import (
     unshard_sequence,
 )
 from metalgen.distributed.layouts import LAYOUTS
+from metalgen.distributed.spread import spread_attention
 
 __all__ = [
     "LAYOUTS",
@@ -21,5 +22,6 @@ __all__ = [
     "explain_context",
     "sequence_positions",
     "shard_sequence",
+    "spread_attention",
     "unshard_sequence",
 ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal, cast, overload
 
 import mlx.core as mx
 
+from metalgen.distributed.agreement import agree, place, words_of
 from metalgen.distributed.layouts import (
     check_layout,
     chunk_length,
@@ -28,8 +28,6 @@ OPTIONS = frozenset(
 )
 """Options of `attention` and `flex_attention` that have a meaning across parts."""
 _AXIS = 2
-_agreed: set[tuple[Any, ...]] = set()
-"""What all processes of a group were found to agree on."""
 
 
 def shard_sequence(
@@ -46,7 +44,7 @@ def shard_sequence(
     Raises:
         ArgumentError: another layout, or a length that cannot be divided.
     """
-    rank, size = _place(group)
+    rank, size = place(group)
     count = size * len(chunks_of(0, size, check_layout(layout)))
     if x.shape[axis] % count:
         raise ArgumentError(f"x.shape[{axis}]", f"a multiple of {count} rows", x.shape[axis])
@@ -65,9 +63,9 @@ def unshard_sequence(
     Raises:
         ArgumentError: another layout, or parts of different shapes.
     """
-    _, size = _place(group)
+    _, size = place(group)
     chunk_length(f"x.shape[{axis}]", x.shape[axis], check_layout(layout))
-    _agree("x.shape", (x.shape, str(x.dtype), layout), x.shape, group)
+    agree("x.shape", (x.shape, str(x.dtype), layout), x.shape, group)
     return joined(_gathered(x, group), size, layout, axis)
 
 
@@ -81,7 +79,7 @@ def sequence_positions(length: int, *, layout: str = "zigzag", group: Any = None
     Returns:
         ``(length,)`` int32.
     """
-    rank, size = _place(group)
+    rank, size = place(group)
     rows = chunk_length("length", length, check_layout(layout))
     return mx.concatenate(
         [mx.arange(n * rows, (n + 1) * rows) for n in chunks_of(rank, size, layout)]
@@ -157,14 +155,14 @@ def context_attention(
             layout, or, on every process, processes that disagree.
     """
     layout = check_layout(layout)
-    rank, size = _place(group)
+    rank, size = place(group)
     _check_options(options)
     rows = chunk_length("q.shape[2]", q.shape[_AXIS], layout)
     if k.shape[_AXIS] != q.shape[_AXIS] or v.shape[_AXIS] != q.shape[_AXIS]:
         expected = f"{q.shape[_AXIS]} rows, as q has"
         raise ArgumentError("k, v", expected, (k.shape[_AXIS], v.shape[_AXIS]))
-    words = (q.shape, k.shape, v.shape, str(q.dtype), layout, scale, return_lse, _words(options))
-    _agree("q, k, v and options", words, q.shape, group)
+    words = (q.shape, k.shape, v.shape, str(q.dtype), layout, scale, return_lse, words_of(options))
+    agree("q, k, v and options", words, q.shape, group)
     if k.shape[:2] != v.shape[:2]:
         raise ArgumentError("v.shape", f"{k.shape[:2]} before its rows, as k has", v.shape)
     keys, values = _whole(k, v, size, rank, layout, group)
@@ -186,7 +184,7 @@ def explain_context(
     q: mx.array, k: mx.array, v: mx.array, *, group: Any = None, layout: str = "zigzag"
 ) -> str:
     """How `context_attention` computes such a call, and the bytes that it sends; text."""
-    _, size = _place(group)
+    _, size = place(group)
     part = k.nbytes + v.nbytes
     chunks = len(chunks_of(0, size, check_layout(layout)))
     return "\n".join(
@@ -199,11 +197,6 @@ def explain_context(
             f"{size * part} bytes each",
         )
     )
-
-
-def _place(group: Any) -> tuple[int, int]:
-    own = mx.distributed.init() if group is None else group
-    return own.rank(), own.size()
 
 
 def _chunk(
@@ -236,48 +229,6 @@ def _check_options(options: dict[str, Any]) -> None:
     slopes = options.get("alibi_slopes")
     if isinstance(slopes, mx.array) and slopes.ndim != 1:
         raise ArgumentError("alibi_slopes.shape", "(H,) with parts of a sequence", slopes.shape)
-
-
-def _words(options: dict[str, Any]) -> tuple[Any, ...]:
-    """What processes must agree on, of options: values, shapes of arrays, graphs of functions."""
-    found: list[Any] = []
-    for name in sorted(options):
-        value = options[name]
-        if isinstance(value, mx.array):
-            value = (value.shape, str(value.dtype))
-        elif isinstance(value, Rope):
-            value = (value.dims, value.base, value.style, value.scale, value.one_position)
-        elif callable(value):
-            from metalgen.dsl.trace import trace
-
-            value = trace(value, name).graph.text
-        if value is not None and name not in ("device", "chip"):
-            found.append((name, value))
-    return tuple(found)
-
-
-def _agree(name: str, words: tuple[Any, ...], shape: tuple[int, ...], group: Any) -> None:
-    """Compare what processes are about to compute, once for each call of a kind.
-
-    The message has one size whatever they call, so that those that disagree still meet.
-    """
-    rank, size = _place(group)
-    key = (id(group), size, words)
-    if size == 1 or key in _agreed:
-        return
-    digest = hashlib.sha256(repr(words).encode()).digest()
-    own = [int.from_bytes(digest[n : n + 4], "little") >> 1 for n in range(0, 32, 4)]
-    own += [*shape, *(0,) * (4 - len(shape))][:4]
-    every: Any = mx.distributed.all_gather(mx.array([own], mx.int32), group=group).tolist()
-    different = [n for n, other in enumerate(every) if other[:8] != own[:8]]
-    if different:
-        shapes = {n: tuple(other[8 : 8 + len(shape)]) for n, other in enumerate(every)}
-        raise ArgumentError(
-            name,
-            "the same on every process",
-            f"others on {', '.join(map(str, different))} than on {rank}; shapes {shapes}",
-        )
-    _agreed.add(key)
 
 
 def _gathered(x: mx.array, group: Any) -> mx.array:

@@ -13,7 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from metalgen import Rope
-from metalgen.distributed import context_attention, shard_sequence, unshard_sequence
+from metalgen.distributed import (
+    context_attention,
+    shard_sequence,
+    spread_attention,
+    unshard_sequence,
+)
 from metalgen.distributed.layouts import own_part
 from metalgen.errors import ArgumentError
 from metalgen.ops.attention import attention
@@ -109,6 +114,34 @@ def refusal(rank: int) -> str:
     return "none"
 
 
+SPREAD: dict[str, dict[str, Any]] = {
+    "all keys": {},
+    "causal drafts": {"causal": True},
+    "window and ALiBi": {"causal": True, "window_left": 11, "alibi_slopes": SLOPES},
+    "sinks and softcap": {"sinks": SINKS, "softcap": 3.0},
+}
+LENGTHS = (5, 12, 8, 0)
+"""Rows of the cache that each process has."""
+
+
+def spread(name: str, rank: int, size: int) -> float:
+    """How far an answer over a cache in parts is from that over the whole one."""
+    options = SPREAD[name]
+    total = sum(LENGTHS[:size])
+    first = sum(LENGTHS[:rank])
+    q = mx.random.normal((2, 4, 3, 16), key=mx.random.key(7))
+    k, v = (mx.random.normal((2, 2, total, 16), key=mx.random.key(n)) for n in (8, 9))
+    at = {"q_offset": total - 3} if "causal" in options else {}
+    expected = attention(q, k, v, return_lse=True, device="reference", **at, **options)
+    if at:
+        at["q_offset"] -= first
+    own = slice(first, first + LENGTHS[rank])
+    found = spread_attention(
+        q, k[:, :, own], v[:, :, own], return_lse=True, device="reference", **at, **options
+    )
+    return max(worst(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def trained(steps: int, rank: int, size: int) -> float:
     """The largest difference from the first of so many equal steps, forward and backward."""
     parts = [own_part(x, rank, size, "zigzag", 2) for x in arrays(size)[:3]]
@@ -138,6 +171,7 @@ def main() -> None:
     whole = mx.arange(12.0 * size)[None, None, :, None]
     own = shard_sequence(whole)
     found["joined"] = bool((unshard_sequence(own) == whole).all().item())
+    found["spread"] = max(spread(name, rank, size) for name in SPREAD)
     found["refusal"] = refusal(rank)
     print(json.dumps(found))
     sys.stdout.flush()

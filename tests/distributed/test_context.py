@@ -19,6 +19,7 @@ from metalgen.distributed import (
     explain_context,
     sequence_positions,
     shard_sequence,
+    spread_attention,
     unshard_sequence,
 )
 from metalgen.distributed.layouts import chunks_of, joined, own_part
@@ -73,6 +74,7 @@ def test_parts_are_those_of_the_whole_and_processes_that_disagree_say_so(
         refusal = found.pop("refusal")
         assert refusal.startswith("q, k, v and options: expected the same on every process")
         assert found.pop("joined")
+        assert found.pop("spread") < 1e-6
         assert len(found) == 16
         for name, errors in found.items():
             assert errors["out"] < 1e-6 and errors["lse"] < 2e-6, (name, errors)
@@ -88,6 +90,17 @@ def test_one_process_has_the_whole() -> None:
     assert (unshard_sequence(shard_sequence(q)) == q).all()
     assert sequence_positions(8).tolist() == list(range(8))
     assert "1 processes" in explain_context(q, q, q)
+
+
+def test_answers_over_a_spread_cache_have_no_gradients_and_refuse_whole_arrays() -> None:
+    q = mx.random.normal((1, 2, 1, 16))
+    k = mx.random.normal((1, 2, 9, 16))
+    out = spread_attention(q, k, k, device="reference")
+    assert mx.abs(out - attention(q, k, k, device="reference")).max() < 1e-6
+    with pytest.raises(ArgumentError, match="^mask: expected none with keys that are spread"):
+        spread_attention(q, k, k, mask=mx.ones((1, 9), mx.bool_))
+    with pytest.raises(ArgumentError, match="^q: expected no gradients here"):
+        mx.grad(lambda q: spread_attention(q, k, k, device="reference").sum())(q)
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
