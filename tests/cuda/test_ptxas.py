@@ -22,8 +22,8 @@ from metalgen.testing.cases import FEATURES
 
 LIMITS = Limits(232448, 1024, "cuda", ("wgmma",))
 TYPES = {"q": "T", "k": "T", "v": "T", "dout": "T", "bias": "T", "array_mask": "bool", "out": "T"}
-FLOATS = {"scale", "alibi_slopes", "sinks", "rope_freqs", "lse", "sums", "terms"}
-FLOATS |= {"grad_sum", "sums_q"}
+FLOATS = {"scale", "alibi_slopes", "sinks", "rope_freqs", "rope_cos", "rope_sin", "lse", "sums"}
+FLOATS |= {"terms", "grad_sum", "sums_q"}
 PRELUDE = """\
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
